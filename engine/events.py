@@ -1,0 +1,77 @@
+"""What the engine reports. Events of one step arrive together, in order, on the engine's own thread.
+
+Every submitted request ends in exactly one of PrefillFinished, Finished or Failed. For an IMPORT request, Reserved comes
+first and obliges the receiver to answer with exactly one `Engine.activate` or `Engine.abandon_import`, even after a
+cancel: until then its blocks belong to the transfer.
+"""
+
+from dataclasses import dataclass
+
+from protocol.errors import HeadraceError
+from protocol.ids import RequestId
+from protocol.phases import DecodePhases, PrefillPhases
+from protocol.tokens import FinishReason, SampledToken
+
+
+@dataclass(frozen=True, slots=True)
+class BlocksComputed:
+    """Of a PREFILL_ONLY request: blocks `first_block`, ... of the context are final. Full ones as they fill (those from
+    the prefix cache first), the last, possibly partial one before PrefillFinished."""
+
+    request_id: RequestId
+    first_block: int
+    block_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillFinished:
+    """Of a PREFILL_ONLY request: the context is computed and the first token sampled. Blocks stay until
+    `Engine.release`. `computed_at` is the engine clock at the end of the last chunk. `finish_reason` is set if the
+    first token was also the last."""
+
+    request_id: RequestId
+    first_token: SampledToken
+    num_cached_tokens: int
+    phases: PrefillPhases
+    computed_at: float
+    finish_reason: FinishReason | None
+    stop_token_id: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """Of an IMPORT request: `block_ids` hold the context. The first `num_cached_blocks` are already valid."""
+
+    request_id: RequestId
+    block_ids: tuple[int, ...]
+    num_cached_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokensSampled:
+    """Output tokens `index`, `index + 1`, ..."""
+
+    request_id: RequestId
+    index: int
+    tokens: tuple[SampledToken, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    """`prefill` is None for an IMPORT request. `stop_token_id` as in protocol.tokens.SequenceFinished."""
+
+    request_id: RequestId
+    reason: FinishReason
+    stop_token_id: int | None
+    num_cached_tokens: int
+    prefill: PrefillPhases | None
+    decode: DecodePhases
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    request_id: RequestId
+    error: HeadraceError
+
+
+EngineEvent = BlocksComputed | PrefillFinished | Reserved | TokensSampled | Finished | Failed

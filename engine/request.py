@@ -1,0 +1,40 @@
+"""EngineRequest: one sequence handed to the engine. Tokens in; what comes out are events (engine.events)."""
+
+from dataclasses import dataclass
+from enum import Enum
+
+from protocol.ids import RequestId
+from protocol.sampling import SamplingParams
+
+
+class Mode(Enum):
+    """How much of the sequence this engine does."""
+
+    GENERATE = "generate"
+    """Compute the context and decode to the end."""
+
+    PREFILL_ONLY = "prefill_only"
+    """Compute the context, sample one token, keep the blocks until `Engine.release`."""
+
+    IMPORT = "import"
+    """Reserve blocks for the context, wait until somebody has filled them (`Engine.activate`), decode to the end."""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """The context is prompt plus emitted tokens; the next sampled token has output position len(emitted).
+
+    `deadline_s` counts from submission. `sampling` has been validated against the vocabulary.
+    """
+
+    request_id: RequestId
+    prompt_token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    mode: Mode = Mode.GENERATE
+    emitted_token_ids: tuple[int, ...] = ()
+    cache_salt: str | None = None
+    deadline_s: float = 3600.0
+
+    @property
+    def num_context_tokens(self) -> int:
+        return len(self.prompt_token_ids) + len(self.emitted_token_ids)

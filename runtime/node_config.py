@@ -1,0 +1,77 @@
+"""NodeConfig: everything a prefill or decode node can be told, in slices that travel down to the part they concern.
+
+Loaded by runtime.config from TOML and flags; frozen afterwards. What is measured at start (how many blocks fit) is a
+return value of whoever measured it, not a field here.
+"""
+
+from typing import Annotated, Literal
+
+import msgspec
+
+from protocol.transfer import TransportKind
+
+PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
+PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
+
+
+class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What is served, and on what device.
+
+    `model`: built-in name, local Hugging Face folder, GGUF file or hub id. `served_name`: what clients call it.
+    `runner` "simulated" computes tokens by arithmetic instead of the model, for tests of everything around it.
+    `threads` 0: all cores this process may use. `max_model_len` 0: what the model was trained for.
+    """
+
+    model: str = "smollm2-135m-instruct"
+    served_name: str | None = None
+    runner: Literal["torch", "simulated"] = "torch"
+    load_format: Literal["auto", "dummy"] = "auto"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    threads: Annotated[int, msgspec.Meta(ge=0)] = 0
+    max_model_len: Annotated[int, msgspec.Meta(ge=0)] = 0
+    seed: int = 0
+
+
+class CacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """The paged KV cache. `num_blocks` wins over `memory` (a size such as "512MiB" or "2GiB")."""
+
+    block_size: Literal[8, 16, 32, 64, 128] = 16
+    memory: str = "1GiB"
+    num_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
+    prefix_cache: bool = True
+
+
+class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`max_num_batched_tokens` is the token budget of one step, and so the largest prefill chunk."""
+
+    max_num_batched_tokens: PositiveInt = 512
+    max_num_seqs: PositiveInt = 64
+    max_waiting_tokens: PositiveInt = 262_144
+
+
+class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """How KV moves. `lease_ttl_s`: how long an export outlives its last sign of interest. `stall_timeout_s`: silence
+    of the other node after which a hand-off is given up and the context recomputed."""
+
+    transport: TransportKind = "nixl"
+    lease_ttl_s: PositiveFloat = 30.0
+    stall_timeout_s: PositiveFloat = 5.0
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """`port` 0 takes a free one. `advertise_url` is how routers and other nodes reach this node, where that differs
+    from host and port. `drain_timeout_s`: how long SIGTERM waits for running requests."""
+
+    worker_id: str | None = None
+    host: str = "127.0.0.1"
+    port: Annotated[int, msgspec.Meta(ge=0, le=65535)] = 0
+    advertise_url: str | None = None
+    routers: tuple[str, ...] = ("http://127.0.0.1:8001",)
+    cluster_key: str | None = None
+    drain_timeout_s: PositiveFloat = 30.0
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    model: ModelOptions = ModelOptions()
+    cache: CacheOptions = CacheOptions()
+    scheduler: SchedulerOptions = SchedulerOptions()
+    transfer: TransferOptions = TransferOptions()

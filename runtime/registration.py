@@ -1,0 +1,108 @@
+"""Registration: a node's membership in its routers, kept up for as long as the node lives.
+
+For each router: register, then heartbeat at the interval the router asked for; register again when it does not know us
+(it restarted) or when it was away. Losing a router changes nothing on the node: its token stream says so already.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable
+
+from protocol.errors import HeadraceError
+from protocol.kv_events import KVEventBatch
+from protocol.workers import Heartbeat, HeartbeatReply, Leave, Registered, WorkerInfo, WorkerLoad
+from runtime.rpc_client import RpcClient
+
+CALL_TIMEOUT_S = 3.0
+RETRY_S = 0.5
+
+log = logging.getLogger(__name__)
+
+
+class KVEventFeed:
+    """What registration needs of the engine's KV events: new ones, or all of them as a snapshot.
+
+    `take()` drains the events since the last call (None if there are none); `snapshot()` describes the whole cache.
+    """
+
+    def __init__(self, take: Callable[[], KVEventBatch | None], snapshot: Callable[[], KVEventBatch]) -> None:
+        self.take = take
+        self.snapshot = snapshot
+
+
+class Registration:
+    """`run()` for the node's whole life, in a task; `leave()` when it drains."""
+
+    def __init__(
+        self,
+        client: RpcClient,
+        router_urls: tuple[str, ...],
+        info: WorkerInfo,
+        load: Callable[[], WorkerLoad],
+        kv_events: KVEventFeed | None = None,
+    ) -> None:
+        self._client = client
+        self._router_urls = router_urls
+        self._info = info
+        self._load = load
+        self._kv_events = kv_events
+        self._registered_with: set[str] = set()
+
+    @property
+    def registered_with(self) -> frozenset[str]:
+        return frozenset(self._registered_with)
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for url in self._router_urls:
+                tasks.create_task(self._keep_registered(url), name=f"registration:{url}")
+
+    async def leave(self) -> None:
+        """Tell the routers to send nothing new. A router that cannot be told will notice by itself."""
+        message = Leave(self._info.worker_id, self._info.incarnation)
+        for url in sorted(self._registered_with):
+            try:
+                await self._client.notify(f"{url}/internal/v1/workers/leave", message, CALL_TIMEOUT_S)
+            except HeadraceError as error:
+                log.info("could not say goodbye to router %s: %s", url, error.message)
+
+    async def _keep_registered(self, url: str) -> None:
+        complained = False
+        while True:
+            try:
+                answer = await self._client.call(
+                    f"{url}/internal/v1/workers/register", self._info, Registered, CALL_TIMEOUT_S
+                )
+                log.info("registered with router %s", url)
+                complained = False
+                self._registered_with.add(url)
+                await self._heartbeat(url, answer.heartbeat_interval_s)
+            except HeadraceError as error:
+                if not complained:
+                    log.warning("router %s does not answer, trying again: %s", url, error.message)
+                complained = True
+            self._registered_with.discard(url)
+            await asyncio.sleep(RETRY_S)
+
+    async def _heartbeat(self, url: str, interval_s: float) -> None:
+        """Returns when the router no longer knows us."""
+        resync = True
+        while True:
+            message = Heartbeat(
+                worker_id=self._info.worker_id,
+                incarnation=self._info.incarnation,
+                load=self._load(),
+                kv_events=self._events(resync),
+            )
+            reply = await self._client.call(
+                f"{url}/internal/v1/workers/heartbeat", message, HeartbeatReply, CALL_TIMEOUT_S
+            )
+            if not reply.known:
+                return
+            resync = reply.resync
+            await asyncio.sleep(interval_s)
+
+    def _events(self, resync: bool) -> KVEventBatch | None:
+        if self._kv_events is None:
+            return None
+        return self._kv_events.snapshot() if resync else self._kv_events.take()

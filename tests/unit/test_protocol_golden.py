@@ -1,0 +1,251 @@
+"""The wire, byte for byte. A change here is a change of the wire: raise WIRE_VERSION or make the new field optional."""
+
+import pytest
+
+from protocol.errors import ErrorInfo, InvalidParameter, MalformedMessage
+from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored, KVEvent, KVEventBatch
+from protocol.kv_layout import KVLayout
+from protocol.phases import DecodePhases, PrefillPhases
+from protocol.requests import CancelRequest, DecodeAccepted, DecodeRequest, PrefillAccepted, PrefillRequest
+from protocol.sampling import SamplingParams
+from protocol.tokens import (
+    OpenTokenStream,
+    PrefillHandedOff,
+    SampledToken,
+    SequenceFailed,
+    SequenceFinished,
+    TokenChunk,
+    TokenFrame,
+)
+from protocol.transfer import (
+    BlocksReady,
+    HandoffFailed,
+    HandoffMessage,
+    LeaseState,
+    OpenHandoff,
+    PrefillDone,
+    ReleaseLease,
+    RenewLease,
+    TransferTicket,
+    TransportConnect,
+    TransportMetadata,
+)
+from protocol.wire import Hello, decode, encode
+from protocol.workers import Heartbeat, HeartbeatReply, Leave, Registered, WorkerInfo, WorkerLoad
+
+LAYOUT = KVLayout(
+    model="m", revision="r", dtype="bfloat16", num_layers=2, num_kv_heads=1, head_dim=8, block_size=16, rope="default"
+)
+TICKET = TransferTicket(
+    ticket_id="t",
+    request_id="q",
+    owner="p0",
+    incarnation="i",
+    layout_fingerprint="0" * 32,
+    control_url="http://127.0.0.1:1",
+    num_tokens=17,
+    ttl_s=30.0,
+)
+SAMPLING = SamplingParams(max_tokens=5, seed=7, temperature=0.0, stop_token_ids=(2,), logit_bias={3: -1.0})
+LOAD = WorkerLoad(running=1, waiting=2, waiting_tokens=3, free_blocks=4, steps=5, draining=False)
+ERROR = ErrorInfo(code="overloaded", message="full", retryable=True, retry_after_s=1.5)
+
+MESSAGES: dict[str, object] = {
+    "hello": Hello(1, "p0", "i", "0" * 32),
+    "prefill_request": PrefillRequest(
+        request_id="q", trace_id="t", router_id="r", prompt_token_ids=(1, 300, 70000), sampling=SAMPLING, deadline_s=2.5
+    ),
+    "prefill_accepted": PrefillAccepted(TICKET),
+    "decode_request": DecodeRequest(
+        request_id="q",
+        trace_id="t",
+        router_id="r",
+        prompt_token_ids=(1,),
+        sampling=SAMPLING,
+        deadline_s=2.5,
+        emitted_token_ids=(9,),
+        cache_salt="s",
+        ticket=TICKET,
+    ),
+    "decode_accepted": DecodeAccepted("q"),
+    "cancel": CancelRequest(("q", "q2")),
+    "frame": TokenFrame(
+        3,
+        (
+            TokenChunk("q", 1, (SampledToken(5), SampledToken(6, -0.5, ((6, -0.5), (7, -1.0))))),
+            PrefillHandedOff("q", 16, PrefillPhases(0.5, 0.25)),
+            SequenceFinished("q", "stop", 0, DecodePhases(0.125, 2.0), PrefillPhases(0.5, 0.25), 2),
+            SequenceFailed("q", ERROR),
+        ),
+    ),
+    "open_token_stream": OpenTokenStream("r"),
+    "connect": TransportConnect(reader="d0", incarnation="j", layout=LAYOUT, transport="nixl"),
+    "metadata": TransportMetadata(
+        owner="p0", incarnation="i", transport="nixl", layout=LAYOUT, num_blocks=8, payload=b"\x00\xff", checksum=1
+    ),
+    "open_handoff": OpenHandoff(ticket_id="t", incarnation="i", reader="d0", skip_blocks=1),
+    "ready": BlocksReady(1, (4, 5), (6, 7)),
+    "done": PrefillDone(SampledToken(5), False, 0.001, PrefillPhases(0.5, 0.25)),
+    "handoff_failed": HandoffFailed(ERROR),
+    "renew": RenewLease("t", "i"),
+    "release": ReleaseLease("t", "i"),
+    "lease_state": LeaseState(True),
+    "worker_info": WorkerInfo(
+        worker_id="p0",
+        incarnation="i",
+        wire_version=1,
+        role="prefill",
+        control_url="http://127.0.0.1:1",
+        served_model="m",
+        vocab_size=10,
+        max_model_len=20,
+        num_blocks=30,
+        layout=LAYOUT,
+        transport="nixl",
+    ),
+    "heartbeat": Heartbeat(
+        worker_id="p0",
+        incarnation="i",
+        load=LOAD,
+        kv_events=KVEventBatch("i", 0, (AllBlocksCleared(), BlocksStored((b"a" * 16,)), BlocksRemoved((b"b" * 16,)))),
+    ),
+    "heartbeat_reply": HeartbeatReply(True),
+    "registered": Registered(1.0),
+    "leave": Leave("p0", "i"),
+}
+
+GOLDEN: dict[str, str] = {
+    "hello": (
+        "84ac776972655f76657273696f6e01a9776f726b65725f6964a27030ab696e6361726e6174696f6ea169b26c61796f75745f"
+        "66696e6765727072696e74d9203030303030303030303030303030303030303030303030303030303030303030"
+    ),
+    "prefill_request": (
+        "88aa726571756573745f6964a171a874726163655f6964a174a9726f757465725f6964a172b070726f6d70745f746f6b656e"
+        "5f6964739301cd012cce00011170a873616d706c696e6785aa6d61785f746f6b656e7305a47365656407ab74656d70657261"
+        "74757265cb0000000000000000ae73746f705f746f6b656e5f6964739102aa6c6f6769745f626961738103cbbff000000000"
+        "0000aa646561646c696e655f73cb4004000000000000b1656d69747465645f746f6b656e5f69647390aa63616368655f7361"
+        "6c74c0"
+    ),
+    "prefill_accepted": (
+        "81a67469636b657488a97469636b65745f6964a174aa726571756573745f6964a171a56f776e6572a27030ab696e6361726e"
+        "6174696f6ea169b26c61796f75745f66696e6765727072696e74d92030303030303030303030303030303030303030303030"
+        "30303030303030303030ab636f6e74726f6c5f75726cb2687474703a2f2f3132372e302e302e313a31aa6e756d5f746f6b65"
+        "6e7311a574746c5f73cb403e000000000000"
+    ),
+    "decode_request": (
+        "89aa726571756573745f6964a171a874726163655f6964a174a9726f757465725f6964a172b070726f6d70745f746f6b656e"
+        "5f6964739101a873616d706c696e6785aa6d61785f746f6b656e7305a47365656407ab74656d7065726174757265cb000000"
+        "0000000000ae73746f705f746f6b656e5f6964739102aa6c6f6769745f626961738103cbbff0000000000000aa646561646c"
+        "696e655f73cb4004000000000000b1656d69747465645f746f6b656e5f6964739109aa63616368655f73616c74a173a67469"
+        "636b657488a97469636b65745f6964a174aa726571756573745f6964a171a56f776e6572a27030ab696e6361726e6174696f"
+        "6ea169b26c61796f75745f66696e6765727072696e74d9203030303030303030303030303030303030303030303030303030"
+        "303030303030ab636f6e74726f6c5f75726cb2687474703a2f2f3132372e302e302e313a31aa6e756d5f746f6b656e7311a5"
+        "74746c5f73cb403e000000000000"
+    ),
+    "decode_accepted": "81aa726571756573745f6964a171",
+    "cancel": "81ab726571756573745f69647392a171a27132",
+    "frame": (
+        "82a66e756d62657203a86d657373616765739484a474797065a6746f6b656e73aa726571756573745f6964a171a5696e6465"
+        "7801a6746f6b656e73929305c0909306cbbfe0000000000000929206cbbfe00000000000009207cbbff000000000000084a4"
+        "74797065aa68616e6465645f6f6666aa726571756573745f6964a171b16e756d5f6361636865645f746f6b656e7310a67068"
+        "6173657382a771756575655f73cb3fe0000000000000a970726566696c6c5f73cb3fd000000000000087a474797065a86669"
+        "6e6973686564aa726571756573745f6964a171a6726561736f6ea473746f70b16e756d5f6361636865645f746f6b656e7300"
+        "a66465636f646582a968616e646f66665f73cb3fc0000000000000a86465636f64655f73cb4000000000000000a770726566"
+        "696c6c82a771756575655f73cb3fe0000000000000a970726566696c6c5f73cb3fd0000000000000ad73746f705f746f6b65"
+        "6e5f69640283a474797065a66661696c6564aa726571756573745f6964a171a56572726f7284a4636f6465aa6f7665726c6f"
+        "61646564a76d657373616765a466756c6ca9726574727961626c65c3ad72657472795f61667465725f73cb3ff80000000000"
+        "00"
+    ),
+    "open_token_stream": "81a9726f757465725f6964a172",
+    "connect": (
+        "84a6726561646572a26430ab696e6361726e6174696f6ea16aa66c61796f75748ca56d6f64656ca16da87265766973696f6e"
+        "a172a56474797065a862666c6f61743136aa6e756d5f6c617965727302ac6e756d5f6b765f686561647301a8686561645f64"
+        "696d08aa626c6f636b5f73697a6510a4726f7065a764656661756c74ac7175616e74697a6174696f6ea46e6f6e65a774705f"
+        "73697a6501a774705f72616e6b00ac776972655f76657273696f6e01a97472616e73706f7274a46e69786c"
+    ),
+    "metadata": (
+        "87a56f776e6572a27030ab696e6361726e6174696f6ea169a97472616e73706f7274a46e69786ca66c61796f75748ca56d6f"
+        "64656ca16da87265766973696f6ea172a56474797065a862666c6f61743136aa6e756d5f6c617965727302ac6e756d5f6b76"
+        "5f686561647301a8686561645f64696d08aa626c6f636b5f73697a6510a4726f7065a764656661756c74ac7175616e74697a"
+        "6174696f6ea46e6f6e65a774705f73697a6501a774705f72616e6b00ac776972655f76657273696f6e01aa6e756d5f626c6f"
+        "636b7308a77061796c6f6164c40200ffa8636865636b73756d01"
+    ),
+    "open_handoff": (
+        "84a97469636b65745f6964a174ab696e6361726e6174696f6ea169a6726561646572a26430ab736b69705f626c6f636b7301"
+    ),
+    "ready": ("84a474797065a57265616479ab66697273745f626c6f636b01a9626c6f636b5f696473920405a9636865636b73756d73920607"),
+    "done": (
+        "85a474797065a4646f6e65ab66697273745f746f6b656e9305c090a866696e6973686564c2b073696e63655f636f6d707574"
+        "65645f73cb3f50624dd2f1a9fca670686173657382a771756575655f73cb3fe0000000000000a970726566696c6c5f73cb3f"
+        "d0000000000000"
+    ),
+    "handoff_failed": (
+        "82a474797065a66661696c6564a56572726f7284a4636f6465aa6f7665726c6f61646564a76d657373616765a466756c6ca9"
+        "726574727961626c65c3ad72657472795f61667465725f73cb3ff8000000000000"
+    ),
+    "renew": "82a97469636b65745f6964a174ab696e6361726e6174696f6ea169",
+    "release": "82a97469636b65745f6964a174ab696e6361726e6174696f6ea169",
+    "lease_state": "81a468656c64c3",
+    "worker_info": (
+        "8ba9776f726b65725f6964a27030ab696e6361726e6174696f6ea169ac776972655f76657273696f6e01a4726f6c65a77072"
+        "6566696c6cab636f6e74726f6c5f75726cb2687474703a2f2f3132372e302e302e313a31ac7365727665645f6d6f64656ca1"
+        "6daa766f6361625f73697a650aad6d61785f6d6f64656c5f6c656e14aa6e756d5f626c6f636b731ea66c61796f75748ca56d"
+        "6f64656ca16da87265766973696f6ea172a56474797065a862666c6f61743136aa6e756d5f6c617965727302ac6e756d5f6b"
+        "765f686561647301a8686561645f64696d08aa626c6f636b5f73697a6510a4726f7065a764656661756c74ac7175616e7469"
+        "7a6174696f6ea46e6f6e65a774705f73697a6501a774705f72616e6b00ac776972655f76657273696f6e01a97472616e7370"
+        "6f7274a46e69786c"
+    ),
+    "heartbeat": (
+        "84a9776f726b65725f6964a27030ab696e6361726e6174696f6ea169a46c6f616486a772756e6e696e6701a777616974696e"
+        "6702ae77616974696e675f746f6b656e7303ab667265655f626c6f636b7304a5737465707305a8647261696e696e67c2a96b"
+        "765f6576656e747383ab696e6361726e6174696f6ea169ab66697273745f6576656e7400a66576656e74739381a474797065"
+        "a7636c656172656483a474797065a673746f726564ac626c6f636b5f68617368657391c41061616161616161616161616161"
+        "616161a474696572a664657669636583a474797065a772656d6f766564ac626c6f636b5f68617368657391c4106262626262"
+        "6262626262626262626262a474696572a6646576696365"
+    ),
+    "heartbeat_reply": "82a56b6e6f776ec3a6726573796e63c2",
+    "registered": "81b46865617274626561745f696e74657276616c5f73cb3ff0000000000000",
+    "leave": "82a9776f726b65725f6964a27030ab696e6361726e6174696f6ea169",
+}
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_bytes_on_the_wire_are_stable(name: str) -> None:
+    assert encode(MESSAGES[name]).hex() == GOLDEN[name]
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_every_message_survives_the_round_trip(name: str) -> None:
+    message = MESSAGES[name]
+    assert decode(encode(message), type(message)) == message
+
+
+def test_unknown_fields_of_a_newer_peer_are_ignored() -> None:
+    assert decode(
+        bytes.fromhex("83") + encode("held") + b"\xc3" + encode("new") + b"\x01" + encode("x") + b"\x02", LeaseState
+    ).held
+
+
+def test_tagged_unions_decode_to_their_type() -> None:
+    assert isinstance(decode(encode(MESSAGES["done"]), HandoffMessage), PrefillDone)
+    assert isinstance(decode(encode(AllBlocksCleared()), KVEvent), AllBlocksCleared)
+
+
+@pytest.mark.parametrize("name", MESSAGES)
+def test_truncated_messages_are_refused(name: str) -> None:
+    body = encode(MESSAGES[name])
+    for end in range(len(body)):
+        with pytest.raises(MalformedMessage):
+            decode(body[:end], type(MESSAGES[name]))
+
+
+def test_an_error_crosses_as_its_type() -> None:
+    sent = InvalidParameter("temperature must be between 0 and 2", param="temperature")
+    received = decode(encode(sent.to_info()), ErrorInfo).to_error()
+    assert type(received) is InvalidParameter
+    assert (received.message, received.param, received.status) == (sent.message, sent.param, 400)
+
+
+def test_an_unknown_error_code_keeps_its_retry_flag() -> None:
+    assert ErrorInfo(code="from_the_future", message="x", retryable=True).to_error().retryable
+    assert not ErrorInfo(code="from_the_future", message="x", retryable=False).to_error().retryable
