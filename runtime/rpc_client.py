@@ -6,6 +6,7 @@ a caller treats both alike: try elsewhere.
 """
 
 import asyncio
+import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Self, TypeVar
@@ -17,7 +18,7 @@ from protocol.wire import FrameReader, decode, encode
 from runtime.auth import authorization_header
 
 CONNECT_TIMEOUT_S = 3.0
-STREAM_CHUNK_BYTES = 1 << 16
+LARGE_BODY_BYTES = 1 << 20
 
 T = TypeVar("T")
 
@@ -45,14 +46,14 @@ class RpcClient:
 
     async def call(self, url: str, message: object, reply_type: type[T], timeout_s: float) -> T:
         """POST one message, wait for its reply at most `timeout_s` seconds."""
-        return await self._exchange("POST", url, encode(message), reply_type, timeout_s)
+        return await self._exchange("POST", url, _payload(message), reply_type, timeout_s)
 
     async def get(self, url: str, reply_type: type[T], timeout_s: float) -> T:
         return await self._exchange("GET", url, None, reply_type, timeout_s)
 
     async def notify(self, url: str, message: object, timeout_s: float) -> None:
         """POST one message whose reply carries nothing."""
-        await self._exchange("POST", url, encode(message), None, timeout_s)
+        await self._exchange("POST", url, _payload(message), None, timeout_s)
 
     @asynccontextmanager
     async def stream(self, url: str, message: object, idle_timeout_s: float) -> AsyncIterator[AsyncIterator[bytes]]:
@@ -62,7 +63,7 @@ class RpcClient:
         MessageTooLarge for an over-long frame. Leaving the context closes the connection: the peer sees that.
         """
         try:
-            response = await asyncio.wait_for(self._open.post(url, data=encode(message)), idle_timeout_s)
+            response = await asyncio.wait_for(self._open.post(url, data=_payload(message)), idle_timeout_s)
         except (aiohttp.ClientError, OSError, TimeoutError) as error:
             raise NodeLost(f"{url} cannot be reached: {_describe(error)}") from error
         try:
@@ -78,7 +79,7 @@ class RpcClient:
         return self._session
 
     async def _exchange(
-        self, method: str, url: str, body: bytes | None, reply_type: type[T] | None, timeout_s: float
+        self, method: str, url: str, body: bytes | io.BytesIO | None, reply_type: type[T] | None, timeout_s: float
     ) -> T:
         try:
             async with asyncio.timeout(timeout_s):
@@ -89,6 +90,12 @@ class RpcClient:
         if response.status >= 400:
             raise _typed_error(url, response.status, content)
         return decode(content, reply_type) if reply_type is not None else None  # type: ignore[return-value]  # notify
+
+
+def _payload(message: object) -> bytes | io.BytesIO:
+    """A large body as a file, which aiohttp sends piece by piece instead of holding up the event loop."""
+    body = encode(message)
+    return io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
 
 
 async def _frames(url: str, response: aiohttp.ClientResponse, idle_timeout_s: float) -> AsyncIterator[bytes]:
