@@ -1,0 +1,31 @@
+// What all exported functions share. Each is `extern "C" int headrace_<op>_<f32|bf16>(...)` and returns a Status.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+namespace headrace {
+
+enum Status : int {
+    kOk = 0,
+    kIndexOutOfRange = 1,  // a block id or slot is not in the cache
+    kBadLengths = 2,       // query starts, context lengths and block tables do not fit together
+};
+
+// Waking a thread costs some microseconds: give each at least this many elements to work on.
+inline int threads_for(int64_t elements, int threads) {
+    constexpr int64_t kElementsPerThread = 16384;
+    return (int)std::clamp<int64_t>(elements / kElementsPerThread, 1, threads);
+}
+
+// Where one layer of the paged KV cache lies. Strides are in elements; a value stands value_offset after its key.
+struct CacheView {
+    int64_t num_blocks, block_size, num_kv_heads, head_dim;
+    int64_t block_stride, value_offset, head_stride, token_stride;
+
+    int64_t token_offset(int64_t block, int64_t head, int64_t offset_in_block) const {
+        return block * block_stride + head * head_stride + offset_in_block * token_stride;
+    }
+};
+
+}  // namespace headrace

@@ -1,0 +1,127 @@
+// Sixteen floats at a time, over float32 and bfloat16 storage.
+//
+// Written with GCC's vector extensions, so that one source compiles to AVX-512, AVX2 or plain scalar code; AVX-512
+// intrinsics stand only where the extensions have no word for the instruction.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+namespace headrace {
+
+constexpr int kLanes = 16;
+
+using f32x16 = float __attribute__((vector_size(64)));
+using i32x16 = int32_t __attribute__((vector_size(64)));
+using u32x16 = uint32_t __attribute__((vector_size(64)));
+using u16x16 = uint16_t __attribute__((vector_size(32)));
+
+struct bf16 {
+    uint16_t bits;
+};
+
+inline f32x16 splat(float value) { return f32x16{} + value; }
+inline f32x16 as_floats(u32x16 bits) { return (f32x16)bits; }
+inline u32x16 as_bits(f32x16 value) { return (u32x16)value; }
+
+inline f32x16 widen(u16x16 halves) { return as_floats(__builtin_convertvector(halves, u32x16) << 16); }
+
+// Round to nearest even, as torch does; a NaN stays a NaN.
+inline u16x16 narrow(f32x16 value) {
+#ifdef __AVX512BF16__
+    return (u16x16)_mm512_cvtneps_pbh((__m512)value);
+#else
+    const u32x16 bits = as_bits(value);
+    const u32x16 rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    const u32x16 quiet = (bits >> 16) | 0x40;
+    return __builtin_convertvector(value == value ? rounded : quiet, u16x16);
+#endif
+}
+
+inline f32x16 load(const float* from) {
+    f32x16 value;
+    std::memcpy(&value, from, sizeof value);
+    return value;
+}
+
+inline f32x16 load(const bf16* from) {
+    u16x16 halves;
+    std::memcpy(&halves, from, sizeof halves);
+    return widen(halves);
+}
+
+inline void store(float* to, f32x16 value) { std::memcpy(to, &value, sizeof value); }
+
+inline void store(bf16* to, f32x16 value) {
+    const u16x16 halves = narrow(value);
+    std::memcpy(to, &halves, sizeof halves);
+}
+
+// The same for the first `count` lanes; memory beyond them is not touched, lanes beyond them read as zero.
+template <typename T>
+inline f32x16 load(const T* from, int64_t count) {
+    if (count >= kLanes) return load(from);
+    alignas(64) T lanes[kLanes] = {};
+    std::memcpy(lanes, from, count * sizeof(T));
+    return load(lanes);
+}
+
+template <typename T>
+inline void store(T* to, f32x16 value, int64_t count) {
+    if (count >= kLanes) return store(to, value);
+    alignas(64) T lanes[kLanes];
+    store(lanes, value);
+    std::memcpy(to, lanes, count * sizeof(T));
+}
+
+// The value as storage of type T would keep it.
+template <typename T>
+inline f32x16 round_to(f32x16 value) {
+    T lanes[kLanes];
+    store(lanes, value);
+    return load(lanes);
+}
+template <>
+inline f32x16 round_to<float>(f32x16 value) { return value; }
+
+inline f32x16 maximum(f32x16 a, f32x16 b) { return a > b ? a : b; }
+
+inline float sum(f32x16 value) {
+    float total = 0;
+#pragma GCC unroll 16
+    for (int i = 0; i < kLanes; ++i) total += value[i];
+    return total;
+}
+
+inline float max_lane(f32x16 value) {
+    float largest = value[0];
+#pragma GCC unroll 16
+    for (int i = 1; i < kLanes; ++i) largest = value[i] > largest ? value[i] : largest;
+    return largest;
+}
+
+// e^x to about one unit in the last place; 0 below the smallest normal result, and the largest finite power above.
+// x = n ln 2 + r with |r| <= ln 2 / 2: the Taylor polynomial of degree 7 in r, times 2^n put into the exponent bits.
+inline f32x16 exp(f32x16 x) {
+    const f32x16 clamped = x < 88.0f ? x : splat(88.0f);
+    const f32x16 to_integer = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
+    const f32x16 shifted = clamped * 1.44269504f + to_integer;
+    const f32x16 n = shifted - to_integer;
+    const f32x16 r = (clamped - n * 0.693359375f) - n * -2.12194440e-4f;  // ln 2 in two parts, the first exact
+    f32x16 p = splat(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    const f32x16 power = as_floats((as_bits(shifted) - as_bits(to_integer) + 127) << 23);
+    return x > -87.0f ? p * power : splat(0.0f);
+}
+
+}  // namespace headrace
