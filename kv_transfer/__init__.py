@@ -1,9 +1,22 @@
 """Moves KV blocks between processes, and proves that what arrived is what was sent.
 
     arena              the one region of memory that holds a process's KV blocks; allocated once, never freed
-    plan               which bytes go where: coalesced copies
-    transport          the narrow seam; nixl_transport, shm_transport, tcp_transport, inproc_transport
-    exports            the owner's side: leases on blocks that others may read
-    imports            the reader's side: follow a hand-off, read, verify
     checksum           xxh3 per block
+    plan               which bytes go where: coalesced copies
+
+    transport          the narrow seam: Transport, Link, and what a read guarantees
+    factory            make_transport, from the configured kind
+    nixl_transport     NIXL over UCX, between hosts; nixl_agent is its one thread, nixl_library finds the library
+    shm_transport      peers on one host map the owner's arena
+    tcp_transport      plain sockets: tcp_server is the owner's end, tcp_wire what the ends say
+    inproc_transport   the fake that ships, with faults to inject
+    memory_copy, read_log    what transports share; telemetry carries their counts to the metrics
+
+    exports            the owner's side: leases on blocks that others may read; export is one of them
+    routes             the owner's control plane over HTTP
+    imports            the reader's side: fetches contexts and tidies up after each
+    fetch              one hand-off as its reader lives it; landing is its state, without I/O
+    peers              whom a reader has met
+
+An owner composes HostArena, ExportTable, make_transport and kv_routes; a reader HostArena, make_transport and Importer.
 """

@@ -1,0 +1,140 @@
+"""HostArena: the one region of host memory that holds all KV blocks of a process.
+
+It is made once, before the model is loaded, and lives until the process ends: a peer may hold its address, and memory
+that is taken away under a reader kills a process (the owner's, with some transports). Close it last, after every
+transport.
+
+The region is an anonymous file (memfd), so that a peer on the same host can map it through /proc/<pid>/fd/<fd> and
+nothing is left behind however the process dies. Its size is sealed: a peer's mapping can never fault. All of it is
+reserved at the start (0.2 s per GiB): too little memory shows at start and not under load, and no first touch slows a
+transfer.
+
+    | header page: magic, token | block 0 | block 1 | ... | block num_blocks - 1 |
+
+The token is random. A peer that finds it in what it mapped has mapped this arena and no other file.
+"""
+
+import contextlib
+import fcntl
+import mmap
+import os
+import secrets
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import torch
+
+from protocol.errors import ConfigError
+
+HEADER_BYTES = mmap.PAGESIZE
+MAGIC = b"headrace-arena-1"
+TOKEN_BYTES = 16
+
+_CGROUP = Path("/sys/fs/cgroup")
+_CGROUP_FILES = (
+    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
+    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
+)
+"""Of a container, seen from inside: version 2 and version 1."""
+
+
+class HostArena:
+    """`num_blocks` blocks of `block_bytes` bytes each, contiguous, starting at a page boundary.
+
+    Raises ConfigError when the memory is not to be had. Views (`memory`, `tensor()`, `block()`) are zero-copy, writable
+    and valid until the process ends.
+    """
+
+    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+        if num_blocks < 1 or block_bytes < 1:
+            raise ValueError(f"an arena needs at least one block of one byte, not {num_blocks} of {block_bytes}")
+        self.num_blocks = num_blocks
+        self.block_bytes = block_bytes
+        self.token = secrets.token_bytes(TOKEN_BYTES)
+        _check_memory(self.file_bytes)
+        self.fd = os.memfd_create("headrace-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            self._map = _reserve(self.fd, self.file_bytes)
+        except OSError as error:
+            os.close(self.fd)
+            raise ConfigError(
+                f"cannot reserve {num_blocks} KV blocks of {block_bytes} bytes ({error}); make cache.memory smaller",
+                param="cache.memory",
+            ) from error
+        self._map[: len(MAGIC) + TOKEN_BYTES] = MAGIC + self.token
+        self._bytes = np.frombuffer(self._map, dtype=np.uint8, count=self.size_bytes, offset=HEADER_BYTES)
+        self.address = int(self._bytes.ctypes.data)
+        """Where block 0 starts, in this process."""
+        self.memory = memoryview(self._map)[HEADER_BYTES : HEADER_BYTES + self.size_bytes]
+        """All blocks, without the header: [num_blocks * block_bytes]"""
+
+    @property
+    def size_bytes(self) -> int:
+        """Of the blocks, without the header."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def file_bytes(self) -> int:
+        return HEADER_BYTES + self.size_bytes
+
+    def tensor(self) -> torch.Tensor:
+        """The blocks as one flat tensor: uint8 [num_blocks * block_bytes]. The caller views it as what it is."""
+        return torch.from_numpy(self._bytes)
+
+    def block(self, block_id: int) -> memoryview:
+        """One block's bytes. Raises IndexError outside of the arena (a negative id as well)."""
+        if not 0 <= block_id < self.num_blocks:
+            raise IndexError(f"block {block_id} is not in an arena of {self.num_blocks} blocks")
+        start = block_id * self.block_bytes
+        return self.memory[start : start + self.block_bytes]
+
+    def close(self) -> None:
+        """Close the file and let the memory go with its last view: now, if nothing holds one."""
+        if self._map.closed or self.fd < 0:
+            return
+        os.close(self.fd)
+        self.fd = -1
+        self.memory.release()
+        del self._bytes
+        with contextlib.suppress(BufferError):  # a view or tensor is alive: the mapping goes with it
+            self._map.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _check_memory(size: int) -> None:
+    """Ask before reserving: the kernel hands out pages until none are left and then kills a process, likely this one."""
+    available = available_memory_bytes()
+    if size > available:
+        raise ConfigError(
+            f"the KV cache needs {size >> 20} MiB of memory and {available >> 20} MiB are available; "
+            "make cache.memory or cache.num_blocks smaller",
+            param="cache.memory",
+        )
+
+
+def available_memory_bytes() -> int:
+    """What this process may still allocate: of the machine, and of its control group where that has a limit."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            available = int(line.split()[1]) * 1024
+            break
+    else:
+        available = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
+    for limit_path, used_path in _CGROUP_FILES:
+        if limit_path.exists() and used_path.exists():
+            limit = limit_path.read_text().strip()
+            if limit.isdigit():
+                available = min(available, max(0, int(limit) - int(used_path.read_text())))
+    return available
+
+
+def _reserve(fd: int, size: int) -> mmap.mmap:
+    os.posix_fallocate(fd, 0, size)
+    fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
+    return mmap.mmap(fd, size, mmap.MAP_SHARED, mmap.PROT_READ | mmap.PROT_WRITE)

@@ -1,0 +1,21 @@
+"""Checksums of KV blocks: the low 63 bits of xxh3-64, as protocol.transfer.Checksum defines them.
+
+xxhash lets go of the GIL while it reads, so these belong on a worker thread: one core does 9 GB/s from memory.
+"""
+
+from collections.abc import Iterable
+
+import xxhash
+
+from kv_transfer.arena import HostArena
+
+_LOW_63_BITS = (1 << 63) - 1
+
+
+def checksum(data: bytes | memoryview) -> int:
+    return int(xxhash.xxh3_64_intdigest(data)) & _LOW_63_BITS
+
+
+def checksums(arena: HostArena, block_ids: Iterable[int]) -> tuple[int, ...]:
+    """One checksum per block, in order. Raises IndexError for an id outside of the arena."""
+    return tuple(checksum(arena.block(block_id)) for block_id in block_ids)

@@ -1,0 +1,125 @@
+"""Export: one request's blocks, announced to one reader and kept for it under a lease. A state machine without I/O.
+
+    computing --finish--> leased --+-- released (by the reader)
+        |                          +-- expired  (ttl_s after the prefill finished or the last renewal)
+        +--- failed ---------------+            any state may also fail
+
+What comes after the end changes nothing. A reader that loses its stream may attach again until then, and hears
+everything from the start; two at once may not.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from protocol.errors import HeadraceError, LeaseExpired
+from protocol.phases import PrefillPhases
+from protocol.tokens import SampledToken
+from protocol.transfer import BlocksReady, HandoffFailed, HandoffMessage, PrefillDone, TransferTicket
+
+MAX_BLOCKS_PER_MESSAGE = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class Completion:
+    """What ends a hand-off well. `computed_at`: instant of the owner's clock at which its last chunk ended."""
+
+    first_token: SampledToken
+    finished: bool
+    computed_at: float
+    phases: PrefillPhases
+
+
+class Export:
+    """Created by ExportTable.open. `changed` is set whenever a reader may find something new."""
+
+    def __init__(self, ticket: TransferTicket) -> None:
+        self.ticket = ticket
+        self.attached = False
+        self.changed = asyncio.Event()
+        self.ended = False
+        self._end_error: HeadraceError | None = None
+        self._block_ids: list[int] = []
+        self._checksums: list[int] = []
+        self._readable: set[int] = set()
+        self._submitted = 0
+        self._pending_completion: Completion | None = None
+        self._completion: Completion | None = None
+        self._renewed_at: float | None = None
+        self._finished_at: float | None = None
+
+    @property
+    def num_submitted(self) -> int:
+        """Blocks given to publish, whether or not their checksums are there yet."""
+        return self._submitted
+
+    @property
+    def num_announced(self) -> int:
+        return len(self._block_ids)
+
+    def submit(self, first_block: int, num_blocks: int) -> None:
+        """Blocks first_block, ... are final; their checksums will follow, in the same order, by `announce`."""
+        assert first_block == self._submitted, f"block {first_block} is published after {self._submitted} blocks"
+        assert self._pending_completion is None, "blocks are published after the prefill finished"
+        self._submitted += num_blocks
+
+    def announce(self, block_ids: Sequence[int], checksums: Sequence[int], now: float) -> None:
+        self._block_ids.extend(block_ids)
+        self._checksums.extend(checksums)
+        self._readable.update(block_ids)
+        self._complete_if_ready(now)
+        self.changed.set()
+
+    def finish(self, completion: Completion, now: float) -> None:
+        """The prefill is done; the reader hears so after the last submitted block."""
+        self._pending_completion = completion
+        self._complete_if_ready(now)
+
+    def renew(self, now: float) -> None:
+        self._renewed_at = now
+
+    def end(self, error: HeadraceError | None) -> None:
+        """Terminal. `error` is what a reader that still listens gets to hear; None if it ended this itself."""
+        assert not self.ended
+        self.ended = True
+        self._end_error = error
+        self.changed.set()
+
+    def expired(self, now: float) -> bool:
+        """Only a finished prefill can expire: until then the blocks are the prefill's own."""
+        if self._finished_at is None:
+            return False
+        return now >= max(self._finished_at, self._renewed_at or self._finished_at) + self.ticket.ttl_s
+
+    def may_read(self, block_ids: Sequence[int]) -> bool:
+        """Safe from any thread: ids are only ever added, one at a time."""
+        return not self.ended and all(block_id in self._readable for block_id in block_ids)
+
+    def next_message(self, cursor: int, now: float) -> HandoffMessage | None:
+        """What a reader that heard of `cursor` blocks gets next: None if there is nothing new."""
+        if self.ended:
+            if self._end_error is None:
+                return None
+            return HandoffFailed(self._end_error.to_info())
+        if cursor < self.num_announced:
+            upto = min(self.num_announced, cursor + MAX_BLOCKS_PER_MESSAGE)
+            return BlocksReady(cursor, tuple(self._block_ids[cursor:upto]), tuple(self._checksums[cursor:upto]))
+        if self._completion is None:
+            return None
+        return PrefillDone(
+            first_token=self._completion.first_token,
+            finished=self._completion.finished,
+            since_computed_s=max(0.0, now - self._completion.computed_at),
+            phases=self._completion.phases,
+        )
+
+    def _complete_if_ready(self, now: float) -> None:
+        if self._pending_completion is None or self.num_announced < self._submitted or self._completion is not None:
+            return
+        self._completion = self._pending_completion
+        self._finished_at = now
+        self.changed.set()
+
+
+def lease_gone(why: str) -> LeaseExpired:
+    return LeaseExpired(f"the exported KV blocks are gone: {why}")

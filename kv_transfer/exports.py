@@ -1,0 +1,267 @@
+"""ExportTable: the owner's side of every hand-off. Which blocks others may read, until when, and what they get to hear.
+
+One per process, for its life; event loop only, except `may_read`. Checksums are computed on one worker thread, which
+also keeps announcements in order.
+
+Decisions that the protocol leaves open:
+
+- A reader whose stream breaks is not reported. The prefill goes on, because its first token is the router's; the reader
+  may attach again and hears everything anew; if it does not, the lease runs out and frees the blocks.
+- A second reader of one ticket is refused with LeaseExpired while the first is attached: a ticket is for one reader.
+- A stream with nothing to say says so: an empty BlocksReady at least every stall_timeout_s / 3, so that a reader can
+  tell a long prefill from a dead node.
+- While the prefill computes, an export cannot expire: its blocks are in use anyway, and its node ends it by `fail`.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Literal
+
+from kv_transfer.arena import HostArena
+from kv_transfer.checksum import checksums
+from kv_transfer.export import Completion, Export, lease_gone
+from protocol.errors import HeadraceError, InternalError, PeerLost
+from protocol.ids import Incarnation, RequestId, TicketId, WorkerId, new_ticket_id
+from protocol.kv_layout import KVLayout
+from protocol.phases import PrefillPhases
+from protocol.tokens import SampledToken
+from protocol.transfer import (
+    BlocksReady,
+    HandoffFailed,
+    LeaseState,
+    OpenHandoff,
+    ReleaseLease,
+    RenewLease,
+    TransferTicket,
+)
+from protocol.wire import encode_frame
+from runtime.clock import Clock
+from runtime.node_config import TransferOptions
+
+SIGNS_OF_LIFE_PER_STALL = 3
+REAP_INTERVAL_S = 1.0
+
+Ending = Literal["released", "expired", "failed"]
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ExportStats:
+    """Totals since start; `num_open` is now. opened = open + released + expired + failed, always."""
+
+    num_open: int
+    num_opened: int
+    num_released: int
+    num_expired: int
+    num_failed: int
+    num_bytes_announced: int
+
+
+class ExportTable:
+    """`on_released(request_id)` is called exactly once for every export, when its blocks are the owner's again, in
+    whatever way it ended. Unknown request ids are no-ops everywhere: they are of exports that have ended."""
+
+    def __init__(
+        self,
+        arena: HostArena,
+        *,
+        owner: WorkerId,
+        incarnation: Incarnation,
+        layout: KVLayout,
+        control_url: str,
+        options: TransferOptions,
+        clock: Clock,
+        on_released: Callable[[RequestId], None],
+    ) -> None:
+        self._arena = arena
+        self._owner = owner
+        self._incarnation = incarnation
+        self._layout = layout
+        self._control_url = control_url
+        self._options = options
+        self._clock = clock
+        self._on_released = on_released
+        self._by_request: dict[RequestId, Export] = {}
+        self._by_ticket: dict[TicketId, Export] = {}
+        self._endings: dict[Ending, int] = {"released": 0, "expired": 0, "failed": 0}
+        self._num_opened = 0
+        self._num_blocks_announced = 0
+        self._worker = ThreadPoolExecutor(1, thread_name_prefix="kv-checksum")
+
+    def stats(self) -> ExportStats:
+        return ExportStats(
+            num_open=len(self._by_request),
+            num_opened=self._num_opened,
+            num_released=self._endings["released"],
+            num_expired=self._endings["expired"],
+            num_failed=self._endings["failed"],
+            num_bytes_announced=self._num_blocks_announced * self._arena.block_bytes,
+        )
+
+    # The prefill node's side, in the order of a request's life.
+
+    def open(self, request_id: RequestId, num_tokens: int) -> TransferTicket:
+        """A ticket for a request of `num_tokens` tokens. Raises ValueError for a request that has one."""
+        if request_id in self._by_request:
+            raise ValueError(f"request {request_id} is exported already")
+        ticket = TransferTicket(
+            ticket_id=new_ticket_id(),
+            request_id=request_id,
+            owner=self._owner,
+            incarnation=self._incarnation,
+            layout_fingerprint=self._layout.fingerprint,
+            control_url=self._control_url,
+            num_tokens=num_tokens,
+            ttl_s=self._options.lease_ttl_s,
+        )
+        self._by_request[request_id] = self._by_ticket[TicketId(ticket.ticket_id)] = Export(ticket)
+        self._num_opened += 1
+        return ticket
+
+    def publish(self, request_id: RequestId, first_block: int, block_ids: Sequence[int]) -> None:
+        """Blocks first_block, ... of the request are final: nothing writes into them until they are released.
+
+        Returns at once; they are announced in this order when their checksums are known. Block ids are the arena's.
+        """
+        export = self._by_request.get(request_id)
+        if export is None or not block_ids:
+            return
+        export.submit(first_block, len(block_ids))
+        ids = tuple(block_ids)
+        summed = asyncio.get_running_loop().run_in_executor(self._worker, checksums, self._arena, ids)
+        summed.add_done_callback(lambda future: self._announce(export, ids, future))
+
+    def finish(
+        self,
+        request_id: RequestId,
+        first_token: SampledToken,
+        finished: bool,
+        computed_at: float,
+        phases: PrefillPhases,
+    ) -> None:
+        """The prefill is done and everything is published. `computed_at` is an instant of our clock."""
+        export = self._by_request.get(request_id)
+        if export is not None:
+            export.finish(Completion(first_token, finished, computed_at, phases), self._clock.now())
+
+    def fail(self, request_id: RequestId, error: HeadraceError) -> None:
+        """The prefill failed or was cancelled: whoever listens hears the error, and the blocks are released."""
+        export = self._by_request.get(request_id)
+        if export is not None:
+            self._end(export, "failed", error)
+
+    # The reader's side, by ticket.
+
+    def attach(self, message: OpenHandoff) -> AsyncIterator[bytes]:
+        """The hand-off as encoded frames, from block `skip_blocks` on. Raises LeaseExpired for a ticket that is
+        unknown, has ended, belongs to another incarnation, or has a reader attached."""
+        export = self._find(message.ticket_id, message.incarnation)
+        if export is None:
+            raise lease_gone("ticket unknown, expired, released, or of an earlier incarnation")
+        if export.attached:
+            raise lease_gone("another reader is attached to this ticket")
+        return self._frames(export, message.skip_blocks)
+
+    def renew(self, message: RenewLease) -> LeaseState:
+        export = self._find(message.ticket_id, message.incarnation)
+        if export is None:
+            return LeaseState(held=False)
+        export.renew(self._clock.now())
+        return LeaseState(held=True)
+
+    def release(self, message: ReleaseLease) -> LeaseState:
+        """Idempotent; False says that the lease had ended before."""
+        export = self._find(message.ticket_id, message.incarnation)
+        if export is None:
+            return LeaseState(held=False)
+        self._end(export, "released", None)
+        return LeaseState(held=True)
+
+    def may_read(self, ticket_id: TicketId, block_ids: Sequence[int]) -> bool:
+        """Whether the holder of the ticket may read these blocks now: announced, and the lease holds. Any thread."""
+        export = self._by_ticket.get(ticket_id)
+        return export is not None and export.may_read(block_ids)
+
+    # Life.
+
+    async def run(self) -> None:
+        """Reaps expired exports until cancelled."""
+        while True:
+            await asyncio.sleep(min(REAP_INTERVAL_S, self._options.lease_ttl_s / 4))
+            self.reap()
+
+    def reap(self) -> None:
+        """End every export whose lease has run out."""
+        now = self._clock.now()
+        for export in [export for export in self._by_request.values() if export.expired(now)]:
+            log.warning("%s: the lease expired; nobody released the exported blocks", export.ticket.request_id)
+            self._end(export, "expired", lease_gone("the lease expired"))
+
+    async def close(self) -> None:
+        """End what is left, as failed. For the end of the process, after draining."""
+        for request_id in list(self._by_request):
+            self.fail(request_id, PeerLost(f"{self._owner} stops"))
+        await asyncio.to_thread(self._worker.shutdown)
+
+    def _find(self, ticket_id: str, incarnation: str) -> Export | None:
+        if incarnation != self._incarnation:
+            return None
+        export = self._by_ticket.get(TicketId(ticket_id))
+        if export is not None and export.expired(self._clock.now()):
+            self.reap()
+            return None
+        return export
+
+    def _announce(self, export: Export, block_ids: tuple[int, ...], summed: asyncio.Future[tuple[int, ...]]) -> None:
+        if export.ended or summed.cancelled():
+            return
+        error = summed.exception()
+        if error is not None:
+            log.error("%s: cannot export blocks %s", export.ticket.request_id, block_ids, exc_info=error)
+            self._end(export, "failed", InternalError("the owner could not export its KV blocks"))
+            return
+        export.announce(block_ids, summed.result(), self._clock.now())
+        self._num_blocks_announced += len(block_ids)
+
+    def _end(self, export: Export, ending: Ending, error: HeadraceError | None) -> None:
+        del self._by_request[RequestId(export.ticket.request_id)]
+        del self._by_ticket[TicketId(export.ticket.ticket_id)]
+        self._endings[ending] += 1
+        export.end(error)
+        self._on_released(RequestId(export.ticket.request_id))
+
+    async def _frames(self, export: Export, cursor: int) -> AsyncIterator[bytes]:
+        if export.attached:  # two attached before either was read from
+            yield encode_frame(HandoffFailed(lease_gone("another reader is attached to this ticket").to_info()))
+            return
+        export.attached = True
+        sign_of_life_s = self._options.stall_timeout_s / SIGNS_OF_LIFE_PER_STALL
+        try:
+            yield encode_frame(BlocksReady(cursor, (), ()))
+            while True:
+                export.changed.clear()
+                message = export.next_message(cursor, self._clock.now())
+                if message is not None:
+                    yield encode_frame(message)
+                    if not isinstance(message, BlocksReady):
+                        return
+                    cursor += len(message.block_ids)
+                elif export.ended:
+                    return
+                elif not await _set_within(export.changed, sign_of_life_s):
+                    yield encode_frame(BlocksReady(cursor, (), ()))
+        finally:
+            export.attached = False
+
+
+async def _set_within(event: asyncio.Event, seconds: float) -> bool:
+    try:
+        async with asyncio.timeout(seconds):
+            await event.wait()
+    except TimeoutError:
+        return False
+    return True

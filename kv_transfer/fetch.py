@@ -1,0 +1,219 @@
+"""Fetch: one hand-off as its reader lives it. Three duties side by side; the first to fail ends the others.
+
+    listen    the owner's stream: announcements, then the first token            until PrefillDone
+    move      reads and verifies announced blocks while the owner computes on    until all are valid
+    renew     the lease, three times per ttl                                     until both are done
+
+A read in flight is never cancelled with its duty: it runs in the importer's task group, and `reading` is how the
+importer learns when the local blocks are safe.
+"""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Awaitable
+from concurrent.futures import Executor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from typing import TypeVar
+
+from kv_transfer.arena import HostArena
+from kv_transfer.checksum import checksums
+from kv_transfer.landing import Batch, Landing
+from kv_transfer.peers import Peers, Reader, as_transfer_error
+from kv_transfer.routes import HANDOFF_PATH, RENEW_PATH
+from kv_transfer.transport import Link
+from protocol.errors import HeadraceError, LeaseExpired, NodeLost, PeerLost, TransferError, TransferTimeout
+from protocol.ids import TicketId
+from protocol.phases import PrefillPhases
+from protocol.tokens import SampledToken
+from protocol.transfer import (
+    HandoffFailed,
+    HandoffMessage,
+    LeaseState,
+    OpenHandoff,
+    PrefillDone,
+    RenewLease,
+    TransferTicket,
+)
+from protocol.wire import decode
+from runtime.clock import Clock
+from runtime.node_config import TransferOptions
+from runtime.rpc_client import RpcClient
+
+MAX_READ_BYTES = 64 << 20
+"""Of one read: what must arrive within stall_timeout_s."""
+
+RENEWALS_PER_TTL = 3
+
+T = TypeVar("T")
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchResult:
+    """Every block of the context is in our arena and proven.
+
+    `computed_at`: the instant of our clock at which the owner's last chunk ended, late by one trip of a message; the
+    start of the hand-off phase. `finished`: the first token was also the last.
+    """
+
+    first_token: SampledToken
+    finished: bool
+    phases: PrefillPhases
+    computed_at: float
+    num_blocks_moved: int
+    num_bytes_moved: int
+
+
+@dataclass(frozen=True, slots=True)
+class FetchContext:
+    """What all fetches of one importer share."""
+
+    client: RpcClient
+    peers: Peers
+    arena: HostArena
+    reader: Reader
+    options: TransferOptions
+    clock: Clock
+    tasks: asyncio.TaskGroup
+    verifier: Executor
+
+
+class Fetch:
+    def __init__(self, context: FetchContext, ticket: TransferTicket, landing: Landing) -> None:
+        self._context = context
+        self._ticket = ticket
+        self._landing = landing
+        self._num_cached_blocks = landing.num_valid_blocks
+        self._announced = asyncio.Event()
+        self.reading: asyncio.Task[TransferError | None] | None = None
+        """The last read that was started, whether or not it has ended."""
+
+    async def run(self) -> FetchResult:
+        """Raises HeadraceError, of whichever duty failed first."""
+        try:
+            async with asyncio.TaskGroup() as duties:
+                listening = duties.create_task(self._listen())
+                moving = duties.create_task(self._move())
+                renewing = duties.create_task(self._renew())
+                done, computed_at = await listening
+                await moving
+                renewing.cancel()
+        except ExceptionGroup as failures:
+            raise self._first_of(failures) from failures
+        num_moved = self._landing.num_blocks - self._num_cached_blocks
+        return FetchResult(
+            first_token=done.first_token,
+            finished=done.finished,
+            phases=done.phases,
+            computed_at=computed_at,
+            num_blocks_moved=num_moved,
+            num_bytes_moved=num_moved * self._context.arena.block_bytes,
+        )
+
+    async def _listen(self) -> tuple[PrefillDone, float]:
+        """The owner's last word, and when its last chunk ended by our clock."""
+        message = OpenHandoff(
+            ticket_id=self._ticket.ticket_id,
+            incarnation=self._ticket.incarnation,
+            reader=self._context.reader.worker_id,
+            skip_blocks=self._num_cached_blocks,
+        )
+        stall_s = self._context.options.stall_timeout_s
+        async with AsyncExitStack() as stack:
+            opening = self._context.client.stream(self._ticket.control_url + HANDOFF_PATH, message, 2 * stall_s)
+            frames = await self._within_stall(stack.enter_async_context(opening))
+            while True:
+                arrived = await self._within_stall(_next_message(frames))
+                if isinstance(arrived, PrefillDone):
+                    return self._accept_end(arrived)
+                if isinstance(arrived, HandoffFailed):
+                    raise as_transfer_error(arrived.error.to_error())
+                if arrived is None:
+                    raise PeerLost(f"{self._ticket.owner} ended the hand-off in the middle")
+                self._landing.announce(arrived)
+                self._announced.set()
+
+    def _accept_end(self, done: PrefillDone) -> tuple[PrefillDone, float]:
+        landing = self._landing
+        if landing.num_announced < landing.num_blocks:
+            raise TransferError(f"the owner finished after {landing.num_announced} of {landing.num_blocks} blocks")
+        return done, self._context.clock.now() - max(0.0, done.since_computed_s)
+
+    async def _move(self) -> None:
+        max_blocks = max(1, MAX_READ_BYTES // self._context.arena.block_bytes)
+        while not self._landing.complete:
+            self._announced.clear()
+            batch = self._landing.next_batch(max_blocks)
+            if batch is None:
+                await self._announced.wait()
+                continue
+            link = await self._context.peers.link(self._ticket)
+            await self._read(link, batch)
+            loop = asyncio.get_running_loop()
+            found = await loop.run_in_executor(self._context.verifier, checksums, self._context.arena, batch.local_ids)
+            self._landing.verify(batch, found)
+
+    async def _read(self, link: Link, batch: Batch) -> None:
+        self.reading = self._context.tasks.create_task(self._read_to_its_end(link, batch))
+        failure = await asyncio.shield(self.reading)
+        if failure is not None:
+            raise failure
+
+    async def _read_to_its_end(self, link: Link, batch: Batch) -> TransferError | None:
+        """Returns its error: a read that fails must not end the group that it runs in."""
+        try:
+            ticket_id = TicketId(self._ticket.ticket_id)
+            stall_s = self._context.options.stall_timeout_s
+            await link.read(ticket_id, batch.remote_ids, batch.local_ids, stall_s)
+        except TransferError as error:
+            return error
+        except Exception:
+            log.exception("%s: reading KV failed", self._ticket.request_id)
+            return TransferError("reading KV failed; see this process's log")
+        return None
+
+    async def _renew(self) -> None:
+        message = RenewLease(self._ticket.ticket_id, self._ticket.incarnation)
+        url = self._ticket.control_url + RENEW_PATH
+        while True:
+            await asyncio.sleep(self._ticket.ttl_s / RENEWALS_PER_TTL)
+            try:
+                state = await self._context.client.call(url, message, LeaseState, self._context.options.stall_timeout_s)
+            except NodeLost as error:
+                log.info("%s: the lease was not renewed: %s", self._ticket.request_id, error.message)
+                continue
+            if not state.held:
+                raise LeaseExpired(f"{self._ticket.owner} took the exported blocks back while they were read")
+
+    async def _within_stall(self, step: Awaitable[T]) -> T:
+        """The owner says something at least every third of stall_timeout_s, if only that it lives."""
+        stall_s = self._context.options.stall_timeout_s
+        try:
+            async with asyncio.timeout(stall_s):
+                return await step
+        except TimeoutError as error:
+            raise TransferTimeout(f"{self._ticket.owner} was silent for {stall_s:g} s") from error
+
+    def _first_of(self, failures: ExceptionGroup[Exception]) -> HeadraceError:
+        """What the peer made fail first. Anything but a HeadraceError is a bug of ours: logged, and this fetch's end."""
+        ours, bugs = failures.split(HeadraceError)
+        if bugs is not None or ours is None:
+            log.error("%s: following the hand-off failed", self._ticket.request_id, exc_info=failures)
+            return TransferError("following the hand-off failed; see this process's log")
+        first: Exception = ours
+        while isinstance(first, ExceptionGroup):
+            first = first.exceptions[0]
+        assert isinstance(first, HeadraceError)
+        return first
+
+
+async def _next_message(frames: AsyncIterator[bytes]) -> HandoffMessage | None:
+    """None at the end of the stream."""
+    try:
+        body = await anext(frames)
+    except StopAsyncIteration:
+        return None
+    message: HandoffMessage = decode(body, HandoffMessage)
+    return message

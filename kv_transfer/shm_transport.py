@@ -1,0 +1,166 @@
+"""ShmTransport: peers on one host. The reader maps the owner's arena and copies out of it: one memcpy per run.
+
+The owner says where its arena is (process id and file descriptor), on which host and in which pid namespace, and which
+token its header holds. The reader opens /proc/<pid>/fd/<fd> read-only and believes none of it: the file must be a sealed
+memfd of the announced size with the token in its header. So a restarted process with the same pid, or a descriptor that
+now means something else, is refused, and a mapping can never fault.
+
+The owner's death does not hurt a reader: the mapping keeps the memory until it is closed, and says nothing about it.
+"""
+
+import asyncio
+import fcntl
+import functools
+import mmap
+import os
+import stat
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import msgspec
+import numpy as np
+
+from kv_transfer.arena import HEADER_BYTES, MAGIC, TOKEN_BYTES, HostArena
+from kv_transfer.memory_copy import copy_runs
+from kv_transfer.plan import coalesce
+from kv_transfer.read_log import LinkUse, ReadLog, bounded
+from kv_transfer.transport import Capabilities, TransportStats, check_block_ids
+from protocol.errors import HeadraceError, LayoutMismatch, PeerLost, TransferError
+from protocol.ids import TicketId
+from protocol.transfer import TransportKind, TransportMetadata
+from protocol.wire import decode, encode
+
+NUM_THREADS = 2
+_NEEDED_SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW
+
+
+class ShmPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Where an arena is. Private to this transport: to the protocol it is opaque bytes."""
+
+    host: str
+    pid: int
+    fd: int
+    file_bytes: int
+    token: bytes
+
+
+class ShmTransport:
+    kind: TransportKind = "shm"
+    capabilities = Capabilities(
+        direction="pull",
+        one_sided=True,
+        needs_peer_progress=False,
+        crosses_hosts=False,
+        owner_checks_lease=False,
+        may_abandon=True,
+    )
+
+    def __init__(self, arena: HostArena) -> None:
+        self.arena = arena
+        self.log = ReadLog()
+        self.executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="kv-shm")
+
+    def local_payload(self) -> bytes:
+        arena = self.arena
+        return encode(ShmPayload(_this_host(), os.getpid(), arena.fd, arena.file_bytes, arena.token))
+
+    async def connect(self, metadata: TransportMetadata) -> "ShmLink":
+        payload = _payload(metadata)
+        return ShmLink(self, metadata.owner, metadata.num_blocks, _map_arena(payload, metadata.owner))
+
+    def stats(self) -> TransportStats:
+        return self.log.stats()
+
+    async def close(self) -> None:
+        self.executor.shutdown(wait=False)
+
+
+class ShmLink:
+    """Owns the mapping of one peer's arena."""
+
+    def __init__(self, transport: ShmTransport, peer: str, num_blocks: int, mapping: mmap.mmap) -> None:
+        self._transport = transport
+        self._peer = peer
+        self._num_blocks = num_blocks
+        self._mapping = mapping
+        self._address = int(np.frombuffer(mapping, dtype=np.uint8).ctypes.data) + HEADER_BYTES
+        self._use = LinkUse(transport.log, peer)
+
+    async def read(
+        self,
+        ticket_id: TicketId,  # noqa: ARG002  # there is nobody to show it to: the owner takes no part
+        remote_block_ids: Sequence[int],
+        local_block_ids: Sequence[int],
+        timeout_s: float,
+    ) -> None:
+        arena = self._transport.arena
+        check_block_ids(remote_block_ids, self._num_blocks, f"{self._peer}'s")
+        check_block_ids(local_block_ids, arena.num_blocks, "our")
+        runs = coalesce(remote_block_ids, local_block_ids)
+        with self._use.read(len(local_block_ids) * arena.block_bytes, len(runs)):
+            copy = functools.partial(copy_runs, self._address, arena, runs)
+            copied = asyncio.get_running_loop().run_in_executor(self._transport.executor, copy)
+            await bounded(copied, timeout_s, self._peer)
+
+    async def close(self) -> None:
+        await self._use.close()
+        self._mapping.close()
+
+
+def _payload(metadata: TransportMetadata) -> ShmPayload:
+    try:
+        payload = decode(metadata.payload, ShmPayload)
+    except HeadraceError as error:
+        raise TransferError(f"{metadata.owner} sent unusable shm metadata: {error.message}") from error
+    expected = HEADER_BYTES + metadata.num_blocks * metadata.layout.block_bytes
+    if payload.file_bytes != expected or len(payload.token) != TOKEN_BYTES or payload.pid < 1 or payload.fd < 0:
+        raise LayoutMismatch(
+            f"{metadata.owner} announced an arena of {payload.file_bytes} bytes; {metadata.num_blocks} blocks of this "
+            f"layout take {expected}"
+        )
+    if payload.host != _this_host():
+        raise PeerLost(
+            f"{metadata.owner} is on another host or in another pid namespace; the shm transport works only within "
+            'one: set transfer.transport to "nixl" or "tcp" on both'
+        )
+    return payload
+
+
+def _map_arena(payload: ShmPayload, peer: str) -> mmap.mmap:
+    path = f"/proc/{payload.pid}/fd/{payload.fd}"
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError as error:
+        raise PeerLost(
+            f"this process may not map the KV arena of {peer} ({error}): run both as the same user, or set "
+            'transfer.transport to "nixl" or "tcp" on both'
+        ) from error
+    except OSError as error:
+        raise PeerLost(f"the process of {peer} is gone ({error})") from error
+    try:
+        _check_file(fd, payload, peer)
+        mapping = mmap.mmap(fd, payload.file_bytes, mmap.MAP_SHARED, mmap.PROT_READ)
+    except OSError as error:
+        raise PeerLost(f"the KV arena of {peer} cannot be mapped: {error}") from error
+    finally:
+        os.close(fd)
+    if mapping[: len(MAGIC) + TOKEN_BYTES] != MAGIC + payload.token:
+        mapping.close()
+        raise PeerLost(f"what {peer} announced as its KV arena belongs to another process by now")
+    return mapping
+
+
+def _check_file(fd: int, payload: ShmPayload, peer: str) -> None:
+    found = os.fstat(fd)
+    if not stat.S_ISREG(found.st_mode) or found.st_size != payload.file_bytes:
+        raise PeerLost(f"what {peer} announced as its KV arena is another file by now")
+    if fcntl.fcntl(fd, fcntl.F_GET_SEALS) & _NEEDED_SEALS != _NEEDED_SEALS:
+        raise PeerLost(f"the KV arena of {peer} is not sealed, so it could shrink under the reader")
+
+
+@functools.cache
+def _this_host() -> str:
+    """The running kernel and the pid namespace: equal for two processes that can name each other by pid."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return f"{boot} {Path('/proc/self/ns/pid').readlink()}"

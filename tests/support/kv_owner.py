@@ -1,0 +1,223 @@
+"""An owner of KV blocks for tests: arena, exports, transport and control routes, in this process or in a child.
+
+`running_owner` serves in the test's own event loop. `OwnerProcess` is another process driven over a pipe, so that it can
+be stopped, killed and restarted by pid. Such processes are forked from a clean server process that has imported torch
+and nothing of NIXL, which takes a tenth of the time of a spawn and is as safe.
+"""
+
+import asyncio
+import contextlib
+import multiprocessing
+import os
+import socket
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection
+from typing import Any
+
+import numpy as np
+import uvicorn
+from starlette.applications import Starlette
+
+from kv_transfer.arena import HostArena
+from kv_transfer.exports import ExportTable
+from kv_transfer.factory import make_transport
+from kv_transfer.routes import kv_routes
+from kv_transfer.transport import Transport
+from protocol.ids import Incarnation, RequestId, WorkerId, new_incarnation
+from protocol.kv_layout import KVLayout
+from protocol.phases import PrefillPhases
+from protocol.tokens import SampledToken
+from protocol.transfer import TransferTicket, TransportKind
+from runtime.clock import Clock, MonotonicClock
+from runtime.node_config import TransferOptions
+
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["tests.support.kv_owner"])
+
+CLUSTER_KEY = "a-cluster-key-for-tests"
+PHASES = PrefillPhases(queue_s=0.25, prefill_s=0.5)
+FIRST_TOKEN = SampledToken(42)
+LAYOUT = KVLayout(
+    model="test-model",
+    revision="r1",
+    dtype="float32",
+    num_layers=2,
+    num_kv_heads=2,
+    head_dim=16,
+    block_size=16,
+    rope="none",
+)
+NUM_BLOCKS = 64
+
+
+def fill(arena: HostArena, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    arena.memory[:] = generator.integers(0, 256, arena.size_bytes, dtype=np.uint8).tobytes()
+
+
+@dataclass
+class Owner:
+    arena: HostArena
+    transport: Transport
+    exports: ExportTable
+    url: str
+    incarnation: Incarnation
+    released: list[RequestId] = field(default_factory=list)
+
+    def hand_off(self, request_id: str, num_tokens: int, block_ids: list[int]) -> TransferTicket:
+        """A prefill that is over already."""
+        ticket = self.exports.open(RequestId(request_id), num_tokens)
+        self.exports.publish(RequestId(request_id), 0, block_ids)
+        self.finish(request_id)
+        return ticket
+
+    def finish(self, request_id: str) -> None:
+        self.exports.finish(RequestId(request_id), FIRST_TOKEN, False, MonotonicClock().now(), PHASES)
+
+
+class _QuietServer(uvicorn.Server):
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def _listen(port: int) -> socket.socket:
+    """Says that it is TCP: asyncio turns Nagle's algorithm off only for sockets that do, and 40 ms lie in that."""
+    listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listener.bind(("127.0.0.1", port))
+    listener.listen()
+    return listener
+
+
+@contextlib.asynccontextmanager
+async def serving(app: Starlette, listener: socket.socket) -> AsyncIterator[None]:
+    config = uvicorn.Config(app, log_level="warning", lifespan="off", timeout_graceful_shutdown=1, ws="none")
+    server = _QuietServer(config)
+    task = asyncio.create_task(server.serve(sockets=[listener]))
+    while not server.started:
+        await asyncio.sleep(0.005)
+    try:
+        yield
+    finally:
+        server.should_exit = True
+        await task
+
+
+@contextlib.asynccontextmanager
+async def running_owner(
+    kind: TransportKind,
+    *,
+    port: int = 0,
+    layout: KVLayout = LAYOUT,
+    options: TransferOptions | None = None,
+    clock: Clock | None = None,
+    seed: int = 1,
+) -> AsyncIterator[Owner]:
+    options = options or TransferOptions(transport=kind, stall_timeout_s=2.0)
+    listener = _listen(port)
+    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    incarnation = new_incarnation()
+    arena = HostArena(NUM_BLOCKS, layout.block_bytes)
+    fill(arena, seed)
+    released: list[RequestId] = []
+    owner = WorkerId("prefill-0")
+    exports = ExportTable(
+        arena,
+        owner=owner,
+        incarnation=incarnation,
+        layout=layout,
+        control_url=url,
+        options=options,
+        clock=clock or MonotonicClock(),
+        on_released=released.append,
+    )
+    transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1", may_read=exports.may_read)
+    routes = kv_routes(
+        exports, transport, arena, layout, worker_id=owner, incarnation=incarnation, cluster_key=CLUSTER_KEY
+    )
+    reaper = asyncio.create_task(exports.run())
+    try:
+        async with serving(Starlette(routes=routes), listener):
+            yield Owner(arena, transport, exports, url, incarnation, released)
+            await exports.close()
+    finally:
+        reaper.cancel()
+        await asyncio.gather(reaper, return_exceptions=True)
+        await transport.close()
+        arena.close()
+
+
+class OwnerProcess:
+    """A spawned owner. Its blocks hold what `fill(arena, seed)` writes, so that a test can work them out."""
+
+    def __init__(self, kind: TransportKind, port: int = 0, seed: int = 1) -> None:
+        self._pipe, theirs = _processes.Pipe()
+        ucx = {name: value for name, value in os.environ.items() if name.startswith("UCX_")}
+        self.process = _processes.Process(target=_main, args=(theirs, kind, port, seed, ucx), daemon=True)
+        self.process.start()
+        theirs.close()
+        self.pid = self.process.pid or 0
+        self.port: int = self._reply()
+
+    def hand_off(self, request_id: str, num_tokens: int, block_ids: list[int]) -> TransferTicket:
+        ticket: TransferTicket = self.ask("hand_off", request_id, num_tokens, block_ids)
+        return ticket
+
+    def ask(self, method: str, *arguments: Any) -> Any:
+        self._pipe.send((method, arguments))
+        return self._reply()
+
+    def signal(self, number: int) -> None:
+        os.kill(self.pid, number)
+
+    def stop(self) -> None:
+        if self.process.is_alive():
+            self.process.kill()
+        self.process.join()
+        self._pipe.close()
+        self.process.close()
+
+    def _reply(self) -> Any:
+        if not self._pipe.poll(30):
+            raise TimeoutError("the owner process does not answer")
+        return self._pipe.recv()
+
+
+def _main(pipe: Connection, kind: TransportKind, port: int, seed: int, environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    asyncio.run(_serve(pipe, kind, port, seed))
+
+
+async def _serve(pipe: Connection, kind: TransportKind, port: int, seed: int) -> None:
+    async with running_owner(kind, port=port, seed=seed) as owner:
+        pipe.send(int(owner.url.rsplit(":", 1)[1]))
+        while True:
+            try:
+                method, arguments = await asyncio.to_thread(pipe.recv)
+            except EOFError:
+                return
+            pipe.send(_act(owner, method, arguments))
+
+
+def _act(owner: Owner, method: str, arguments: tuple[Any, ...]) -> Any:
+    match method:
+        case "hand_off":
+            return owner.hand_off(*arguments)
+        case "open":
+            return owner.exports.open(*arguments)
+        case "publish":
+            return owner.exports.publish(*arguments)
+        case "finish":
+            return owner.finish(*arguments)
+        case "stats":
+            return owner.exports.stats()
+        case "released":
+            return owner.released
+        case "overwrite":
+            for block_id in arguments[0]:
+                owner.arena.block(block_id)[:] = bytes(owner.arena.block_bytes)
+            return None
+        case _:
+            raise ValueError(method)

@@ -1,0 +1,51 @@
+"""A reader of KV blocks for tests: arena, transport and importer in the test's own event loop."""
+
+import contextlib
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from kv_transfer.arena import HostArena
+from kv_transfer.factory import make_transport
+from kv_transfer.imports import Importer
+from kv_transfer.peers import Reader
+from kv_transfer.transport import Transport
+from protocol.ids import WorkerId, new_incarnation
+from protocol.kv_layout import KVLayout
+from protocol.transfer import TransportKind
+from runtime.clock import MonotonicClock
+from runtime.node_config import TransferOptions
+from runtime.rpc_client import RpcClient
+from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS
+
+
+@dataclass
+class ReaderNode:
+    arena: HostArena
+    transport: Transport
+    importer: Importer
+    client: RpcClient
+
+
+@contextlib.asynccontextmanager
+async def running_reader(
+    kind: TransportKind, *, stall_timeout_s: float = 2.0, layout: KVLayout = LAYOUT
+) -> AsyncIterator[ReaderNode]:
+    incarnation = new_incarnation()
+    options = TransferOptions(transport=kind, stall_timeout_s=stall_timeout_s)
+    arena = HostArena(NUM_BLOCKS, layout.block_bytes)
+    transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1")
+    try:
+        async with RpcClient(CLUSTER_KEY) as client:
+            importer = Importer(
+                client=client,
+                transport=transport,
+                arena=arena,
+                reader=Reader(WorkerId("decode-0"), incarnation, layout),
+                options=options,
+                clock=MonotonicClock(),
+            )
+            async with importer:
+                yield ReaderNode(arena, transport, importer, client)
+    finally:
+        await transport.close()
+        arena.close()
