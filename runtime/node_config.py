@@ -15,7 +15,7 @@ PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
 
 
 class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What is served, and on what device.
+    """What is served, and how it is computed.
 
     `model`: built-in name, local Hugging Face folder, GGUF file or hub id. `served_name`: what clients call it.
     `runner` "simulated" computes tokens by arithmetic instead of the model, for tests of everything around it.
@@ -27,7 +27,6 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     runner: Literal["torch", "simulated"] = "torch"
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    device: Literal["auto", "cpu", "cuda"] = "auto"
     threads: Annotated[int, msgspec.Meta(ge=0)] = 0
     max_model_len: Annotated[int, msgspec.Meta(ge=0)] = 0
     seed: int = 0

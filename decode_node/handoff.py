@@ -1,0 +1,93 @@
+"""Handoffs: fill the blocks that the engine reserved for a request with the KV that a prefill node computed.
+
+One task per request, from the engine's Reserved event to exactly one `activate` or `abandon_import`. Until then the
+blocks belong to the transfer; after a failed one they go back only when no byte can land in them any more.
+"""
+
+import asyncio
+import logging
+from typing import Self
+
+from engine.engine import Engine
+from engine.events import Reserved
+from kv_transfer.imports import FetchFailed, Importer
+from protocol.errors import Cancelled, HeadraceError, InternalError
+from protocol.ids import RequestId, TicketId
+from protocol.transfer import TransferTicket
+
+CLOSE_TIMEOUT_S = 5.0
+
+log = logging.getLogger(__name__)
+
+
+class Handoffs:
+    """Used as `async with`, inside the importer's own context: leaving it cancels what is under way and returns when
+    every block has been given back to the engine, or could not be within CLOSE_TIMEOUT_S (a peer that stands still): those
+    stay with the transfer until the process ends."""
+
+    def __init__(self, engine: Engine, importer: Importer, block_size: int) -> None:
+        self._engine = engine
+        self._importer = importer
+        self._block_size = block_size
+        self._running: dict[RequestId, asyncio.Task[None]] = {}
+        self._closing = False
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc_info: object) -> None:
+        tasks = set(self._running.values())
+        self.cancel(list(self._running))
+        if tasks:
+            _, unsettled = await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
+            self._closing = True
+            for task in unsettled:
+                task.cancel()
+            await asyncio.gather(*unsettled)
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    def start(self, event: Reserved, ticket: TransferTicket, deadline_s: float) -> None:
+        """Fetch into the blocks of `event`. The outcome reaches the engine, whatever it is."""
+        task = asyncio.create_task(self._run(event, ticket, deadline_s), name=f"handoff:{event.request_id}")
+        self._running[event.request_id] = task
+        task.add_done_callback(lambda _: self._running.pop(event.request_id, None))
+
+    def cancel(self, request_ids: list[RequestId]) -> None:
+        """Give up these hand-offs. Unknown ids are no error."""
+        for request_id in request_ids:
+            task = self._running.get(request_id)
+            if task is not None:
+                task.cancel()
+
+    async def _run(self, event: Reserved, ticket: TransferTicket, deadline_s: float) -> None:
+        request_id = event.request_id
+        try:
+            fetched = await self._importer.fetch(ticket, event.block_ids, event.num_cached_blocks, deadline_s)
+        except FetchFailed as failed:
+            await self._give_back(event, failed.num_valid_blocks, failed.settled, failed)
+        except asyncio.CancelledError:
+            settled = self._importer.settled(TicketId(ticket.ticket_id))
+            await self._give_back(event, event.num_cached_blocks, settled, Cancelled("the request was cancelled"))
+        except Exception:
+            log.exception("hand-off of %s failed", request_id)
+            settled = self._importer.settled(TicketId(ticket.ticket_id))
+            error = InternalError("the hand-off failed; see the decode node's log")
+            await self._give_back(event, event.num_cached_blocks, settled, error)
+        else:
+            self._engine.activate(request_id, fetched.first_token, fetched.computed_at)
+
+    async def _give_back(
+        self, event: Reserved, num_valid_blocks: int, settled: asyncio.Event, error: HeadraceError
+    ) -> None:
+        """A cancel does not stop this: the engine must hear of its blocks, and not before they have settled."""
+        while not settled.is_set():
+            try:
+                await settled.wait()
+            except asyncio.CancelledError:
+                if self._closing:
+                    log.warning("blocks of %s are still in transfer as the node stops", event.request_id)
+                    return
+        self._engine.abandon_import(event.request_id, num_valid_blocks * self._block_size, error)

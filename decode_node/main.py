@@ -1,0 +1,93 @@
+"""The decode node's process: from configuration to exit."""
+
+import asyncio
+from contextlib import AsyncExitStack
+from functools import partial
+
+from decode_node.handoff import Handoffs
+from decode_node.node import DecodeNode
+from decode_node.service import DecodeService
+from engine.build import build_engine, plan_engine
+from engine.engine import Engine
+from engine.events import EngineEvent
+from engine.telemetry import EngineTelemetry
+from kv_transfer.arena import HostArena
+from kv_transfer.factory import make_transport
+from kv_transfer.imports import Importer
+from kv_transfer.peers import Reader
+from kv_transfer.telemetry import TransferTelemetry
+from protocol.ids import Incarnation, WorkerId, new_incarnation
+from runtime.auth import check_bind
+from runtime.clock import MonotonicClock
+from runtime.life import ProcessLife, install_signal_handlers
+from runtime.metrics import EngineMetrics, NodeMetrics, TransferMetrics, new_registry
+from runtime.node_config import NodeConfig
+from runtime.node_shell import NodeShell, advertised_host, describe_worker
+from runtime.registration import KVEventFeed
+from runtime.rpc_client import RpcClient
+from runtime.served_model import ServedModel
+from runtime.serving import bind_socket, run_on_event_loop, socket_url
+
+ENGINE_STOP_TIMEOUT_S = 10.0
+
+
+def run(config: NodeConfig) -> int:
+    """Load the model, serve until told to end, return the exit code. Raises ConfigError before anything is served."""
+    check_bind(config.host, config.cluster_key)
+    incarnation = new_incarnation()
+    plan = plan_engine(config)
+    arena = HostArena(plan.num_blocks, plan.layout.block_bytes)
+    engine = build_engine(config, plan, incarnation, arena.tensor())
+    run_on_event_loop(_serve(config, incarnation, plan.model, engine, arena))
+    return 0
+
+
+async def _serve(
+    config: NodeConfig, incarnation: Incarnation, model: ServedModel, engine: Engine, arena: HostArena
+) -> None:
+    life = ProcessLife()
+    install_signal_handlers(life)
+    registry = new_registry()
+    bound = bind_socket(config.host, config.port)
+    url = config.advertise_url or socket_url(bound)
+    info = describe_worker(config, "decode", incarnation, url, model)
+    shell = NodeShell(config, info, life, registry)
+    transport = make_transport(
+        config.transfer.transport,
+        arena,
+        incarnation=incarnation,
+        host=config.host,
+        advertise_host=advertised_host(url),
+    )
+    loop = asyncio.get_running_loop()
+    async with AsyncExitStack() as stack:
+        client = await stack.enter_async_context(RpcClient(config.cluster_key))
+        stack.push_async_callback(transport.close)
+        importer = await stack.enter_async_context(
+            Importer(
+                client=client,
+                transport=transport,
+                arena=arena,
+                reader=Reader(WorkerId(info.worker_id), incarnation, info.layout),
+                options=config.transfer,
+                clock=MonotonicClock(),
+            )
+        )
+        stack.callback(engine.stop, ENGINE_STOP_TIMEOUT_S)
+        handoffs = await stack.enter_async_context(Handoffs(engine, importer, info.layout.block_size))
+        service = DecodeService(engine, handoffs, shell.outbox, NodeMetrics(registry), info.vocab_size)
+        engine.start(partial(_on_loop, loop, service))
+        node = DecodeNode(
+            shell,
+            service,
+            EngineTelemetry(engine, EngineMetrics(registry)),
+            TransferTelemetry(TransferMetrics(registry), transport, importer=importer),
+            config.cluster_key,
+        )
+        await shell.run(bound, node, client, KVEventFeed(engine.take_kv_events, engine.kv_snapshot))
+
+
+def _on_loop(loop: asyncio.AbstractEventLoop, service: DecodeService, events: list[EngineEvent]) -> None:
+    """From the engine's thread to the event loop, which may have ended first."""
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(service.on_engine_events, events)

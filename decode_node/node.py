@@ -1,0 +1,53 @@
+"""DecodeNode: the decode role as the node shell sees it."""
+
+from collections.abc import Iterable
+
+from starlette.routing import Route
+
+from decode_node.service import DecodeService
+from engine.telemetry import EngineTelemetry
+from kv_transfer.telemetry import TransferTelemetry
+from protocol.ids import RequestId
+from protocol.requests import DecodeAccepted, DecodeRequest
+from protocol.workers import WorkerLoad
+from runtime.node_shell import NodeShell
+from runtime.rpc_server import message_route
+
+
+class DecodeNode:
+    def __init__(
+        self,
+        shell: NodeShell,
+        service: DecodeService,
+        engine_telemetry: EngineTelemetry,
+        transfer_telemetry: TransferTelemetry,
+        cluster_key: str | None,
+    ) -> None:
+        self._shell = shell
+        self._service = service
+        self._engine_telemetry = engine_telemetry
+        self._transfer_telemetry = transfer_telemetry
+        self._cluster_key = cluster_key
+
+    def routes(self) -> list[Route]:
+        return [message_route("/node/v1/decode", DecodeRequest, self._decode, self._cluster_key)]
+
+    def cancel(self, request_ids: Iterable[RequestId]) -> None:
+        self._service.cancel(request_ids)
+
+    def load(self) -> WorkerLoad:
+        return self._engine_telemetry.worker_load(self._shell.draining)
+
+    def stuck(self) -> str | None:
+        return self._engine_telemetry.stuck()
+
+    def idle(self) -> bool:
+        return self._engine_telemetry.idle()
+
+    def report(self) -> None:
+        self._engine_telemetry.update()
+        self._transfer_telemetry.update()
+
+    async def _decode(self, request: DecodeRequest) -> DecodeAccepted:
+        self._shell.check_admitting()
+        return self._service.decode(request)

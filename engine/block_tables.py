@@ -1,0 +1,78 @@
+"""BlockTables: which blocks hold which sequence. Pool and prefix cache behind the four things a scheduler wants:
+reserve a context, grow by a token, index what is computed, release.
+"""
+
+from engine.block_pool import BlockPool
+from engine.kv_event_log import KVEventLog
+from engine.prefix_cache import PrefixCache
+from engine.sequence import Sequence
+from protocol.block_hash import hash_blocks, root_hash
+from protocol.kv_layout import KVLayout
+
+
+class BlockTables:
+    """Without `enable_prefix_cache` nothing is hashed, indexed or hit."""
+
+    def __init__(self, layout: KVLayout, num_blocks: int, log: KVEventLog, *, enable_prefix_cache: bool) -> None:
+        self._layout = layout
+        self._block_size = layout.block_size
+        self._enabled = enable_prefix_cache
+        self._prefix_cache = PrefixCache(log)
+        self.pool = BlockPool(num_blocks, on_reuse=self._prefix_cache.forget)
+
+    def reserve(self, sequence: Sequence, keep_free: int) -> bool:
+        """Blocks for all tokens of the sequence, those of the prefix cache first. False, and nothing has changed, if
+        fewer than `keep_free` blocks would stay free.
+
+        At least one token is left to compute, since its logits are wanted, unless the sequence gets its first token
+        from elsewhere. Costs a look-up per cached block.
+        """
+        num_tokens = len(sequence.token_ids)
+        hit: list[int] = []
+        if self._enabled:
+            self._hash(sequence)
+            computable = num_tokens if sequence.awaits_import else num_tokens - 1
+            hit = self._prefix_cache.match(sequence.block_hashes, computable // self._block_size)
+        num_new = self._layout.num_blocks_for(num_tokens) - len(hit)
+        if num_new + sum(map(self.pool.is_free, hit)) + keep_free > self.pool.num_free:
+            return False
+        self.pool.share(hit)
+        sequence.block_ids = hit + self.pool.allocate(num_new)
+        sequence.num_computed = len(hit) * self._block_size
+        sequence.num_indexed_blocks = len(hit)
+        return True
+
+    def grow(self, sequence: Sequence) -> bool:
+        """Make sure there is a place for the last token. False if that takes a block and none is free."""
+        if len(sequence.block_ids) * self._block_size >= len(sequence.token_ids):
+            return True
+        if self.pool.num_free == 0:
+            return False
+        sequence.block_ids += self.pool.allocate(1)
+        return True
+
+    def index(self, sequence: Sequence) -> None:
+        """Offer the full blocks that have been computed since the last call to the prefix cache."""
+        start, end = sequence.num_indexed_blocks, sequence.num_computed // self._block_size
+        if not self._enabled or start >= end:
+            return
+        self._hash(sequence)
+        for block_id in self._prefix_cache.insert(sequence.block_hashes[start:end], sequence.block_ids[start:end]):
+            self.pool.mark_cached(block_id)
+        sequence.num_indexed_blocks = end
+
+    def release(self, sequence: Sequence) -> None:
+        self.pool.release(sequence.block_ids)
+        sequence.block_ids = []
+
+    def clear_prefix_cache(self) -> None:
+        for block_id in self._prefix_cache.clear():
+            self.pool.mark_uncached(block_id)
+
+    def _hash(self, sequence: Sequence) -> None:
+        """Addresses of the full blocks that have none yet: each token is hashed once."""
+        hashes = sequence.block_hashes
+        start, end = len(hashes) * self._block_size, len(sequence.token_ids) // self._block_size * self._block_size
+        if start < end:
+            parent = hashes[-1] if hashes else root_hash(self._layout.identity, sequence.request.cache_salt)
+            hashes += hash_blocks(sequence.token_ids[start:end], self._block_size, parent)

@@ -1,0 +1,28 @@
+"""EngineLoad: a moment of the engine, taken between two steps."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """The first fields describe now, those from `steps` on count since the start.
+
+    `running` and `waiting` count sequences; `num_importing` those whose blocks belong to a transfer (cancelled ones
+    included, until they are given back); `num_held` finished prefills whose blocks are not yet released.
+    `waiting_tokens`: context tokens not yet computed of everything admitted; of imports, while they wait for room.
+    `computed_prompt_tokens` are tokens that prefill chunks ran, recomputation included; `cached_prompt_tokens` those
+    that prefix-cache hits saved.
+    """
+
+    running: int
+    waiting: int
+    waiting_tokens: int
+    num_importing: int
+    num_held: int
+    free_blocks: int
+    total_blocks: int
+    steps: int = 0
+    computed_prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    sampled_tokens: int = 0
+    preemptions: int = 0

@@ -1,0 +1,180 @@
+"""Scheduler: decides what each step computes. Pure: no device, no thread, no clock.
+
+One token budget a step. Every running decode gets its token first, then prefills go on in the order of their age, then
+new sequences are admitted while budget, rows and blocks last.
+
+Admission reserves the whole context, so that a prefill never stops half-way for want of blocks and an import always
+has where to land; only decodes grow. A decode that finds no free block preempts the youngest sequence, which may be
+itself: the oldest always gets on. A preempted sequence is recomputed, mostly from the prefix cache. Neither the blocks of
+an import nor those of a prefill for somebody else move: others may be writing or reading them.
+"""
+
+import math
+from dataclasses import dataclass
+
+from engine.block_tables import BlockTables
+from engine.config import EngineConfig
+from engine.runner import ScheduledChunk, StepPlan
+from engine.sequence import Sequence, State
+from engine.waiting_queue import WaitingQueue
+from protocol.ids import RequestId
+from protocol.kv_layout import KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """One step. `sequences[i]` owns `plan.chunks[i]`. `admitted` have got their blocks just now."""
+
+    plan: StepPlan
+    sequences: tuple[Sequence, ...]
+    admitted: tuple[Sequence, ...]
+
+
+class Scheduler:
+    def __init__(self, config: EngineConfig, layout: KVLayout, tables: BlockTables) -> None:
+        self._layout = layout
+        self._tables = tables
+        self._max_tokens = config.max_num_batched_tokens
+        self._max_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
+        # A row costs a token, so that more rows than tokens would leave none for prefill.
+        self._max_rows = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._watermark = math.ceil(config.watermark * tables.pool.num_blocks)
+        self.waiting = WaitingQueue()
+        self.running: dict[RequestId, Sequence] = {}
+        self.importing: dict[RequestId, Sequence] = {}
+        self.orphans: dict[RequestId, Sequence] = {}
+        self.held: dict[RequestId, Sequence] = {}
+        self.num_preemptions = 0
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        """Context tokens of all admitted requests that are still to be computed. O(running)."""
+        return self.waiting.num_tokens + sum(sequence.num_uncomputed_context for sequence in self.running.values())
+
+    def add(self, sequence: Sequence) -> None:
+        self.waiting.push(sequence)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Wherever it is. Its blocks are free again."""
+        match sequence.state:
+            case State.WAITING:
+                self.waiting.remove(sequence)
+            case State.RUNNING:
+                del self.running[sequence.request_id]
+            case State.IMPORTING:
+                del self.importing[sequence.request_id]
+            case State.ORPHANED:
+                del self.orphans[sequence.request_id]
+            case State.HELD:
+                del self.held[sequence.request_id]
+        self._tables.release(sequence)
+
+    def imported(self, sequence: Sequence) -> None:
+        """Its context has arrived and it has its first token: it joins the next step."""
+        del self.importing[sequence.request_id]
+        self._run(sequence)
+
+    def orphan(self, sequence: Sequence) -> None:
+        """An import has failed. Its blocks stay with the transfer; its place in the batch goes to somebody else."""
+        del self.importing[sequence.request_id]
+        sequence.state = State.ORPHANED
+        self.orphans[sequence.request_id] = sequence
+
+    def hold(self, sequence: Sequence) -> None:
+        """Its prefill is complete; the blocks stay."""
+        del self.running[sequence.request_id]
+        sequence.state = State.HELD
+        self.held[sequence.request_id] = sequence
+
+    def schedule(self) -> Schedule:
+        """Decide one step. The plan is empty only if nothing can run."""
+        step = _Step(self._max_tokens, self._max_chunk, self._layout)
+        by_age = sorted(self.running.values(), key=_age)
+        for sequence in by_age:
+            if sequence.decoding and sequence.state is State.RUNNING and self._make_room(sequence):
+                step.add(sequence)
+        for sequence in by_age:
+            if not sequence.decoding and sequence.state is State.RUNNING:
+                step.add(sequence)
+        admitted: list[Sequence] = []
+        while (newcomer := self._admit(may_compute=step.budget > 0)) is not None:
+            admitted.append(newcomer)
+            if newcomer.state is State.RUNNING:
+                step.add(newcomer)
+        return Schedule(StepPlan(tuple(step.chunks)), tuple(step.sequences), tuple(admitted))
+
+    def _admit(self, *, may_compute: bool) -> Sequence | None:
+        """Reserve blocks for the next waiting sequence, if there is one and it fits."""
+        if len(self.running) + len(self.importing) >= self._max_rows:
+            return None
+        sequence = self.waiting.head(may_compute=may_compute)
+        if sequence is None:
+            return None
+        # With nothing running there is nobody to leave room for, and whoever is next must get in.
+        if not self._tables.reserve(sequence, keep_free=self._watermark if self.running else 0):
+            return None
+        self.waiting.remove(sequence)
+        if sequence.awaits_import:
+            sequence.state = State.IMPORTING
+            self.importing[sequence.request_id] = sequence
+        else:
+            self._run(sequence)
+        return sequence
+
+    def _run(self, sequence: Sequence) -> None:
+        sequence.state = State.RUNNING
+        self.running[sequence.request_id] = sequence
+
+    def _make_room(self, sequence: Sequence) -> bool:
+        """A place for the next token of a decode, at the cost of younger ones. False if it was itself the youngest."""
+        while not self._tables.grow(sequence):
+            victim = max((other for other in self.running.values() if other.preemptable), key=_age)
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, sequence: Sequence) -> None:
+        del self.running[sequence.request_id]
+        self._tables.release(sequence)
+        sequence.start_over()
+        self.waiting.push_front(sequence)
+        self.num_preemptions += 1
+
+
+class _Step:
+    """A step in the making."""
+
+    def __init__(self, max_tokens: int, max_chunk: int, layout: KVLayout) -> None:
+        self.budget = max_tokens
+        self._max_chunk = max_chunk
+        self._layout = layout
+        self.chunks: list[ScheduledChunk] = []
+        self.sequences: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """As many of the sequence's tokens as budget and chunk size allow; maybe none."""
+        start = sequence.num_computed
+        end = min(len(sequence.token_ids), start + min(self.budget, self._max_chunk))
+        if start == end:
+            return
+        num_blocks = self._layout.num_blocks_for(end)
+        block_ids = sequence.block_ids
+        chunk = ScheduledChunk(
+            request_id=sequence.request_id,
+            token_ids=sequence.token_ids[start:end],
+            start=start,
+            block_ids=block_ids if num_blocks == len(block_ids) else block_ids[:num_blocks],
+            samples=end == len(sequence.token_ids),
+            output_position=len(sequence.output_token_ids),
+            sampling=sequence.request.sampling,
+            prompt_token_ids=sequence.request.prompt_token_ids,
+            output_token_ids=sequence.output_token_ids,
+        )
+        self.budget -= end - start
+        self.sequences.append(sequence)
+        self.chunks.append(chunk)
+
+
+def _age(sequence: Sequence) -> int:
+    return sequence.arrival

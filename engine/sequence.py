@@ -1,0 +1,99 @@
+"""Sequence: one request's life inside the engine. Touched by the engine's thread only.
+
+    WAITING ──▶ RUNNING ──▶ gone            GENERATE; a preempted one goes back to WAITING and starts over
+    WAITING ──▶ RUNNING ──▶ HELD ──▶ gone   PREFILL_ONLY
+    WAITING ──▶ IMPORTING ──▶ RUNNING       IMPORT; once running it is like GENERATE
+                    └──▶ ORPHANED ──▶ gone  it has failed, but its blocks still belong to the transfer
+
+Of its tokens (prompt, emitted, sampled) the first `num_computed` have their KV in the blocks of `block_ids`.
+"""
+
+from enum import Enum, auto
+
+from engine.request import EngineRequest, Mode
+from protocol.ids import BlockHash, RequestId
+from protocol.tokens import SampledToken
+
+
+class State(Enum):
+    WAITING = auto()
+    IMPORTING = auto()
+    ORPHANED = auto()
+    RUNNING = auto()
+    HELD = auto()
+
+
+class Timestamps:
+    """Instants of the engine's clock; None until they have come. `computed_at`: the end of the last prefill chunk,
+    wherever it ran. `decode_started_at`: the start of the step that computed this engine's second token."""
+
+    __slots__ = ("computed_at", "decode_started_at", "first_scheduled_at", "submitted_at")
+
+    def __init__(self, submitted_at: float) -> None:
+        self.submitted_at = submitted_at
+        self.first_scheduled_at: float | None = None
+        self.computed_at: float | None = None
+        self.decode_started_at: float | None = None
+
+
+class Sequence:
+    """`arrival` orders sequences by age. `context_end` is where prefill ends: all tokens known when it was admitted."""
+
+    def __init__(self, request: EngineRequest, arrival: int, submitted_at: float) -> None:
+        self.request = request
+        self.arrival = arrival
+        self.times = Timestamps(submitted_at)
+        self.deadline_at = submitted_at + request.deadline_s
+        self.state = State.WAITING
+        self.token_ids: list[int] = [*request.prompt_token_ids, *request.emitted_token_ids]
+        self.output_token_ids: list[int] = list(request.emitted_token_ids)
+        self.context_end = len(self.token_ids)
+        self.num_computed = 0
+        self.block_ids: list[int] = []
+        self.block_hashes: list[BlockHash] = []
+        self.num_indexed_blocks = 0
+        """Leading blocks that have been offered to the prefix cache."""
+        self.num_cached_tokens: int | None = None
+        """Tokens that the prefix cache saved at the first admission; None before."""
+        self.num_announced_blocks = 0
+        """Of PREFILL_ONLY: leading blocks reported as final."""
+        self.released_early = False
+        """Of PREFILL_ONLY: nobody wants the blocks any more, though it still runs."""
+
+    @property
+    def request_id(self) -> RequestId:
+        return self.request.request_id
+
+    @property
+    def num_sampled(self) -> int:
+        """Output tokens beyond those the request came with."""
+        return len(self.output_token_ids) - len(self.request.emitted_token_ids)
+
+    @property
+    def awaits_import(self) -> bool:
+        """Its context comes from elsewhere; it takes blocks but no compute to admit."""
+        return self.request.mode is Mode.IMPORT and self.num_sampled == 0
+
+    @property
+    def decoding(self) -> bool:
+        return self.num_computed >= self.context_end
+
+    @property
+    def num_uncomputed_context(self) -> int:
+        return max(0, self.context_end - self.num_computed)
+
+    @property
+    def preemptable(self) -> bool:
+        """What has been announced to a reader must stay where it is."""
+        return self.state is State.RUNNING and self.request.mode is not Mode.PREFILL_ONLY
+
+    def append(self, token: SampledToken) -> None:
+        self.token_ids.append(token.token_id)
+        self.output_token_ids.append(token.token_id)
+
+    def start_over(self) -> None:
+        """Preempted: everything known so far is the context to recompute. Its blocks have been released."""
+        self.state = State.WAITING
+        self.context_end = len(self.token_ids)
+        self.num_computed = 0
+        self.num_indexed_blocks = 0

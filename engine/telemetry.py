@@ -1,0 +1,56 @@
+"""EngineTelemetry: what a process tells others about its engine: metrics, load, and whether it is stuck."""
+
+from engine.engine import Engine
+from protocol.workers import WorkerLoad
+from runtime.metrics import EngineMetrics, Total
+
+STUCK_AFTER_S = 60.0
+"""A step takes milliseconds to seconds. Work pending and no step ended for this long means that the loop hangs."""
+
+
+class EngineTelemetry:
+    def __init__(self, engine: Engine, metrics: EngineMetrics) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._steps = Total(metrics.steps)
+        self._computed = Total(metrics.computed_prompt_tokens)
+        self._cached = Total(metrics.cached_prompt_tokens)
+        self._sampled = Total(metrics.generated_tokens)
+        self._preemptions = Total(metrics.preemptions)
+
+    def update(self) -> None:
+        """Bring the metrics up to date with the engine's last finished step."""
+        load = self._engine.load()
+        self._metrics.running.set(load.running)
+        self._metrics.waiting.set(load.waiting)
+        self._metrics.waiting_tokens.set(load.waiting_tokens)
+        self._metrics.free_blocks.set(load.free_blocks)
+        self._metrics.total_blocks.set(load.total_blocks)
+        self._steps.set(load.steps)
+        self._computed.set(load.computed_prompt_tokens)
+        self._cached.set(load.cached_prompt_tokens)
+        self._sampled.set(load.sampled_tokens)
+        self._preemptions.set(load.preemptions)
+
+    def worker_load(self, draining: bool) -> WorkerLoad:
+        load = self._engine.load()
+        return WorkerLoad(
+            running=load.running + load.num_importing,
+            waiting=load.waiting,
+            waiting_tokens=load.waiting_tokens,
+            free_blocks=load.free_blocks,
+            steps=load.steps,
+            draining=draining,
+        )
+
+    def idle(self) -> bool:
+        """Nothing admitted, imported or held for a reader."""
+        load = self._engine.load()
+        return load.running + load.waiting + load.num_importing + load.num_held == 0
+
+    def stuck(self) -> str | None:
+        silent_s = self._engine.last_progress_s()
+        load = self._engine.load()
+        if load.running + load.waiting == 0 or silent_s < STUCK_AFTER_S:
+            return None
+        return f"no engine step finished for {silent_s:.0f} s with {load.running + load.waiting} requests pending"

@@ -1,0 +1,111 @@
+"""PrefillService: between the control plane, the engine and the exports. Lives on the node's event loop.
+
+A request is admitted by opening an export and submitting to the engine; from then on the engine's events drive both the
+reader's stream (blocks as they become final) and the router's (the first token). What ends a request early, from
+whatever side, ends it on all three: engine, export, token stream.
+"""
+
+from collections.abc import Iterable, Sequence
+
+from engine.engine import Engine
+from engine.events import BlocksComputed, EngineEvent, Failed, PrefillFinished
+from engine.request import EngineRequest, Mode
+from kv_transfer.exports import ExportTable
+from protocol.errors import Cancelled, HeadraceError
+from protocol.ids import RequestId, RouterId
+from protocol.phases import DecodePhases
+from protocol.requests import PrefillAccepted, PrefillRequest
+from protocol.tokens import PrefillHandedOff, SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
+from runtime.metrics import NodeMetrics
+from runtime.token_outbox import TokenOutbox
+
+
+class PrefillService:
+    """`exports` calls `engine.release` when a reader is done with a request's blocks."""
+
+    def __init__(
+        self, engine: Engine, exports: ExportTable, outbox: TokenOutbox, metrics: NodeMetrics, vocab_size: int
+    ) -> None:
+        self._engine = engine
+        self._exports = exports
+        self._outbox = outbox
+        self._metrics = metrics
+        self._vocab_size = vocab_size
+        self._first_index: dict[RequestId, int] = {}
+
+    def prefill(self, request: PrefillRequest) -> PrefillAccepted:
+        """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
+        request.sampling.validate(self._vocab_size)
+        request_id = RequestId(request.request_id)
+        self._outbox.expect(request_id, RouterId(request.router_id))
+        num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        try:
+            ticket = self._exports.open(request_id, num_tokens)
+            self._first_index[request_id] = len(request.emitted_token_ids)
+            self._engine.submit(
+                EngineRequest(
+                    request_id=request_id,
+                    prompt_token_ids=request.prompt_token_ids,
+                    sampling=request.sampling,
+                    mode=Mode.PREFILL_ONLY,
+                    emitted_token_ids=request.emitted_token_ids,
+                    cache_salt=request.cache_salt,
+                    deadline_s=request.deadline_s,
+                )
+            )
+        except HeadraceError as error:
+            self._first_index.pop(request_id, None)
+            self._exports.fail(request_id, error)
+            self._outbox.forget(request_id)
+            raise
+        return PrefillAccepted(ticket)
+
+    def cancel(self, request_ids: Iterable[RequestId]) -> None:
+        """Stop requests wherever they are. Unknown ones are no error."""
+        ids = list(request_ids)
+        self._engine.cancel(ids)
+        for request_id in ids:
+            self._first_index.pop(request_id, None)
+            self._exports.fail(request_id, Cancelled("the request was cancelled"))
+            self._outbox.forget(request_id)
+
+    def on_engine_events(self, events: Sequence[EngineEvent]) -> None:
+        """One step's events. Block announcements go out before the first token that depends on them."""
+        messages: list[TokenMessage] = []
+        for event in events:
+            match event:
+                case BlocksComputed(request_id, first_block, block_ids):
+                    self._exports.publish(request_id, first_block, block_ids)
+                case PrefillFinished():
+                    messages += self._finished(event)
+                case Failed(request_id, error):
+                    self._metrics.requests.labels(error.to_info().code).inc()
+                    self._first_index.pop(request_id, None)
+                    self._exports.fail(request_id, error)
+                    messages.append(SequenceFailed(request_id, error.to_info()))
+        self._outbox.post(messages)
+
+    def _finished(self, event: PrefillFinished) -> list[TokenMessage]:
+        request_id = event.request_id
+        self._metrics.requests.labels("finished").inc()
+        self._metrics.phases.labels("queue").observe(event.phases.queue_s)
+        self._metrics.phases.labels("prefill").observe(event.phases.prefill_s)
+        index = self._first_index.pop(request_id, None)
+        if index is None:
+            return []
+        over = event.finish_reason is not None
+        self._exports.finish(request_id, event.first_token, over, event.computed_at, event.phases)
+        first = TokenChunk(request_id, index, (event.first_token,))
+        if event.finish_reason is None:
+            return [first, PrefillHandedOff(request_id, event.num_cached_tokens, event.phases)]
+        return [
+            first,
+            SequenceFinished(
+                request_id=request_id,
+                reason=event.finish_reason,
+                num_cached_tokens=event.num_cached_tokens,
+                decode=DecodePhases(handoff_s=0.0, decode_s=0.0),
+                prefill=event.phases,
+                stop_token_id=event.stop_token_id,
+            ),
+        ]

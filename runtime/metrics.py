@@ -1,0 +1,203 @@
+"""Every metric of every role, declared once: name, unit, labels and buckets live here and nowhere else.
+
+One registry per process; each group of metrics belongs to the part of the process that it describes. Durations are in
+seconds and sizes in bytes, and the name says so. Histogram buckets start where good systems are: at a millisecond.
+
+| group | of | filled |
+| --- | --- | --- |
+| NodeMetrics | a node: who it is, requests as they end, their phases | as things happen |
+| EngineMetrics | the step loop and the KV cache | from the engine's totals, before each scrape |
+| TransferMetrics | hand-offs, leases, damaged blocks | from its own totals, before each scrape |
+| RouterMetrics | what clients see | as things happen |
+"""
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+
+from protocol.phases import PhaseLedger
+
+_TTFT_BUCKETS_S = (
+    *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
+    *(1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 20.0, 30.0, 60.0, 120.0),
+)
+_ITL_BUCKETS_S = (
+    *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.0125, 0.015, 0.02, 0.025, 0.03, 0.04, 0.05, 0.075),
+    *(0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+_HANDOFF_BUCKETS_S = (
+    *(0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075),
+    *(0.1, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0, 10.0),
+)
+_PHASE_BUCKETS_S = (
+    *(0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
+    *(1.0, 2.0, 5.0, 10.0, 20.0, 50.0, 100.0, 200.0, 500.0),
+)
+_E2E_BUCKETS_S = (
+    *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0),
+    *(7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
+_TOKEN_BUCKETS = tuple(float(1 << power) for power in range(0, 18))
+
+
+def new_registry() -> CollectorRegistry:
+    """The process's registry, with CPU time, memory and open files of the process in it (`process_*`)."""
+    registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
+    return registry
+
+
+def render(registry: CollectorRegistry) -> bytes:
+    """All metrics in Prometheus' text format."""
+    return generate_latest(registry)
+
+
+class NodeMetrics:
+    """Who this node is, its requests as they end (`outcome`: "finished", "cancelled" or an error's code), and what of
+    their time only this node knows."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.info = Info("headrace_node", "Role, worker id, model and transport of this node", registry=registry)
+        self.requests = Counter(
+            "headrace_node_requests_total", "Requests that left this node", ["outcome"], registry=registry
+        )
+        self.handoff_seconds = Histogram(
+            "headrace_handoff_seconds",
+            "End of the last prefill chunk to start of the step that computes the second token",
+            registry=registry,
+            buckets=_HANDOFF_BUCKETS_S,
+        )
+        self.phases = _phases(registry)
+
+
+class EngineMetrics:
+    """The step loop and the KV cache."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.running = Gauge("headrace_requests_running", "Requests in the running batch", registry=registry)
+        self.waiting = Gauge("headrace_requests_waiting", "Admitted requests that do not run yet", registry=registry)
+        self.waiting_tokens = Gauge(
+            "headrace_waiting_tokens", "Prompt tokens of admitted requests still to compute", registry=registry
+        )
+        self.free_blocks = Gauge(
+            "headrace_kv_blocks_free", "KV blocks that no request holds, cached ones included", registry=registry
+        )
+        self.total_blocks = Gauge("headrace_kv_blocks_total", "KV blocks of the cache", registry=registry)
+        self.steps = Counter("headrace_engine_steps_total", "Engine steps", registry=registry)
+        self.computed_prompt_tokens = Counter(
+            "headrace_prompt_tokens_computed_total", "Prompt tokens computed", registry=registry
+        )
+        self.cached_prompt_tokens = Counter(
+            "headrace_prompt_tokens_cached_total", "Prompt tokens found in a cache", registry=registry
+        )
+        self.generated_tokens = Counter("headrace_generated_tokens_total", "Tokens sampled", registry=registry)
+        self.preemptions = Counter(
+            "headrace_preemptions_total", "Sequences put back for want of KV blocks", registry=registry
+        )
+
+
+class TransferMetrics:
+    """Hand-offs and leases, from either end. `transport` is nixl, shm, tcp or inproc."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.bytes = _per_transport("headrace_kv_transfer_bytes_total", "KV bytes read from peers", registry)
+        self.blocks = _per_transport(
+            "headrace_kv_transfer_blocks_total", "KV blocks read from peers and verified", registry
+        )
+        self.descriptors = _per_transport(
+            "headrace_kv_transfer_descriptors_total", "Pieces of memory that reads were made of", registry
+        )
+        self.read_seconds = _per_transport(
+            "headrace_kv_transfer_read_seconds_total", "Time spent in reads from peers", registry
+        )
+        self.checksum_failures = Counter(
+            "headrace_checksum_failures_total", "KV blocks that arrived damaged", registry=registry
+        )
+        self.imports_unsettled = Gauge(
+            "headrace_kv_imports_quarantined",
+            "Ended imports whose blocks are kept back because bytes may still land",
+            registry=registry,
+        )
+        self.leases_open = Gauge("headrace_leases_open", "Exports that a reader may still read", registry=registry)
+        self.leases_expired = Counter(
+            "headrace_leases_expired_total", "Exports that no reader showed interest in", registry=registry
+        )
+        self.leases_released = Counter(
+            "headrace_leases_released_total", "Exports that their reader released", registry=registry
+        )
+
+
+class RouterMetrics:
+    """What clients see. `role` is prefill or decode; `decision` is remote (a prefill node computed the prompt) or local
+    (the decode node did)."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.requests = Counter(
+            "headrace_router_requests_total", "HTTP requests by outcome", ["endpoint", "status"], registry=registry
+        )
+        self.in_flight = Gauge("headrace_router_requests_in_flight", "Requests not answered yet", registry=registry)
+        self.queued_tokens = Gauge(
+            "headrace_router_queued_tokens", "Prompt tokens that wait for their first output token", registry=registry
+        )
+        self.ttft_seconds = Histogram(
+            "headrace_ttft_seconds",
+            "Request read to first token sent to the client",
+            registry=registry,
+            buckets=_TTFT_BUCKETS_S,
+        )
+        self.itl_seconds = Histogram(
+            "headrace_itl_seconds", "Gap between tokens of one stream", registry=registry, buckets=_ITL_BUCKETS_S
+        )
+        self.e2e_seconds = Histogram(
+            "headrace_e2e_seconds", "Request read to last token sent", registry=registry, buckets=_E2E_BUCKETS_S
+        )
+        self.phases = _phases(registry)
+        self.retries = Counter(
+            "headrace_router_retries_total", "Sequences dispatched again, by error code", ["code"], registry=registry
+        )
+        self.prompt_tokens = Counter("headrace_router_prompt_tokens_total", "Tokens of prompts", registry=registry)
+        self.completion_tokens = Counter(
+            "headrace_router_completion_tokens_total", "Tokens sent to clients", registry=registry
+        )
+        self.prompt_length_tokens = Histogram(
+            "headrace_router_prompt_length_tokens", "Tokens of a prompt", registry=registry, buckets=_TOKEN_BUCKETS
+        )
+        self.workers = Gauge("headrace_router_workers", "Nodes that answer, by role", ["role"], registry=registry)
+        self.decisions = Counter(
+            "headrace_router_decisions_total", "Where prompts were computed", ["decision"], registry=registry
+        )
+
+
+class Total:
+    """Feeds a counter from a running total that someone else keeps; a total that stands still or falls adds nothing."""
+
+    def __init__(self, counter: Counter) -> None:
+        self._counter = counter
+        self._reached = 0.0
+
+    def set(self, total: float) -> None:
+        if total > self._reached:
+            self._counter.inc(total - self._reached)
+            self._reached = total
+
+
+def observe_phases(phases: Histogram, ledger: PhaseLedger) -> None:
+    """One finished sequence's ledger, phase by phase."""
+    phases.labels("router").observe(ledger.router_s)
+    phases.labels("queue").observe(ledger.queue_s)
+    phases.labels("prefill").observe(ledger.prefill_s)
+    phases.labels("handoff").observe(ledger.handoff_s)
+    phases.labels("decode").observe(ledger.decode_s)
+    phases.labels("transit").observe(ledger.transit_s)
+
+
+def _phases(registry: CollectorRegistry) -> Histogram:
+    return Histogram(
+        "headrace_phase_seconds",
+        "Where the time of a sequence went: queue, prefill, handoff, decode, router, transit",
+        ["phase"],
+        registry=registry,
+        buckets=_PHASE_BUCKETS_S,
+    )
+
+
+def _per_transport(name: str, documentation: str, registry: CollectorRegistry) -> Counter:
+    return Counter(name, documentation, ["transport"], registry=registry)

@@ -1,0 +1,161 @@
+"""Serving HTTP for a process's life: sockets first, then uvicorn on the caller's event loop, then a drain.
+
+Sockets are bound before anything else starts, so that a taken port fails at once and port 0 has become a number by the
+time anyone needs to know it. What is opened here is closed here: no task, connection or socket outlives `serve_sockets`.
+"""
+
+import asyncio
+import json
+import logging
+import socket
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import uvicorn
+import uvloop
+from starlette.types import ASGIApp
+
+from protocol.errors import ConfigError
+from runtime.life import Phase, ProcessLife
+
+BACKLOG = 2048
+KEEP_ALIVE_S = 75
+"""Longer than any client's of ours, so that the client is the one to close an idle connection."""
+
+CLOSE_TIMEOUT_S = 1
+"""How long connections may take to end once the drain is over."""
+
+log = logging.getLogger(__name__)
+
+
+def run_on_event_loop(main: Coroutine[Any, Any, None]) -> None:
+    """Run a process's main coroutine to its end, on uvloop."""
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(main)
+
+
+def announce(role: str, url: str, **more: str) -> None:
+    """Print the one line on stdout that tells whoever started this process where it listens."""
+    print(json.dumps({"event": "listening", "role": role, "url": url, **more}), flush=True)  # noqa: T201
+
+
+def bind_socket(host: str, port: int) -> socket.socket:
+    """A listening TCP socket, owned by the caller; connections wait in its backlog until it is served. `port` 0 takes a
+    free one. Raises ConfigError for an address that cannot be had."""
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+        bound.listen(BACKLOG)  # here, because two sockets may bind one address as long as neither listens
+    except OSError as error:
+        bound.close()
+        raise ConfigError(f"cannot listen on {host} port {port}: {error.strerror or error}", param="port") from error
+    bound.setblocking(False)
+    return bound
+
+
+def socket_url(bound: socket.socket) -> str:
+    """How this host reaches a bound socket."""
+    host, port = bound.getsockname()[:2]
+    reachable = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(host, host)  # noqa: S104 - recognised, not bound
+    return f"http://[{reachable}]:{port}" if ":" in reachable else f"http://{reachable}:{port}"
+
+
+async def serve_apps(
+    apps: Sequence[tuple[ASGIApp, str, int]],
+    life: ProcessLife,
+    drain: Callable[[], Awaitable[None]],
+    drain_timeout_s: float,
+    on_serving: Callable[[list[str]], None],
+) -> None:
+    """Bind (app, host, port) each and serve them as `serve_sockets` does."""
+    with ExitStack() as stack:
+        served = [(app, stack.enter_context(bind_socket(host, port))) for app, host, port in apps]
+        await serve_sockets(served, life, drain, drain_timeout_s, on_serving)
+
+
+async def serve_sockets(
+    apps: Sequence[tuple[ASGIApp, socket.socket]],
+    life: ProcessLife,
+    drain: Callable[[], Awaitable[None]],
+    drain_timeout_s: float,
+    on_serving: Callable[[list[str]], None],
+) -> None:
+    """Serve until `life` ends; takes over the sockets.
+
+    `on_serving` gets the apps' URLs, in order, once all of them answer. When `life` drains, `drain` is awaited for at
+    most `drain_timeout_s` seconds while the apps go on serving what runs; then connections are closed. `life.stop` cuts
+    that short. Afterwards the life is stopped.
+    """
+    servers = [_Server(app) for app, _ in apps]
+    urls = [socket_url(bound) for _, bound in apps]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for server, url, (_, bound) in zip(servers, urls, apps, strict=True):
+                tasks.create_task(server.serve(sockets=[bound]), name=f"serve:{url}")
+            for server in servers:
+                await server.answering.wait()
+            on_serving(urls)
+            await life.wait(Phase.DRAINING)
+            await _drain(life, drain, drain_timeout_s)
+            for server in servers:
+                server.force_exit = life.phase is Phase.STOPPED
+                server.should_exit = True
+    finally:
+        for _, bound in apps:
+            bound.close()
+        life.stop("served to the end")
+
+
+async def _drain(life: ProcessLife, drain: Callable[[], Awaitable[None]], timeout_s: float) -> None:
+    """Whatever becomes of the drain, the process ends after it; so its failure is told, not raised."""
+    draining = asyncio.ensure_future(drain())
+    stopping = asyncio.ensure_future(life.wait(Phase.STOPPED))
+    try:
+        await asyncio.wait((draining, stopping), timeout=timeout_s, return_when=asyncio.FIRST_COMPLETED)
+        if not draining.done():
+            log.warning("giving up the drain: %s", life.reason if stopping.done() else f"not over in {timeout_s:g} s")
+    finally:
+        draining.cancel()
+        stopping.cancel()
+        outcome, _ = await asyncio.gather(draining, stopping, return_exceptions=True)
+    if isinstance(outcome, Exception):
+        log.error("the drain failed", exc_info=outcome)
+
+
+class _Server(uvicorn.Server):
+    """uvicorn without its own ideas about signals and logs, and with an event for "it answers"."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        config = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            log_config=None,
+            access_log=False,
+            proxy_headers=False,
+            server_header=False,
+            backlog=BACKLOG,
+            timeout_keep_alive=KEEP_ALIVE_S,
+            timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
+        )
+        super().__init__(config)
+        self.answering = asyncio.Event()
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.answering.set()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().shutdown(sockets)
+        unfinished = set(self.server_state.tasks)  # cancelled by uvicorn, which does not wait for them
+        if unfinished:
+            for task in unfinished:
+                task.cancel()
+            await asyncio.wait(unfinished)
