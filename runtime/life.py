@@ -55,7 +55,7 @@ class ProcessLife:
 
     def ready(self) -> bool:
         """Start-up is complete. False, and without effect, if the process was told to end meanwhile."""
-        return self._advance(Phase.READY, "ready")
+        return self._advance(Phase.READY, "start-up is complete")
 
     def drain(self, reason: str) -> bool:
         """Admit nothing new and finish what runs. False if that, or more, was already asked for."""

@@ -36,7 +36,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The paged KV cache. `num_blocks` wins over `memory` (a size such as "512MiB" or "2GiB")."""
 
     block_size: Literal[8, 16, 32, 64, 128] = 16
-    memory: str = "1GiB"
+    memory: str = "512MiB"
     num_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
     prefix_cache: bool = True
 

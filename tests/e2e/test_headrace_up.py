@@ -121,7 +121,7 @@ def test_a_child_that_dies_is_reported_and_replaced(up: Up, client: openai.OpenA
     answer = client.completions.create(model="smollm2-135m-instruct", prompt="Water runs", max_tokens=4, temperature=0)
     assert answer.choices[0].text
     deadline = time.monotonic() + START_TIMEOUT_S
-    while len(re.findall(r"prefill-0\S* .*ready", up.output.read_text())) < 2:
+    while len(re.findall(r"^prefill-0 ready", up.output.read_text(), re.MULTILINE)) < 2:
         assert time.monotonic() < deadline, up.output.read_text()
         time.sleep(0.2)
     assert "prefill-0" in up.output.read_text()

@@ -48,9 +48,19 @@ CONFIGS: dict[str, PretrainedConfig] = {
 
 def make_model(family: str, folder: Path, seed: int = 0) -> Path:
     """Write the family's tiny model into `folder / family` and return that folder."""
-    target = folder / family
+    return write_model(CONFIGS[family], folder / family, seed)
+
+
+def write_model(config: PretrainedConfig, target: Path, seed: int = 0) -> Path:
+    """Write a model of this configuration, random in all its parameters, into `target` and return it."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[family], dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # zeros, as transformers makes them, would hide that nobody adds them
+                parameter.normal_(0.0, 0.5)
+            elif name.endswith("norm.weight"):
+                parameter.uniform_(0.5, 1.5)
     model.save_pretrained(target)
     _make_tokenizer().save(str(target / "tokenizer.json"))
     (target / "tokenizer_config.json").write_text(

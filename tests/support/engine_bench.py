@@ -1,0 +1,214 @@
+"""An engine core on a bench: stepped by hand, on a manual clock, over simulated KV memory, with every step checked.
+
+The simulated runner reads the context back from KV memory, so a token that equals `continuation` proves that the blocks
+held the right context.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from engine.config import EngineConfig
+from engine.core import EngineCore
+from engine.events import BlocksComputed, EngineEvent, Failed, Finished, PrefillFinished, Reserved, TokensSampled
+from engine.kv_event_log import KVEventLog
+from engine.request import EngineRequest, Mode
+from engine.runner import ScheduledChunk, StepPlan, StepResult
+from engine.simulated_runner import SimulatedCost, SimulatedRunner, next_token
+from protocol.errors import HeadraceError
+from protocol.ids import Incarnation, RequestId
+from protocol.kv_layout import KVLayout
+from protocol.sampling import SamplingParams
+from protocol.tokens import SampledToken
+from runtime.clock import ManualClock
+
+BLOCK_SIZE = 4
+VOCAB_SIZE = 997
+LAYOUT = KVLayout(
+    model="simulated",
+    revision="1",
+    dtype="float32",
+    num_layers=1,
+    num_kv_heads=1,
+    head_dim=2,
+    block_size=BLOCK_SIZE,
+    rope="none",
+)
+
+
+def continuation(context: Sequence[int], count: int) -> list[int]:
+    """The tokens that follow, worked out without an engine."""
+    tokens = list(context)
+    for _ in range(count):
+        tokens.append(next_token(tokens, VOCAB_SIZE))
+    return tokens[len(context) :]
+
+
+def request(
+    request_id: str,
+    prompt: Sequence[int],
+    mode: Mode = Mode.GENERATE,
+    *,
+    max_tokens: int = 4,
+    emitted: Sequence[int] = (),
+    deadline_s: float = 3600.0,
+    cache_salt: str | None = None,
+    stop_token_ids: tuple[int, ...] = (),
+    min_tokens: int = 0,
+) -> EngineRequest:
+    sampling = SamplingParams(
+        max_tokens=max_tokens, seed=0, temperature=0.0, stop_token_ids=stop_token_ids, min_tokens=min_tokens
+    )
+    return EngineRequest(
+        request_id=RequestId(request_id),
+        prompt_token_ids=tuple(prompt),
+        sampling=sampling,
+        mode=mode,
+        emitted_token_ids=tuple(emitted),
+        cache_salt=cache_salt,
+        deadline_s=deadline_s,
+    )
+
+
+class CheckedRunner(SimulatedRunner):
+    """Keeps every plan. `fault` may answer for the runner: raise, or return a result."""
+
+    def __init__(self, clock: ManualClock, num_blocks: int, config: EngineConfig, max_model_len: int) -> None:
+        self.memory = memoryview(bytearray(num_blocks * LAYOUT.block_bytes))
+        super().__init__(
+            LAYOUT,
+            num_blocks,
+            vocab_size=VOCAB_SIZE,
+            max_model_len=max_model_len,
+            cost=SimulatedCost(step_s=1.0),
+            sleep=clock.advance,
+            memory=self.memory,
+        )
+        self._config = config
+        self.plans: list[tuple[ScheduledChunk, ...]] = []
+        self.forgotten: list[RequestId] = []
+        self.fault: Callable[[StepPlan], StepResult | None] | None = None
+
+    def run(self, plan: StepPlan) -> StepResult:
+        assert 1 <= plan.num_tokens <= self._config.max_num_batched_tokens
+        assert len(plan.chunks) <= self._config.max_num_seqs
+        for chunk in plan.chunks:
+            assert len(chunk.token_ids) <= (self._config.max_prefill_chunk or plan.num_tokens)
+            assert len(chunk.block_ids) == LAYOUT.num_blocks_for(chunk.start + len(chunk.token_ids))
+        self.plans.append(plan.chunks)
+        faulty = self.fault(plan) if self.fault is not None else None
+        return faulty if faulty is not None else super().run(plan)
+
+    def forget(self, request_id: RequestId) -> None:
+        self.forgotten.append(request_id)
+        super().forget(request_id)
+
+    def import_block(self, source: memoryview, source_id: int, block_id: int) -> None:
+        size = LAYOUT.block_bytes
+        self.memory[block_id * size : (block_id + 1) * size] = source[source_id * size : (source_id + 1) * size]
+
+
+@dataclass
+class Heard:
+    """What the engine has reported of one request."""
+
+    tokens: list[int] = field(default_factory=list)
+    reserved: Reserved | None = None
+    block_ids: list[int] = field(default_factory=list)
+    prefill: PrefillFinished | None = None
+    finished: Finished | None = None
+    error: HeadraceError | None = None
+
+    @property
+    def over(self) -> bool:
+        return self.prefill is not None or self.finished is not None or self.error is not None
+
+
+class Bench:
+    def __init__(self, num_blocks: int = 64, *, max_model_len: int = 10_000, **settings: object) -> None:
+        self.config = EngineConfig(**({"watermark": 0.0} | settings))  # type: ignore[arg-type]
+        self.clock = ManualClock(100.0)
+        self.runner = CheckedRunner(self.clock, num_blocks, self.config, max_model_len)
+        self.kv_events = KVEventLog(Incarnation("bench"))
+        self.core = EngineCore(self.runner, self.config, self.clock, self.kv_events)
+        self.heard: dict[str, Heard] = {}
+        self.requests: dict[str, EngineRequest] = {}
+
+    def submit(self, request: EngineRequest) -> None:
+        self.requests[request.request_id] = request
+        self.heard[request.request_id] = Heard()
+        self.core.submit(request, self.clock.now())
+
+    def cancel(self, *request_ids: str) -> None:
+        self.core.cancel([RequestId(request_id) for request_id in request_ids])
+        self.listen()
+
+    def release(self, request_id: str) -> None:
+        self.core.release(RequestId(request_id))
+        self.listen()
+
+    def activate(self, request_id: str, first_token: int, computed_at: float | None = None) -> None:
+        self.core.activate(RequestId(request_id), SampledToken(first_token), computed_at)
+        self.listen()
+
+    def abandon(self, request_id: str, num_valid_tokens: int, error: HeadraceError) -> None:
+        self.core.abandon_import(RequestId(request_id), num_valid_tokens, error)
+        self.listen()
+
+    def step(self) -> bool:
+        """One turn of the engine. False if there was nothing to run."""
+        schedule = self.core.schedule()
+        self.listen()
+        if schedule is not None:
+            self.core.run(schedule)
+            self.listen()
+        assert schedule is not None or self.core.load().running == 0, "something runs, but nothing was scheduled"
+        return schedule is not None
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Step until nothing can run."""
+        for _ in range(max_steps):
+            if not self.step():
+                return
+        raise AssertionError(f"still running after {max_steps} steps")
+
+    def generate(self, request: EngineRequest) -> Heard:
+        self.submit(request)
+        self.run()
+        return self.heard[request.request_id]
+
+    @property
+    def busy_blocks(self) -> int:
+        load = self.core.load()
+        return load.total_blocks - load.free_blocks
+
+    def listen(self) -> None:
+        for event in self.core.take_events():
+            self._hear(event)
+
+    def _hear(self, event: EngineEvent) -> None:
+        """Check what every request is promised, whatever happens to it."""
+        heard, request = self.heard[event.request_id], self.requests[event.request_id]
+        assert not heard.over, f"{event} after the end"
+        match event:
+            case BlocksComputed():
+                assert request.mode is Mode.PREFILL_ONLY
+                assert event.first_block == len(heard.block_ids)
+                heard.block_ids += event.block_ids
+            case PrefillFinished():
+                assert request.mode is Mode.PREFILL_ONLY
+                assert len(heard.block_ids) == LAYOUT.num_blocks_for(request.num_context_tokens)
+                heard.tokens.append(event.first_token.token_id)
+                heard.prefill = event
+            case Reserved():
+                assert request.mode is Mode.IMPORT
+                assert heard.reserved is None
+                assert len(event.block_ids) == LAYOUT.num_blocks_for(request.num_context_tokens)
+                heard.reserved = event
+            case TokensSampled():
+                assert request.mode is not Mode.PREFILL_ONLY
+                assert event.index == len(request.emitted_token_ids) + len(heard.tokens)
+                heard.tokens += [token.token_id for token in event.tokens]
+            case Finished():
+                heard.finished = event
+            case Failed():
+                heard.error = event.error

@@ -1,0 +1,148 @@
+"""BlockPool: conservation under any sequence of operations, and the order in which free blocks are used again."""
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.block_pool import BlockPool
+
+
+def test_a_fresh_pool_hands_out_neighbours() -> None:
+    pool = BlockPool(8, on_reuse=lambda _: None)
+    assert pool.allocate(3) == [0, 1, 2]
+    assert pool.allocate(2) == [3, 4]
+    assert pool.num_free == 3
+
+
+def test_blocks_released_together_come_back_together() -> None:
+    pool = BlockPool(8, on_reuse=lambda _: None)
+    first, second = pool.allocate(4), pool.allocate(4)
+    pool.release(first)
+    pool.release(second)
+    assert pool.allocate(4) == second
+    assert pool.allocate(4) == first
+
+
+def test_worthless_blocks_first_then_cached_ones_tail_first_oldest_first() -> None:
+    reused: list[int] = []
+    pool = BlockPool(8, on_reuse=reused.append)
+    older, newer = pool.allocate(3), pool.allocate(3)
+    for block_id in older + newer:
+        pool.mark_cached(block_id)
+    pool.release(older)
+    pool.release(newer)
+    pool.share(older[:1])
+    pool.release(older[:1])  # used again: now the most recent of all
+    assert pool.allocate(2) == [6, 7]
+    assert reused == []
+    for _ in range(6):
+        pool.allocate(1)
+    assert reused == [2, 1, 5, 4, 3, 0]
+    assert pool.num_cached == 0
+
+
+def test_a_free_cached_block_can_be_taken_back() -> None:
+    reused: list[int] = []
+    pool = BlockPool(3, on_reuse=reused.append)
+    taken = pool.allocate(2)
+    pool.mark_cached(taken[0])
+    pool.release(taken)
+    pool.share(taken[:1])
+    assert (pool.num_free, pool.num_held) == (2, 1)
+    pool.allocate(2)
+    assert reused == []
+
+
+def test_uncached_while_free_means_used_next() -> None:
+    pool = BlockPool(3, on_reuse=lambda _: None)
+    taken = pool.allocate(3)
+    for block_id in taken:
+        pool.mark_cached(block_id)
+    pool.release(taken)
+    pool.mark_uncached(1)
+    assert pool.allocate(1) == [1]
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """A model with plain dicts and a list in LRU order beside the real thing."""
+
+    @initialize(num_blocks=st.integers(1, 12))
+    def start(self, num_blocks: int) -> None:
+        self.pool = BlockPool(num_blocks, on_reuse=self.on_reuse)
+        self.tables: list[list[int]] = []
+        self.cached: set[int] = set()
+        self.free_cached: list[int] = []
+        self.reused: list[int] = []
+
+    def on_reuse(self, block_id: int) -> None:
+        self.reused.append(block_id)
+
+    def references(self, block_id: int) -> int:
+        return sum(table.count(block_id) for table in self.tables)
+
+    @rule(data=st.data())
+    def allocate(self, data: st.DataObject) -> None:
+        count = data.draw(st.integers(0, self.pool.num_free))
+        num_worthless = self.pool.num_free - len(self.free_cached)
+        self.reused.clear()
+        taken = self.pool.allocate(count)
+        expected = self.free_cached[: max(0, count - num_worthless)]
+        assert self.reused == expected, "least recently used first, and none while there are others"
+        del self.free_cached[: len(expected)]
+        self.cached.difference_update(expected)
+        assert taken == sorted(set(taken))
+        assert all(self.references(block_id) == 0 for block_id in taken)
+        self.tables.append(taken)
+
+    @precondition(lambda self: any(self.tables))
+    @rule(data=st.data())
+    def cache(self, data: st.DataObject) -> None:
+        table = data.draw(st.sampled_from([table for table in self.tables if table]))
+        block_id = data.draw(st.sampled_from(table))
+        self.pool.mark_cached(block_id)
+        self.cached.add(block_id)
+
+    @precondition(lambda self: self.cached)
+    @rule(data=st.data())
+    def share(self, data: st.DataObject) -> None:
+        chosen = data.draw(st.lists(st.sampled_from(sorted(self.cached)), unique=True))
+        self.pool.share(chosen)
+        self.free_cached = [block_id for block_id in self.free_cached if block_id not in chosen]
+        self.tables.append(chosen)
+
+    @precondition(lambda self: self.cached)
+    @rule(data=st.data())
+    def uncache(self, data: st.DataObject) -> None:
+        block_id = data.draw(st.sampled_from(sorted(self.cached)))
+        self.pool.mark_uncached(block_id)
+        self.cached.discard(block_id)
+        self.free_cached = [other for other in self.free_cached if other != block_id]
+
+    @precondition(lambda self: self.tables)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
+        self.pool.release(table)
+        self.free_cached += [b for b in reversed(table) if b in self.cached and self.references(b) == 0]
+
+    @invariant()
+    def conserves(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        held = {block_id for table in self.tables for block_id in table}
+        assert self.pool.num_held == len(held)
+        assert self.pool.num_free + self.pool.num_held == self.pool.num_blocks
+        assert self.pool.num_cached == len(self.cached)
+        for block_id in range(self.pool.num_blocks):
+            assert self.pool.num_references(block_id) == self.references(block_id)
+
+    def teardown(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for table in self.tables:
+            self.pool.release(table)
+        assert self.pool.allocate(self.pool.num_blocks) == list(range(self.pool.num_blocks)), "every block is reachable"
+
+
+TestPoolMachine = PoolMachine.TestCase
+TestPoolMachine.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)

@@ -1,0 +1,186 @@
+"""Whatever happens to requests, in whatever order: right tokens, one end each, the promised budget, and every block back.
+
+The tokens come out of KV memory (see engine.simulated_runner), so a block that is shared wrongly, reused too early or
+indexed before it is computed shows as a wrong token. The bench checks the order of events and the shape of every step.
+"""
+
+from engine_bench import BLOCK_SIZE, VOCAB_SIZE, Bench, continuation, request
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from engine.request import Mode
+from protocol.errors import DeadlineExceeded, Draining, PeerLost
+from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored
+
+NUM_BLOCKS = 12
+MAX_TOKENS = NUM_BLOCKS * BLOCK_SIZE
+
+
+class EngineMachine(RuleBasedStateMachine):
+    @initialize(
+        max_num_batched_tokens=st.integers(1, 24),
+        max_num_seqs=st.integers(1, 6),
+        max_prefill_chunk=st.none() | st.integers(1, 9),
+        enable_prefix_cache=st.booleans(),
+        watermark=st.sampled_from([0.0, 0.1, 0.5]),
+    )
+    def start(self, **config: object) -> None:
+        self.bench = Bench(NUM_BLOCKS, **config)
+        self.noticed: set[str] = set()
+        self.landing: set[str] = set()
+        self.count = 0
+        self.index: set[bytes] = set()
+
+    @rule(
+        mode=st.sampled_from(Mode),
+        family=st.integers(0, 2),
+        length=st.integers(1, MAX_TOKENS - 4),
+        num_emitted=st.integers(0, 3),
+        max_tokens=st.integers(4, 30),
+        deadline_s=st.sampled_from([5.0, 1e6, 1e6, 1e6]),
+    )
+    def submit(
+        self, mode: Mode, family: int, length: int, num_emitted: int, max_tokens: int, deadline_s: float
+    ) -> None:
+        """Prompts of one family share their beginning."""
+        prompt = [(family * 100 + position) % VOCAB_SIZE for position in range(length)]
+        self.count += 1
+        self.bench.submit(
+            request(
+                f"r{self.count}",
+                prompt,
+                mode,
+                emitted=continuation(prompt, num_emitted),
+                max_tokens=max_tokens,
+                deadline_s=deadline_s,
+            )
+        )
+
+    @rule(steps=st.integers(1, 6))
+    def step(self, steps: int) -> None:
+        for _ in range(steps):
+            self.bench.step()
+        self.notice_reservations()
+
+    @precondition(lambda self: self.count)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        self.bench.cancel(data.draw(st.sampled_from(sorted(self.bench.heard))))
+
+    @precondition(lambda self: self.count)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.bench.heard)))
+        if self.bench.requests[name].mode is Mode.PREFILL_ONLY:
+            self.bench.release(name)
+
+    @precondition(lambda self: self.landing)
+    @rule(data=st.data())
+    def activate(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.landing)))
+        self.land(name, num_blocks=None)
+        self.landing.discard(name)
+        self.bench.activate(name, continuation(self.context(name), 1)[0], self.bench.clock.now())
+
+    @precondition(lambda self: self.landing)
+    @rule(data=st.data())
+    def abandon(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.landing)))
+        num_valid_tokens = data.draw(st.integers(0, len(self.context(name))))
+        self.land(name, num_blocks=-(-num_valid_tokens // BLOCK_SIZE))
+        self.landing.discard(name)
+        self.bench.abandon(name, num_valid_tokens, PeerLost("gone"))
+
+    @rule()
+    def clear_prefix_cache(self) -> None:
+        self.bench.core.clear_prefix_cache()
+
+    @rule()
+    def time_passes(self) -> None:
+        self.bench.clock.advance(3.0)
+
+    @invariant()
+    def every_token_is_right(self) -> None:
+        if not hasattr(self, "bench"):
+            return
+        for name, heard in self.bench.heard.items():
+            if heard.tokens and (heard.over or len(heard.tokens) < 4):
+                assert heard.tokens == continuation(self.context(name), len(heard.tokens))
+            if heard.finished is not None:
+                limit = min(
+                    self.bench.requests[name].sampling.max_tokens - len(self.bench.requests[name].emitted_token_ids),
+                    MAX_TOKENS - len(self.context(name)),
+                )
+                assert len(heard.tokens) == limit
+
+    @invariant()
+    def the_events_tell_what_is_cached(self) -> None:
+        """A follower never ends up with more addresses than there are blocks."""
+        batch = self.bench.kv_events.take() if hasattr(self, "bench") else None
+        for event in batch.events if batch else ():
+            match event:
+                case AllBlocksCleared():
+                    self.index.clear()
+                case BlocksStored():
+                    assert not self.index & set(event.block_hashes)
+                    self.index |= set(event.block_hashes)
+                case BlocksRemoved():
+                    assert self.index >= set(event.block_hashes)
+                    self.index -= set(event.block_hashes)
+            assert len(self.index) <= NUM_BLOCKS
+
+    def teardown(self) -> None:
+        """Let everything come to an end on its own, one way or the other, and see that nothing is left behind."""
+        if not hasattr(self, "bench"):
+            return
+        for turn in range(200):
+            self.bench.run()
+            self.notice_reservations()
+            for name in sorted(self.landing):
+                self.land(name, num_blocks=None)
+                self.bench.activate(name, continuation(self.context(name), 1)[0])
+            self.landing.clear()
+            for name, heard in self.bench.heard.items():
+                if heard.prefill is not None:
+                    self.bench.release(name)
+            if all(heard.over for heard in self.bench.heard.values()):
+                break
+            if turn == 100:
+                self.bench.core.close(Draining("stopping"))
+                self.bench.listen()
+        for heard in self.bench.heard.values():
+            assert heard.over
+            assert not isinstance(heard.error, Draining), "it could have come to its end"
+            assert isinstance(heard.error, DeadlineExceeded) or heard.error is None or heard.error.status in (499, 503)
+        load = self.bench.core.load()
+        assert (load.free_blocks, load.running, load.waiting, load.waiting_tokens) == (NUM_BLOCKS, 0, 0, 0)
+        assert (load.num_held, load.num_importing) == (0, 0)
+        assert sorted(self.bench.runner.forgotten) == sorted(self.bench.heard)
+        assert sorted(self.bench.core.take_departed()) == sorted(self.bench.heard)
+
+    def context(self, name: str) -> list[int]:
+        request = self.bench.requests[name]
+        return [*request.prompt_token_ids, *request.emitted_token_ids]
+
+    def notice_reservations(self) -> None:
+        for name, heard in self.bench.heard.items():
+            if heard.reserved is not None and name not in self.noticed:
+                self.noticed.add(name)
+                self.landing.add(name)
+
+    def land(self, name: str, num_blocks: int | None) -> None:
+        """Fill the blocks of an import as another node would have: those it lacks, and no other."""
+        reserved = self.bench.heard[name].reserved
+        assert reserved is not None
+        context = self.context(name)
+        other = Bench(NUM_BLOCKS, enable_prefix_cache=False)
+        other.submit(request("source", context, Mode.PREFILL_ONLY))
+        other.run()
+        source = other.heard["source"].block_ids
+        for index in range(reserved.num_cached_blocks, len(source) if num_blocks is None else num_blocks):
+            self.bench.runner.import_block(other.runner.memory, source[index], reserved.block_ids[index])
+
+
+TestEngineMachine = EngineMachine.TestCase
+TestEngineMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
