@@ -61,6 +61,11 @@ class Process:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait(10)
+        self.close()
+
+    def close(self) -> None:
+        if self.process.stdout is not None:
+            self.process.stdout.close()
 
     def metric(self, name: str, **labels: str) -> float:
         """The current value of one metric, summed over the series that carry `labels`."""
@@ -209,8 +214,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             except subprocess.TimeoutExpired:
                 process.kill()
         for process in self.processes.values():
-            if process.process.stdout is not None:
-                process.process.stdout.close()
+            process.close()
 
 
 def _held(node: Process) -> dict[str, float]:

@@ -181,6 +181,17 @@ class Bench:
         load = self.core.load()
         return load.total_blocks - load.free_blocks
 
+    def check_exported(self, request_id: str) -> None:
+        """The announced blocks of a PREFILL_ONLY request hold what the simulated runner says they hold."""
+        request = self.requests[request_id]
+        context = [*request.prompt_token_ids, *request.emitted_token_ids]
+        for index, block_id in enumerate(self.heard[request_id].block_ids):
+            start, end = index * BLOCK_SIZE, min(len(context), (index + 1) * BLOCK_SIZE)
+            expected = sum((position + 1) * (context[position] + 1) for position in range(start, end))
+            slot = block_id * LAYOUT.block_bytes + (end - start - 1) * LAYOUT.token_bytes
+            found = int.from_bytes(self.runner.memory[slot : slot + 8], "little")
+            assert found == expected, f"block {index} of {request_id} was exported and then changed"
+
     def listen(self) -> None:
         for event in self.core.take_events():
             self._hear(event)
@@ -194,6 +205,7 @@ class Bench:
                 assert request.mode is Mode.PREFILL_ONLY
                 assert event.first_block == len(heard.block_ids)
                 heard.block_ids += event.block_ids
+                self.check_exported(event.request_id)
             case PrefillFinished():
                 assert request.mode is Mode.PREFILL_ONLY
                 assert len(heard.block_ids) == LAYOUT.num_blocks_for(request.num_context_tokens)

@@ -52,7 +52,8 @@ DECODE_PHASES = DecodePhases(handoff_s=0.0003, decode_s=0.0004)
 
 
 class FakeNode:
-    """`requests` and `cancelled` are what it was asked for, `sent` its tokens. `refusal` is raised on dispatch, `failure` sent at `hold_at`."""
+    """`requests` and `cancelled` are what it was asked for, `sent` its tokens. `refusal` is raised on dispatch, `failure` sent at `hold_at`,
+    nothing at all once `frozen`."""
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class FakeNode:
         self.hold_at: int | None = None
         self.refusal: HeadraceError | None = None
         self.failure: HeadraceError | None = None
+        self.frozen = False
         self.stored: tuple[bytes, ...] = ()
         self.outbox = TokenOutbox(self._on_lost)
         self._held = asyncio.Event()
@@ -151,7 +153,13 @@ class FakeNode:
         return None
 
     async def _open(self, message: OpenTokenStream) -> AsyncIterator[bytes]:
-        return self.outbox.open(RouterId(message.router_id))
+        return self._frames(self.outbox.open(RouterId(message.router_id)))
+
+    async def _frames(self, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        async for frame in frames:
+            if self.frozen:
+                await asyncio.Event().wait()
+            yield frame
 
     async def _cancel(self, message: CancelRequest) -> None:
         for request_id in message.request_ids:
@@ -224,9 +232,7 @@ class FakeNode:
             index += 1
             await asyncio.sleep(0)
         prefill = PREFILL_PHASES if request.ticket is None else None
-        self.outbox.post(
-            [SequenceFinished(request.request_id, reason, 0, DECODE_PHASES, prefill, stop_token_id)]
-        )
+        self.outbox.post([SequenceFinished(request.request_id, reason, 0, DECODE_PHASES, prefill, stop_token_id)])
 
     async def _reach(self, index: int, request_id: str) -> bool:
         if index == self.hold_at:

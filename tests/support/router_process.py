@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from router.config import RouterConfig
 from router.main import serve
 from router.prompts import TextModel
-
 from runtime.life import ProcessLife
 
 

@@ -2,10 +2,11 @@
 
 from functools import cache
 
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
 from router.chat_template import ChatTemplate
 from router.prompts import TextModel
 from router.tokenizer import TextTokenizer
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 EOS, START = 0, 1
 SPECIAL_TOKENS = ["<|end|>", "<|start|>"]

@@ -6,7 +6,15 @@ from engine_bench import BLOCK_SIZE, VOCAB_SIZE, Bench, Heard, continuation, req
 from engine.admission import check_request
 from engine.request import Mode
 from engine.runner import StepPlan, StepResult
-from protocol.errors import Cancelled, DeadlineExceeded, Draining, InternalError, InvalidParameter, PeerLost, PromptTooLong
+from protocol.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    Draining,
+    InternalError,
+    InvalidParameter,
+    PeerLost,
+    PromptTooLong,
+)
 from protocol.tokens import SampledToken
 
 PROMPT = list(range(3, 17))  # 14 tokens: three full blocks and a half

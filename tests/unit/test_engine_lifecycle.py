@@ -29,25 +29,26 @@ class EngineMachine(RuleBasedStateMachine):
         self.bench = Bench(NUM_BLOCKS, **config)
         self.noticed: set[str] = set()
         self.landing: set[str] = set()
+        self.given_back: set[str] = set()
         self.count = 0
         self.index: set[bytes] = set()
 
     @rule(
-        mode=st.sampled_from(Mode),
-        family=st.integers(0, 2),
-        length=st.integers(1, MAX_TOKENS - 4),
+        modes=st.lists(st.sampled_from(Mode), min_size=1, max_size=4),
+        family=st.integers(0, 1),
+        length=st.integers(1, 20) | st.integers(1, MAX_TOKENS - 4),
         num_emitted=st.integers(0, 3),
         max_tokens=st.integers(4, 30),
         deadline_s=st.sampled_from([5.0, 1e6, 1e6, 1e6]),
     )
     def submit(
-        self, mode: Mode, family: int, length: int, num_emitted: int, max_tokens: int, deadline_s: float
+        self, modes: list[Mode], family: int, length: int, num_emitted: int, max_tokens: int, deadline_s: float
     ) -> None:
         """Prompts of one family share their beginning."""
-        prompt = [(family * 100 + position) % VOCAB_SIZE for position in range(length)]
-        self.count += 1
-        self.bench.submit(
-            request(
+        for mode in modes:
+            self.count += 1
+            prompt = [(family * 100 + position) % VOCAB_SIZE for position in range(length)]
+            candidate = request(
                 f"r{self.count}",
                 prompt,
                 mode,
@@ -55,7 +56,8 @@ class EngineMachine(RuleBasedStateMachine):
                 max_tokens=max_tokens,
                 deadline_s=deadline_s,
             )
-        )
+            self.bench.submit(candidate)
+            length = min(length + 3, MAX_TOKENS - 4)
 
     @rule(steps=st.integers(1, 6))
     def step(self, steps: int) -> None:
@@ -66,12 +68,15 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.count)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        self.bench.cancel(data.draw(st.sampled_from(sorted(self.bench.heard))))
+        name = data.draw(st.sampled_from(sorted(self.bench.heard)))
+        self.given_back.add(name)
+        self.bench.cancel(name)
 
     @precondition(lambda self: self.count)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.bench.heard)))
+        self.given_back.add(name)
         if self.bench.requests[name].mode is Mode.PREFILL_ONLY:
             self.bench.release(name)
 
@@ -92,13 +97,11 @@ class EngineMachine(RuleBasedStateMachine):
         self.landing.discard(name)
         self.bench.abandon(name, num_valid_tokens, PeerLost("gone"))
 
-    @rule()
-    def clear_prefix_cache(self) -> None:
-        self.bench.core.clear_prefix_cache()
-
-    @rule()
-    def time_passes(self) -> None:
+    @rule(clear=st.booleans())
+    def time_passes(self, clear: bool) -> None:
         self.bench.clock.advance(3.0)
+        if clear:
+            self.bench.core.clear_prefix_cache()
 
     @invariant()
     def every_token_is_right(self) -> None:
@@ -113,6 +116,12 @@ class EngineMachine(RuleBasedStateMachine):
                     MAX_TOKENS - len(self.context(name)),
                 )
                 assert len(heard.tokens) == limit
+
+    @invariant()
+    def what_is_exported_stays_as_it_is(self) -> None:
+        for name, heard in self.bench.heard.items() if hasattr(self, "bench") else ():
+            if heard.error is None and name not in self.given_back:
+                self.bench.check_exported(name)
 
     @invariant()
     def the_events_tell_what_is_cached(self) -> None:
@@ -183,4 +192,4 @@ class EngineMachine(RuleBasedStateMachine):
 
 
 TestEngineMachine = EngineMachine.TestCase
-TestEngineMachine.settings = settings(max_examples=80, stateful_step_count=40, deadline=None)
+TestEngineMachine.settings = settings(max_examples=100, stateful_step_count=50, deadline=None)

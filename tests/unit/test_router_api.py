@@ -11,6 +11,11 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client import CollectorRegistry
+from text_model import EOS, make_text_model, make_tokenizer
+
+from protocol.errors import Draining, InternalError, InvalidParameter, Overloaded, RequestError
+from protocol.ids import new_router_id
+from protocol.phases import DecodePhases, PrefillPhases
 from router.admission import Admission
 from router.api_choices import make_choices, text_options
 from router.api_errors import error_body
@@ -21,11 +26,6 @@ from router.config import RouterConfig
 from router.ledger import Ledger
 from router.prompts import Limits, PromptText, TextModel
 from router.services import make_services
-from text_model import EOS, make_text_model, make_tokenizer
-
-from protocol.errors import Draining, InternalError, InvalidParameter, Overloaded, RequestError
-from protocol.ids import new_router_id
-from protocol.phases import DecodePhases, PrefillPhases
 from runtime.clock import ManualClock, MonotonicClock
 from runtime.life import ProcessLife
 from runtime.rpc_client import RpcClient
@@ -54,7 +54,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"prompt": ["a", 1]}, "prompt", "invalid_parameter"),
     ({"prompt": [[1], "a"]}, "prompt", "invalid_parameter"),
     ({"prompt": [400]}, "prompt", "invalid_parameter"),
-    ({"prompt": [-1]}, "prompt[]", "invalid_parameter"),
+    ({"prompt": [-1]}, "prompt[0]", "invalid_parameter"),
     ({"prompt": 7}, "prompt", "invalid_parameter"),
     ({"prompt": {"text": "a"}}, "prompt", "invalid_parameter"),
     ({"prompt": None}, "prompt", "invalid_parameter"),
@@ -86,7 +86,7 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"stop": ""}, "stop", "invalid_parameter"),
     ({"stop": [""]}, "stop", "invalid_parameter"),
     ({"stop": "x" * 2000}, "stop", "invalid_parameter"),
-    ({"stop": [1]}, "stop[]", "invalid_parameter"),
+    ({"stop": [1]}, "stop[0]", "invalid_parameter"),
     ({"stop_token_ids": [400]}, "stop_token_ids", "invalid_parameter"),
     ({"stop_token_ids": [-1]}, "stop_token_ids", "invalid_parameter"),
     ({"stop_token_ids": list(range(257))}, "stop_token_ids", "invalid_parameter"),
@@ -119,18 +119,22 @@ USER = {"role": "user", "content": "hi"}
 BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": []}, "messages", "invalid_parameter"),
     ({"messages": "hi"}, "messages", "invalid_parameter"),
-    ({"messages": [7]}, "messages[]", "invalid_parameter"),
+    ({"messages": [7]}, "messages[0]", "invalid_parameter"),
     ({"messages": None}, "messages", "invalid_parameter"),
-    ({"messages": [{"content": "hi"}]}, "messages[].role", "invalid_parameter"),
+    ({"messages": [{"content": "hi"}]}, "messages[0].role", "invalid_parameter"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_parameter"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_parameter"),
-    ({"messages": [{"role": "user", "content": 5}]}, "messages[].content", "invalid_parameter"),
+    ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_parameter"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages[0].content[0]",
         "unsupported_parameter",
     ),
-    ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages[0].content[0].text", "invalid_parameter"),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "text"}]}]},
+        "messages[0].content[0].text",
+        "invalid_parameter",
+    ),
     (
         {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
         "messages[0].tool_calls",
@@ -153,7 +157,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"continue_final_message": True}, "continue_final_message", "unsupported_parameter"),
     ({"chat_template": "{{ 7 }}"}, "chat_template", "unsupported_parameter"),
     ({"chat_template_kwargs": {"messages": "x"}}, "chat_template_kwargs", "invalid_parameter"),
-    ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs[]", "invalid_parameter"),
+    ({"chat_template_kwargs": {"x": [1]}}, "chat_template_kwargs", "invalid_parameter"),
     ({"chat_template_kwargs": {str(i): 1 for i in range(33)}}, "chat_template_kwargs", "invalid_parameter"),
 ]
 
@@ -202,17 +206,25 @@ async def test_what_is_no_json_object(body: bytes) -> None:
 async def test_refusals_of_the_edge() -> None:
     async with client_of(max_body_bytes=1000) as client:
         chat = {"messages": [USER]}
-        check_error(await client.post("/v1/chat/completions", json=chat | {"model": "x" * 400}), 404, "model", "model_not_found")
+        check_error(
+            await client.post("/v1/chat/completions", json=chat | {"model": "x" * 400}), 404, "model", "model_not_found"
+        )
         check_error(await client.get("/v1/models/other"), 404, "model", "model_not_found")
-        check_error(await client.post("/v1/completions", content=b"x" * 1001, headers=JSON), 413, None, "payload_too_large")
+        check_error(
+            await client.post("/v1/completions", content=b"x" * 1001, headers=JSON), 413, None, "payload_too_large"
+        )
 
         async def chunks() -> AsyncIterator[bytes]:
             for _ in range(3):
                 yield b"x" * 500
 
-        check_error(await client.post("/v1/completions", content=chunks(), headers=JSON), 413, None, "payload_too_large")
+        check_error(
+            await client.post("/v1/completions", content=chunks(), headers=JSON), 413, None, "payload_too_large"
+        )
         wrong_type = {"content-type": "text/plain"}
-        check_error(await client.post("/v1/completions", content=b"{}", headers=wrong_type), 415, None, "unsupported_media_type")
+        check_error(
+            await client.post("/v1/completions", content=b"{}", headers=wrong_type), 415, None, "unsupported_media_type"
+        )
         check_error(await client.post("/v1/completions", content=b"{}"), 415, None, "unsupported_media_type")
         check_error(await client.get("/v1/completions"), 405, None, "method_not_allowed")
         check_error(await client.get("/v1/nothing"), 404, None, "not_found")
@@ -253,7 +265,6 @@ async def test_the_key_guards_everything_but_the_probes() -> None:
         for method, path in [
             ("GET", "/v1/models"),
             ("POST", "/v1/completions"),
-            ("GET", "/v1/../health"),
             ("GET", "//health"),
             ("GET", "/nothing"),
         ]:

@@ -5,11 +5,6 @@ from random import Random
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from router.in_flight import InFlight
-from router.merge import TokenMerge
-from router.policy import ClusterView, DecodeCandidate, PrefillCandidate, Prompt, RouteDecision, decide
-from router.prefix_index import EXPECTED_TTL_S, PrefixIndex
-from router.workers import WorkerRegistry
 
 from protocol.block_hash import hash_blocks, root_hash
 from protocol.errors import LayoutMismatch, ModelNotFound, NoWorker, ProtocolError, TransferError, WireVersionMismatch
@@ -19,6 +14,11 @@ from protocol.kv_layout import KVLayout
 from protocol.tokens import SampledToken, TokenChunk
 from protocol.wire import WIRE_VERSION
 from protocol.workers import Heartbeat, Role, WorkerInfo, WorkerLoad
+from router.in_flight import InFlight
+from router.merge import TokenMerge
+from router.policy import ClusterView, DecodeCandidate, PrefillCandidate, Prompt, RouteDecision, decide
+from router.prefix_index import EXPECTED_TTL_S, PrefixIndex
+from router.workers import WorkerRegistry
 from runtime.clock import ManualClock
 
 HASHES = hash_blocks(range(64), 16, root_hash("layout"))
@@ -201,7 +201,9 @@ class TestPrefixIndex:
         assert self.index.match(HASHES) == {B: 1}
         assert len(self.index) == 1
 
-    @given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.sets(st.integers(0, 3), max_size=4)), max_size=20))
+    @given(
+        st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.sets(st.integers(0, 3), max_size=4)), max_size=20)
+    )
     def test_equals_a_plain_model(self, steps: list[tuple[str, bool, set[int]]]) -> None:
         self.setup_method()
         held: dict[str, set[int]] = {"a": set(), "b": set()}

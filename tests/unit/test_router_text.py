@@ -3,14 +3,14 @@
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from router.chat_template import ChatTemplate
-from router.detokenizer import REPLACEMENT, ByteLevelDetokenizer, WindowDetokenizer, make_detokenizer
-from router.stop_strings import StopStringFinder
-from router.tokenizer import TextTokenizer
 from text_model import EOS, make_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers
 
 from protocol.errors import ConfigError, InvalidParameter, RequestError
+from router.chat_template import ChatTemplate
+from router.detokenizer import REPLACEMENT, ByteLevelDetokenizer, WindowDetokenizer, make_detokenizer
+from router.stop_strings import StopStringFinder
+from router.tokenizer import TextTokenizer
 
 TEXT = "é水👩‍👩‍👧‍👦 नमस्ते e\u0301 — plain words\n\t end 🎉"
 

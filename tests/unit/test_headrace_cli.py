@@ -1,0 +1,64 @@
+"""The command line as a user meets it: help, exit codes, one clear line for what is wrong."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from headrace.cli import main
+
+
+def test_every_command_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ([], ["up"], ["serve"], ["model"]):
+        with pytest.raises(SystemExit) as ended:
+            main([*command, "--help"])
+        assert ended.value.code == 0
+        assert "examples:" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["serve", "decode", "--set", "cache.blocksize=32"], "did you mean 'cache.block_size'?"),
+        (["serve", "decode", "--set", "nonsense"], "KEY=VALUE"),
+        (["serve", "router", "--transport", "shm"], "transfer.transport"),
+        (["serve", "prefill", "--config", "/no/such/file.toml"], "cannot read"),
+        (["up", "--decode", "0"], "at least one decode node"),
+        (["up", "--port", "0", "--set", "x=1"], "begin with whose setting"),
+        (["model", "/no/such/model"], "/no/such/model"),
+    ],
+)
+def test_a_wrong_setting_is_one_line_and_exit_code_2(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.startswith("headrace: ")
+    assert captured.err.count("\n") == 1
+
+
+def test_settings_in_force_are_printed_with_secrets_masked(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_CLUSTER_KEY", "hush-hush-hush-hush")
+    path = tmp_path / "node.toml"
+    path.write_text("[cache]\nblock_size = 32\n")
+    assert main(["serve", "decode", "--config", str(path), "--threads", "3", "--print-config"]) == 0
+    output = capsys.readouterr().out
+    assert "block_size = 32" in output
+    assert "threads = 3" in output
+    assert "hush" not in output
+
+
+def test_the_command_line_and_the_router_load_no_tensor_library() -> None:
+    code = "import sys, headrace.cli, router.main; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], timeout=60, check=False).returncode == 0
+
+
+def test_kernels_is_ours() -> None:
+    """Hugging Face's optional `kernels` distribution has the same import name."""
+    code = "import kernels, pathlib; print(pathlib.Path(kernels.__file__).resolve().parents[1])"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert Path(ran.stdout.strip()) == Path(__file__).resolve().parents[2]

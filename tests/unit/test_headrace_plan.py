@@ -1,0 +1,126 @@
+"""Which processes a cluster consists of, which cores they get, and what they are told."""
+
+import os
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from headrace.cores import divide_cores, format_cpus, parse_cpus
+from headrace.plan import ChildSpec, ClusterPlan, UpOptions, make_plan
+from headrace.settings import parse_settings
+from protocol.errors import ConfigError
+from runtime.config import load_config
+from runtime.node_config import NodeConfig
+
+
+def plan(cores: int = 2, environ: dict[str, str] | None = None, **options: object) -> ClusterPlan:
+    return make_plan(UpOptions(**options), list(range(cores)), environ or {})  # type: ignore[arg-type]  # by keyword
+
+
+def config_of(spec: ChildSpec) -> NodeConfig:
+    """As the process itself would read its command line."""
+    arguments = spec.arguments({"routers": ["http://127.0.0.1:1"]})
+    settings = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--set"]
+    return load_config(NodeConfig, None, parse_settings(settings), {})
+
+
+def test_one_core_each_for_a_pair_on_two_cores() -> None:
+    prefill, decode = plan().nodes
+    assert (prefill.name, prefill.role, prefill.cpus) == ("prefill-0", "prefill", (0,))
+    assert (decode.name, decode.role, decode.cpus) == ("decode-0", "decode", (1,))
+    assert config_of(prefill).model.threads == config_of(decode).model.threads == 1
+    assert plan().router.cpus == ()
+
+
+def test_a_node_alone_has_the_machine_to_itself() -> None:
+    (decode,) = plan(num_prefill=0).nodes
+    assert decode.cpus == ()
+    assert config_of(decode).model.threads == 2
+
+
+def test_nodes_that_outnumber_the_cores_share_them_with_a_thread_each() -> None:
+    nodes = plan(num_prefill=2, num_decode=3).nodes
+    assert [node.name for node in nodes] == ["prefill-0", "prefill-1", "decode-0", "decode-1", "decode-2"]
+    assert {node.cpus for node in nodes} == {()}
+    assert {config_of(node).model.threads for node in nodes} == {1}
+
+
+@given(st.integers(1, 64), st.integers(1, 16), st.integers(0, 8))
+def test_cores_are_shared_out_fairly_or_not_at_all(num_cores: int, num_nodes: int, threads: int) -> None:
+    cores = list(range(num_cores))
+    shares = divide_cores(cores, num_nodes, threads)
+    assert len(shares) == num_nodes
+    if num_cores < num_nodes * max(1, threads):
+        assert shares == [tuple(cores)] * num_nodes
+        return
+    given_out = [core for share in shares for core in share]
+    assert len(given_out) == len(set(given_out))
+    lengths = {len(share) for share in shares}
+    assert (
+        lengths == {threads} if threads else (sum(map(len, shares)) == num_cores and max(lengths) - min(lengths) <= 1)
+    )
+
+
+@given(st.sets(st.integers(0, 200), min_size=1))
+def test_core_lists_survive_the_command_line(cpus: set[int]) -> None:
+    assert set(parse_cpus(format_cpus(sorted(cpus)))) == cpus
+
+
+def test_flags_reach_the_nodes() -> None:
+    options = {
+        "model": "/models/m",
+        "served_name": "m",
+        "transport": "shm",
+        "dtype": "float32",
+        "load_format": "dummy",
+        "max_model_len": 100,
+        "kv_memory": "64MiB",
+        "threads": 3,
+    }
+    config = config_of(plan(**options).nodes[0])
+    assert (config.model.model, config.model.served_name, config.model.dtype) == ("/models/m", "m", "float32")
+    assert (config.model.load_format, config.model.max_model_len, config.model.threads) == ("dummy", 100, 3)
+    assert (config.transfer.transport, config.cache.memory) == ("shm", "64MiB")
+    assert config.routers == ("http://127.0.0.1:1",)
+
+
+def test_settings_go_to_whom_they_name_and_the_narrower_wins() -> None:
+    settings = {"node.cache.block_size": "32", "decode.cache.block_size": "64", "router.retries": "3"}
+    made = plan(settings=settings)
+    prefill, decode = made.nodes
+    assert (config_of(prefill).cache.block_size, config_of(decode).cache.block_size) == (32, 64)
+    assert "retries=3" in made.router.arguments({})
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"num_decode": 0}, "at least one decode node"),
+        ({"settings": {"cache.block_size": "32"}}, "begin with whose setting it is"),
+        ({"settings": {"prefill": "32"}}, "begin with whose setting it is"),
+        ({"settings": {"decode.cache.blocksize": "32"}}, "cache.block_size"),
+        ({"kv_memory": "much"}, "not a size"),
+        ({"dtype": "float8"}, "float8"),
+        ({"port": 70000}, "port"),
+    ],
+)
+def test_what_the_processes_would_refuse_is_refused_before_they_start(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        plan(**options)
+
+
+def test_secrets_stay_off_the_command_line() -> None:
+    made = plan(
+        settings={"router.api_key": "hush-hush", "node.cluster_key": "hush-hush", "router.cluster_key": "hush-hush"}
+    )
+    for spec in made.children:
+        assert "hush-hush" not in " ".join(spec.arguments({}))
+        assert spec.environment["HEADRACE_CLUSTER_KEY"] == "hush-hush"
+    assert made.router.environment["HEADRACE_API_KEY"] == "hush-hush"
+
+
+def test_the_plan_takes_this_machines_cores() -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    made = make_plan(UpOptions(), cores, {})
+    assert {core for node in made.nodes for core in node.cpus} <= set(cores)

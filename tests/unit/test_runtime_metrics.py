@@ -1,0 +1,69 @@
+"""Every metric is declared with a name that says what it counts, and a registry is a process's own."""
+
+import pytest
+from prometheus_client import CollectorRegistry
+from prometheus_client.parser import text_string_to_metric_families
+
+from protocol.phases import PhaseLedger
+from runtime.metrics import (
+    EngineMetrics,
+    NodeMetrics,
+    RouterMetrics,
+    Total,
+    TransferMetrics,
+    new_registry,
+    observe_phases,
+    render,
+)
+
+GROUPS = (EngineMetrics, TransferMetrics, NodeMetrics)
+
+
+def samples(registry: CollectorRegistry) -> dict[str, float]:
+    """Series by name and labels."""
+    return {
+        sample.name + "".join(f" {key}={value}" for key, value in sample.labels.items()): sample.value
+        for family in text_string_to_metric_families(render(registry).decode())
+        for sample in family.samples
+    }
+
+
+@pytest.mark.parametrize("groups", [GROUPS, (RouterMetrics,)])
+def test_names_are_ours_and_documented(groups: tuple[type, ...]) -> None:
+    registry = CollectorRegistry()
+    for group in groups:
+        group(registry)
+    families = list(text_string_to_metric_families(render(registry).decode()))
+    assert families
+    for family in families:
+        assert family.name.startswith("headrace_")
+        assert family.documentation
+
+
+def test_two_processes_in_one_do_not_share_metrics() -> None:
+    first, second = new_registry(), new_registry()
+    EngineMetrics(first).running.set(3)
+    EngineMetrics(second)
+    assert samples(first)["headrace_requests_running"] == 3
+    assert samples(second)["headrace_requests_running"] == 0
+
+
+def test_the_process_itself_is_measured() -> None:
+    assert samples(new_registry())["process_open_fds"] > 0
+
+
+def test_a_counter_follows_a_running_total() -> None:
+    registry = CollectorRegistry()
+    steps = Total(EngineMetrics(registry).steps)
+    for total in (0, 5, 5, 9, 2):
+        steps.set(total)
+    assert samples(registry)["headrace_engine_steps_total"] == 9
+
+
+def test_a_ledger_is_observed_phase_by_phase() -> None:
+    registry = CollectorRegistry()
+    ledger = PhaseLedger(router_s=1, queue_s=2, prefill_s=3, handoff_s=4, decode_s=5, transit_s=6, total_s=21)
+    observe_phases(RouterMetrics(registry).phases, ledger)
+    seen = samples(registry)
+    expected = {"router": 1, "queue": 2, "prefill": 3, "handoff": 4, "decode": 5, "transit": 6}
+    assert {phase: seen[f"headrace_phase_seconds_sum phase={phase}"] for phase in expected} == expected
