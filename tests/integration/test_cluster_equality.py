@@ -8,6 +8,9 @@ import pytest
 from cluster import Cluster
 from completions import complete_all
 from tiny_models import CONFIGS, greedy_reference, load_reference, make_model
+from tokenizers import Tokenizer
+
+from runtime.models.resolve import DEFAULT_MODEL, resolve_model
 
 BLOCK_SIZE = 16
 CHUNK = 64
@@ -56,3 +59,16 @@ def test_nixl_over_tcp(tmp_path: Path) -> None:
     with Cluster(tmp_path, str(model), settings=SETTINGS, environment={"UCX_TLS": "tcp"}) as cluster:
         assert asyncio.run(complete_all(cluster.url, prompts(3), NUM_TOKENS)) == expected
         cluster.wait_idle()
+
+
+def test_the_real_model(tmp_path: Path) -> None:
+    files = resolve_model(DEFAULT_MODEL)
+    tokenizer = Tokenizer.from_file(str(files.tokenizer_path))
+    texts = ["The", "Water runs through the mill and", "def fibonacci(n):\n", "Once upon a time. " * 30]
+    token_ids = [tokenizer.encode(text).ids for text in texts]
+    reference = load_reference(files.folder)
+    expected = [greedy_reference(reference, prompt, NUM_TOKENS) for prompt in token_ids]
+    with Cluster(tmp_path, DEFAULT_MODEL, settings=SETTINGS, router_settings=REMOTE) as cluster:
+        assert asyncio.run(complete_all(cluster.url, token_ids, NUM_TOKENS)) == expected
+    with Cluster(tmp_path, DEFAULT_MODEL, prefill=0, settings=SETTINGS) as single:
+        assert asyncio.run(complete_all(single.url, token_ids, NUM_TOKENS)) == expected

@@ -34,11 +34,11 @@ def main() -> None:
     record.write_text(" ".join(flags))
     behaviour_file = folder / f"{name}.behaviour"
     behaviour = behaviour_file.read_text() if behaviour_file.exists() else ""
-    print(f"2026-11-21T00:00:00.000Z WARNING {name} x {name} speaks", file=sys.stderr, flush=True)
+    sys.stderr.write(f"2026-11-21T00:00:00.000Z WARNING {name} x {name} speaks\n")
     if behaviour == "dies":
         sys.exit(7)
     if behaviour == "refuses":
-        print("headrace: no such transport", file=sys.stderr, flush=True)
+        sys.stderr.write("headrace: no such transport\n")
         sys.exit(2)
 
     def on_term(number: int, frame: FrameType | None) -> None:
@@ -49,7 +49,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, on_term)
     server = http.server.HTTPServer(("127.0.0.1", int(settings.get("port", 0))), Handler)
     url = f"http://127.0.0.1:{server.server_port}"
-    print(json.dumps({"event": "listening", "role": role, "url": url, "control_url": url}), flush=True)
+    sys.stdout.write(json.dumps({"event": "listening", "role": role, "url": url, "control_url": url}) + "\n")
+    sys.stdout.flush()
     server.serve_forever()
 
 

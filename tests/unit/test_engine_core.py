@@ -36,7 +36,7 @@ def test_a_second_prompt_computes_only_what_is_new() -> None:
     bench = Bench()
     bench.generate(request("a", PROMPT))
     before = bench.core.load().computed_prompt_tokens
-    longer = PROMPT + [900, 901, 902]
+    longer = [*PROMPT, 900, 901, 902]
     heard = bench.generate(request("b", longer))
     assert heard.tokens == continuation(longer, 4)
     assert heard.finished is not None

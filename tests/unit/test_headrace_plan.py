@@ -1,6 +1,7 @@
 """Which processes a cluster consists of, which cores they get, and what they are told."""
 
 import os
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -21,7 +22,7 @@ def plan(cores: int = 2, environ: dict[str, str] | None = None, **options: objec
 def config_of(spec: ChildSpec) -> NodeConfig:
     """As the process itself would read its command line."""
     arguments = spec.arguments({"routers": ["http://127.0.0.1:1"]})
-    settings = [value for flag, value in zip(arguments, arguments[1:], strict=False) if flag == "--set"]
+    settings = [value for flag, value in pairwise(arguments) if flag == "--set"]
     return load_config(NodeConfig, None, parse_settings(settings), {})
 
 

@@ -55,7 +55,9 @@ def test_flags_are_text_for_any_type() -> None:
     [
         ("[cache]\nblocksize = 16", "cache.blocksize", "did you mean 'cache.block_size'?"),
         ("prot = 1", "prot", "did you mean 'port'?"),
-        ("zzz = 1", "zzz", "known here are"),
+        ("zzz = 1", "zzz", "known are"),
+        ("block_size = 16", "block_size", "did you mean 'cache.block_size'?"),
+        ("[model.x]\ny = 1", "model.x.y", "unknown"),
         ('[scheduler]\nmax_num_seqs = "many"', "scheduler.max_num_seqs", "expected int, got str"),
         ('port = "80"', "port", "expected int, got str"),
         ("port = 70000", "port", "expected int <= 65535"),
