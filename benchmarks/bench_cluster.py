@@ -33,6 +33,8 @@ from pathlib import Path
 
 import aiohttp
 
+from runtime.models.resolve import DEFAULT_MODEL, resolve_model
+
 REPOSITORY = Path(__file__).resolve().parents[1]
 START_TIMEOUT_S = 120
 CONCURRENCY = (1, 8, 32)
@@ -122,7 +124,7 @@ def free_port() -> int:
 
 def answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        with urllib.request.urlopen(url, timeout=5):  # our own server
             return True
     except (urllib.error.URLError, OSError):
         return False
@@ -240,8 +242,6 @@ def main() -> None:
 
 
 def build_report(transport: str) -> str:
-    from runtime.models import resolve_model  # after argparse, so that --help does not need the package installed
-
     progress("1P1D cluster")
     with cluster(1, 1, ["--transport", transport]) as url:
         loads = run_loads(url, seed=1)
@@ -251,7 +251,7 @@ def build_report(transport: str) -> str:
     with cluster(0, 1, []) as url:
         colocated = run_loads(url, seed=3)
     progress("peer: transformers")
-    files = resolve_model("smollm2-135m-instruct")
+    files = resolve_model(DEFAULT_MODEL)
     peer = transformers_tokens_per_s(files.folder)
     layout_bytes = HANDOFF_PROMPT_TOKENS * 23_040
     copy_s = memory_copy_s(layout_bytes)
