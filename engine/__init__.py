@@ -3,10 +3,15 @@
 request            what is asked for
 events             what is reported
 engine             the step loop on its own thread: owns all state, takes commands, reports events
+core               the same without the thread: commands and steps in, events out
 scheduler          one token budget a step: decodes first, then prefill chunks; preemption by recompute
-sequence           one request's life inside the engine
+outcomes           what a step meant to each sequence; with stop_rules and timing
+sequence           one request's life inside the engine; waiting_queue: before it is admitted
+block_tables       which blocks hold which sequence, over block_pool and prefix_cache
 block_pool         KV blocks with reference counts and an O(1) LRU free list
-prefix_cache       block hash -> block
+prefix_cache       block hash -> block; kv_event_log: what it gained and lost, for the routers
+admission, config, load
+                   what is taken on, what is allowed, how much is going on
 runner             the seam to the device; torch_runner, simulated_runner
 model/             configuration, weights and the forward pass of the Llama family
 sampler            logits -> tokens for the whole batch at once

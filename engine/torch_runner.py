@@ -108,7 +108,7 @@ def build_torch_runner(
     progress: Callable[[str], None] | None = None,
 ) -> TorchRunner:
     """Load the model. `kv_memory` is flat uint8 memory of num_blocks * block_bytes on the model's device, whose owner
-    keeps it; None allocates it. Sets torch's number of threads for the whole process where `options.threads` says so.
+    keeps it; None allocates it. With `options.num_blocks` 0 the memory says how many blocks there are. Sets torch's number of threads for the whole process where `options.threads` says so.
 
     Raises ConfigError where the model, its files or an option cannot be used.
     """
@@ -132,6 +132,8 @@ def _weight_source(
 
 
 def _kv_cache(layout: KVLayout, num_blocks: int, kv_memory: torch.Tensor | None, device: torch.device) -> torch.Tensor:
+    if kv_memory is not None and num_blocks == 0:
+        num_blocks = kv_memory.numel() // layout.block_bytes
     if num_blocks < 1:
         raise ConfigError(f"a KV cache of {num_blocks} blocks holds nothing; num_blocks_for_memory tells how many fit")
     num_bytes = num_blocks * layout.block_bytes

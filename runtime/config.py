@@ -22,7 +22,7 @@ ENVIRONMENT_KEYS = {"HEADRACE_CLUSTER_KEY": "cluster_key", "HEADRACE_API_KEY": "
 SECRET_KEYS = frozenset(ENVIRONMENT_KEYS.values())
 MASK = "(set)"
 
-_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d+)?(?:e\d{1,2})?)\s*([a-z]*)\s*", re.IGNORECASE)
 _UNITS = {"": 1, "b": 1} | {
     prefix + suffix: base**power
     for power, prefix in enumerate(("k", "m", "g", "t"), 1)
@@ -42,14 +42,15 @@ def load_config(
     """
     merged = {} if path is None else _read_toml(path)
     source = "the flags" if path is None else str(path)
-    _check(config_type, merged, "", source, lax=False)
+    known = list(_dotted_keys(config_type, ""))
+    _check(config_type, merged, "", known, source, lax=False)
     for variable, key in ENVIRONMENT_KEYS.items():
         if environ.get(variable) and key in config_type.__struct_fields__:
             merged[key] = environ[variable]
     flags: dict[str, Any] = {}
     for key, value in overrides.items():
         _put(flags, key.split("."), value, key)
-    _check(config_type, flags, "", "the flags", lax=True)
+    _check(config_type, flags, "", known, "the flags", lax=True)
     return msgspec.convert(_merge(merged, flags), config_type)
 
 
@@ -77,18 +78,21 @@ def _read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid TOML: {error}") from error
 
 
-def _check(struct: type[msgspec.Struct], values: dict[str, Any], prefix: str, source: str, lax: bool) -> None:
+def _check(
+    struct: type[msgspec.Struct], values: dict[str, Any], prefix: str, known: list[str], source: str, lax: bool
+) -> None:
     """Check every value against its own field, replacing it by the converted one; so each error has one key."""
     fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
     for name, value in values.items():
         key = prefix + name
         if name not in fields:
-            raise ConfigError(f"{source}: unknown setting {key!r}{_nearest(key, prefix, fields)}", param=key)
+            key = _first_leaf(key, value)
+            raise ConfigError(f"{source}: unknown setting {key!r}{_nearest(key, known)}", param=key)
         nested = fields[name]
         if isinstance(nested, type) and issubclass(nested, msgspec.Struct):
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {key} is a group of settings, not a value", param=key)
-            _check(nested, value, f"{key}.", source, lax)
+            _check(nested, value, f"{key}.", known, source, lax)
         else:
             values[name] = _convert(key, value, fields[name], source, lax)
 
@@ -119,9 +123,27 @@ def _plain(error: msgspec.ValidationError) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _nearest(key: str, prefix: str, fields: Mapping[str, object]) -> str:
-    near = difflib.get_close_matches(key, [prefix + name for name in fields], n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; known here are {', '.join(sorted(fields))}"
+def _dotted_keys(struct: type[msgspec.Struct], prefix: str) -> Iterator[str]:
+    for field in msgspec.structs.fields(struct):
+        if isinstance(field.type, type) and issubclass(field.type, msgspec.Struct):
+            yield from _dotted_keys(field.type, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name
+
+
+def _first_leaf(key: str, value: object) -> str:
+    while isinstance(value, dict) and value:
+        name, value = next(iter(value.items()))
+        key = f"{key}.{name}"
+    return key
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    """The setting that was probably meant: one of the same name elsewhere, else one that is spelt alike."""
+    name = key.rpartition(".")[2]
+    elsewhere = [other for other in known if other.rpartition(".")[2] == name]
+    near = elsewhere or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; known are {', '.join(known)}"
 
 
 def _put(tree: dict[str, Any], path: list[str], value: object, key: str) -> None:

@@ -43,7 +43,7 @@ def announce(role: str, url: str, **more: str) -> None:
 def bind_socket(host: str, port: int) -> socket.socket:
     """A listening TCP socket, owned by the caller; connections wait in its backlog until it is served. `port` 0 takes a
     free one. Raises ConfigError for an address that cannot be had."""
-    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    bound = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         bound.bind((host, port))
@@ -100,8 +100,7 @@ async def serve_sockets(
             await life.wait(Phase.DRAINING)
             await _drain(life, drain, drain_timeout_s)
             for server in servers:
-                server.force_exit = life.phase is Phase.STOPPED
-                server.should_exit = True
+                server.end(at_once=life.phase is Phase.STOPPED)
     finally:
         for _, bound in apps:
             bound.close()
@@ -147,6 +146,12 @@ class _Server(uvicorn.Server):
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def end(self, at_once: bool) -> None:
+        """Let `serve` return: when connections have ended, or after a second, or at once."""
+        if at_once:
+            self.config.timeout_graceful_shutdown = 0  # `force_exit` would leave the lifespan task behind
+        self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)

@@ -24,7 +24,8 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last is Arm'
 
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
-    """`max_model_len` 0: what the model was made for. `threads` 0: as torch finds it. `seed` is of dummy weights.
+    """`max_model_len` 0: what the model was made for. `threads` 0: as torch finds it. `num_blocks` 0: as many as the memory
+    holds that the runner is given. `seed` is of dummy weights.
 
     `dtype` "auto" is bfloat16 where the device multiplies it natively, else float32 (on CUDA: float16). The KV cache has
     the same dtype, so nodes that exchange KV but differ here must be told one.

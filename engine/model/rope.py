@@ -58,7 +58,8 @@ def parse_rope(
     if rope_type in ("llama3", "yarn"):
         settings.setdefault("original_max_position_embeddings", max_positions)
     if rope_type == "default":
-        settings = {name: settings[name] for name in ("rope_type", "rope_theta") if name in settings}
+        unused = {*RopeConfig.__struct_fields__} - {"rope_type", "rope_theta"}  # what other types would read
+        settings = {name: value for name, value in settings.items() if name not in unused}
     elif "factor" not in settings:
         raise ConfigError(f"rope_parameters of type {rope_type} have no factor")
     try:

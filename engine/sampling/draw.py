@@ -1,22 +1,27 @@
 """One token for each row, by inverting the distribution at a given uniform number.
 
 A row's distribution is exp(logits / temperature) over the tokens that top-k, top-p and min-p keep, in this order. Tokens
-are summed up in the order of their ids, in float64; the drawn token is the first whose sum exceeds uniform * total. What
-is kept depends on values alone: tokens of equal logit stay or go together. So a row's token is a function of its
-logits, parameters and uniform number, whatever else is in the batch.
+are summed up in the order of their ids; the drawn token is the first whose sum exceeds uniform * total. So a row's token
+is a function of its logits, parameters and uniform number, whatever else is in the batch:
 
-A full sort of the vocabulary costs a hundred times more than finding its best few. Cuts are looked for among the best
-tokens first; what was not found there is looked for among more. Both ways give the same token, to the last bit: tokens
-that are not kept add exactly nothing to the sums.
+- what is kept depends on values alone: tokens of equal logit stay or go together;
+- weights are whole numbers, the likeliest token's being 2**30, so that float64 sums are exact in whatever order they are
+  taken. A token 2**30 times less likely than the likeliest is never drawn.
+
+A full sort of the vocabulary costs several times more than finding its best few, so cuts are looked for among the best
+tokens first.
 """
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 
-_PREFIX_WIDTHS = (128, 4096)
-_CHUNK = 64
+_LIKELIEST = 2.0**30
+_PREFIX_WIDTH = 128
+_MAX_CHUNK = 64
+_ELEMENTS_AT_ONCE_ON_CPU = 1 << 19
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,13 +32,13 @@ class Cuts:
     top_p: torch.Tensor  # [num_rows], float64
     min_p: torch.Tensor  # [num_rows], float64
 
-    def take(self, rows: torch.Tensor) -> "Cuts":
+    def take(self, rows: torch.Tensor | slice) -> "Cuts":
         return Cuts(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
     @property
-    def ranked(self) -> torch.Tensor:
-        """[num_rows]: whether the row's cut is defined by the order of its tokens."""
-        return (self.top_k > 0) | (self.top_p < 1.0)
+    def any(self) -> torch.Tensor:
+        """[num_rows]: whether the row is cut at all."""
+        return (self.top_k > 0) | (self.top_p < 1.0) | (self.min_p > 0.0)
 
 
 def draw(logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor) -> torch.Tensor:
@@ -41,77 +46,98 @@ def draw(logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, uniforms:
 
     temperatures [num_rows] float32, positive; uniforms [num_rows] float64 in [0, 1).
     """
+    rows_at_once = max(1, _ELEMENTS_AT_ONCE_ON_CPU // logits.shape[1]) if logits.is_cpu else max(1, len(logits))
+    groups = [slice(start, start + rows_at_once) for start in range(0, len(logits), rows_at_once)]
+    return torch.cat(
+        [_draw_group(logits[rows], temperatures[rows], cuts.take(rows), uniforms[rows]) for rows in groups]
+    )
+
+
+def _draw_group(logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor) -> torch.Tensor:
+    """`draw` for a few rows: their working copies of the vocabulary stay in the caches."""
     # The maximum goes first: it makes the largest exponential 1, and no temperature is small enough to overflow.
     scores = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
-    tokens = torch.empty(scores.shape[0], dtype=torch.int64, device=scores.device)
-    mass = _mass(scores) if bool((cuts.top_p < 1.0).any()) else torch.ones_like(uniforms)
-    is_cut = cuts.ranked | (cuts.min_p > 0.0)
-    pending, uncut = is_cut.nonzero().squeeze(1), (~is_cut).nonzero().squeeze(1)
-    for width in _PREFIX_WIDTHS:
-        if not len(pending):
-            break
-        part = scores if len(pending) == len(scores) else scores[pending]
-        best, token_ids = part.topk(min(width, part.shape[1]), dim=-1)
-        floors, found = _floors(best, mass[pending], cuts.take(pending), part.shape[1])
-        chosen = _invert(best, token_ids, floors, uniforms[pending])
-        tokens[pending[found]] = chosen[found]
+    weights = _weights(scores)
+    mass = _chunks(weights).sum(dim=(1, 2), dtype=torch.float64)
+    tokens = torch.empty(len(scores), dtype=torch.int64, device=scores.device)
+    is_cut = cuts.any
+    pending = is_cut.nonzero().squeeze(1)
+    if len(pending):
+        best, token_ids = _rows(scores, pending).topk(min(_PREFIX_WIDTH, scores.shape[1]), dim=-1)
+        floors, found = _floors(best, mass[pending], cuts.take(pending), scores.shape[1])
+        found_rows = pending[found]
+        tokens[found_rows] = _draw_among(best[found], token_ids[found], floors[found], uniforms[found_rows])
         pending = pending[~found]
-    rest = torch.cat((uncut, pending))
+    if len(pending):
+        part = scores[pending]
+        floors, _ = _floors(_sorted_descending(part), mass[pending], cuts.take(pending), scores.shape[1])
+        weights[pending] = weights[pending].masked_fill_(part < floors[:, None], 0.0)
+    rest = torch.cat(((~is_cut).nonzero().squeeze(1), pending))
     if len(rest):
-        part = scores if len(rest) == len(scores) else scores[rest]
-        floors = _exhaustive_floors(part, mass[rest], cuts.take(rest))
-        sums = part.masked_fill(part < floors[:, None], -math.inf).exp_().cumsum(dim=-1, dtype=torch.float64)
-        tokens[rest] = _first_above(sums, uniforms[rest])
+        tokens[rest] = _invert(_rows(weights, rest), uniforms[rest])
     return tokens
 
 
-def _mass(scores: torch.Tensor) -> torch.Tensor:
-    """Sum of exp(scores) of each row, [num_rows] float64, in an order that does not depend on the number of rows."""
-    weights = scores.exp()
-    even = weights.shape[1] // _CHUNK * _CHUNK
-    chunks = weights[:, :even].reshape(len(weights), even // _CHUNK, _CHUNK).sum(dim=-1, dtype=torch.float64)
-    return chunks.cumsum(dim=-1)[:, -1:].sum(dim=-1) + weights[:, even:].sum(dim=-1, dtype=torch.float64)
+def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    """The given rows, which are distinct and, where they are all of them, in order; then without a copy."""
+    return tensor if len(rows) == len(tensor) else tensor[rows]
+
+
+def _weights(scores: torch.Tensor) -> torch.Tensor:
+    """Whole numbers in proportion to exp(scores); scores are at most 0."""
+    return scores.exp().mul_(_LIKELIEST).floor_()
+
+
+def _chunks(weights: torch.Tensor) -> torch.Tensor:
+    """[num_rows, width] as [num_rows, num_chunks, chunk], all chunks of one size."""
+    num_rows, width = weights.shape
+    chunk = math.gcd(width, _MAX_CHUNK)
+    return weights.view(num_rows, width // chunk, chunk)
 
 
 def _floors(best: torch.Tensor, mass: torch.Tensor, cuts: Cuts, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The least score that each row keeps, and whether the best tokens, sorted, were enough to tell.
+    """The least score that each row keeps, and whether its best tokens, sorted, were enough to tell.
 
-    best is [num_rows, width]. They are enough if a token beyond them can neither be kept nor change what is.
+    best is [num_rows, width]; they are enough if a token beyond them can neither be kept nor change what is.
     """
     width = best.shape[1]
     kth = best.gather(1, (cuts.top_k.clamp(1, width) - 1)[:, None])
     kth = kth.masked_fill_(cuts.top_k[:, None] == 0, -math.inf)
-    sums = best.exp().masked_fill_(best < kth, 0.0).cumsum(dim=-1, dtype=torch.float64)
+    sums = _weights(best).masked_fill_(best < kth, 0.0).cumsum(dim=-1, dtype=torch.float64)
     kept_mass = torch.where(cuts.top_k > 0, sums[:, -1], mass)
     wanted = torch.where(cuts.top_p < 1.0, cuts.top_p * kept_mass, 0.0)
     reached = torch.searchsorted(sums, wanted[:, None])  # the first whose sum is at least what is wanted
     nucleus = best.gather(1, reached.clamp(max=width - 1))
     nucleus = nucleus.masked_fill_(cuts.top_p[:, None] >= 1.0, -math.inf)
     floors = torch.maximum(torch.maximum(kth, nucleus).squeeze(1), cuts.min_p.log().float())
-    complete = (floors > best[:, -1]) | (width == vocab_size)
-    return floors, complete & (reached.squeeze(1) < width) & (cuts.top_k <= width)
+    enough = (floors > best[:, -1]) & (cuts.top_k <= width) & (reached.squeeze(1) < width)
+    return floors, enough | (width == vocab_size)
 
 
-def _exhaustive_floors(scores: torch.Tensor, mass: torch.Tensor, cuts: Cuts) -> torch.Tensor:
-    """Like `_floors`, from the whole vocabulary; sorts only the rows that need it."""
-    floors = cuts.min_p.log().float()
-    ranked = cuts.ranked.nonzero().squeeze(1)
-    if len(ranked):
-        ordered = scores[ranked].sort(dim=-1, descending=True).values
-        floors[ranked], _ = _floors(ordered, mass[ranked], cuts.take(ranked), scores.shape[1])
-    return floors
+def _sorted_descending(scores: torch.Tensor) -> torch.Tensor:
+    """Each row sorted. numpy sorts float32 ten times faster than torch, on a CPU."""
+    if not scores.is_cpu:
+        return scores.sort(dim=-1, descending=True).values
+    return torch.from_numpy(np.sort(scores.numpy(), axis=-1)).flip(-1)
 
 
-def _invert(best: torch.Tensor, token_ids: torch.Tensor, floors: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """Draw among the best tokens of each row alone."""
+def _draw_among(
+    best: torch.Tensor, token_ids: torch.Tensor, floors: torch.Tensor, uniforms: torch.Tensor
+) -> torch.Tensor:
+    """Draw among the best tokens of each row alone, in the order of their ids."""
     token_ids, order = token_ids.sort(dim=-1)
-    weights = best.exp().masked_fill_(best < floors[:, None], 0.0).gather(1, order)
-    picked = _first_above(weights.cumsum(dim=-1, dtype=torch.float64), uniforms)
-    return token_ids.gather(1, picked[:, None]).squeeze(1)
+    weights = _weights(best).masked_fill_(best < floors[:, None], 0.0).gather(1, order)
+    return token_ids.gather(1, _invert(weights, uniforms)[:, None]).squeeze(1)
 
 
-def _first_above(sums: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
-    """The first position of each row whose running sum exceeds uniform * total. Its own weight is never zero."""
-    total = sums[:, -1].contiguous()
-    target = torch.minimum(uniforms * total, total.nextafter(torch.zeros_like(total)))  # the product may round up
-    return torch.searchsorted(sums, target[:, None], right=True).squeeze(1)
+def _invert(weights: torch.Tensor, uniforms: torch.Tensor) -> torch.Tensor:
+    """The first position of each row whose running sum exceeds uniform * total: first its chunk, then its place there."""
+    rows = torch.arange(len(weights), device=weights.device)
+    chunks = _chunks(weights)
+    ends = chunks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    total = ends[:, -1]
+    target = torch.minimum((uniforms * total).floor_(), total - 1.0)[:, None]  # the product may round up to the total
+    chunk = torch.searchsorted(ends, target, right=True).squeeze(1)
+    inside = chunks[rows, chunk].cumsum(dim=-1, dtype=torch.float64)
+    inside += (ends[rows, chunk] - inside[:, -1])[:, None]
+    return chunk * chunks.shape[2] + torch.searchsorted(inside, target, right=True).squeeze(1)

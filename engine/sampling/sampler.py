@@ -39,6 +39,7 @@ class Sampler:
         A row whose logits are not finite gets an InternalError in place of a token.
         """
         rows = self._row_parameters([chunk.sampling for chunk in chunks], logits.device)
+        logits = logits.float()  # argmax and extremes of bfloat16 are slower than the conversion
         finite = _finite_rows(logits)
         if not all(finite):
             logits = torch.where(torch.tensor(finite, device=logits.device)[:, None], logits, 0.0)
@@ -66,7 +67,7 @@ class Sampler:
         return self._rows
 
     def _adjusted(self, chunks: Sequence[ScheduledChunk], logits: torch.Tensor, rows: RowParameters) -> torch.Tensor:
-        adjusted = logits.to(torch.float32, copy=True)
+        adjusted = logits.clone()
         add_logit_bias(adjusted, rows)
         forbid_early_stop(adjusted, rows, [chunk.output_position for chunk in chunks])
         if rows.penalised_rows:
@@ -103,16 +104,18 @@ def _finite_rows(logits: torch.Tensor) -> list[bool]:
 
 def _drawn(logits: torch.Tensor, drawing: Drawing, positions: npt.NDArray[np.uint64]) -> torch.Tensor:
     uniform = torch.from_numpy(uniforms(drawing.seeds, positions[drawing.rows.cpu().numpy()])).to(logits.device)
-    return draw(logits[drawing.rows].float(), drawing.temperatures, drawing.cuts, uniform)
+    return draw(logits.index_select(0, drawing.rows), drawing.temperatures, drawing.cuts, uniform)
 
 
 def _logprobs(logits: torch.Tensor, rows: RowParameters, tokens: torch.Tensor) -> dict[int, tuple[float, TopTokens]]:
     """For each row that wants them: the token's log-probability, and the best alternatives with theirs."""
     wanted = torch.tensor(rows.logprob_rows, device=logits.device)
-    logprobs = logits[wanted].float().log_softmax(dim=-1)
-    sampled = logprobs.gather(1, tokens[wanted][:, None]).squeeze(1).tolist()
-    best = logprobs.topk(min(rows.num_top, logprobs.shape[1]), dim=-1)
-    best_values, best_ids = best.values.tolist(), best.indices.tolist()
+    if len(wanted) != len(logits):
+        logits, tokens = logits[wanted], tokens[wanted]
+    normaliser = logits.logsumexp(dim=-1, keepdim=True)  # cheaper than normalising the whole vocabulary
+    sampled = (logits.gather(1, tokens[:, None]) - normaliser).squeeze(1).tolist()
+    best = logits.topk(min(rows.num_top, logits.shape[1]), dim=-1)
+    best_values, best_ids = (best.values - normaliser).tolist(), best.indices.tolist()
     result = {}
     for index, row in enumerate(rows.logprob_rows):
         count = rows.params[row].logprobs

@@ -4,6 +4,8 @@ The tokens come out of KV memory (see engine.simulated_runner), so a block that 
 indexed before it is computed shows as a wrong token. The bench checks the order of events and the shape of every step.
 """
 
+from typing import Any
+
 from engine_bench import BLOCK_SIZE, VOCAB_SIZE, Bench, continuation, request
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -25,7 +27,7 @@ class EngineMachine(RuleBasedStateMachine):
         enable_prefix_cache=st.booleans(),
         watermark=st.sampled_from([0.0, 0.1, 0.5]),
     )
-    def start(self, **config: object) -> None:
+    def start(self, **config: Any) -> None:
         self.bench = Bench(NUM_BLOCKS, **config)
         self.noticed: set[str] = set()
         self.landing: set[str] = set()

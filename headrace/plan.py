@@ -1,0 +1,139 @@
+"""ClusterPlan: which processes a cluster on one machine consists of, and what each is told. Values in, values out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import msgspec
+
+from headrace.cores import divide_cores, format_cpus
+from headrace.serve import CONFIG_TYPES, NodeRole, Role
+from headrace.settings import given
+from protocol.errors import ConfigError
+from runtime.config import ENVIRONMENT_KEYS, load_config, parse_size
+from runtime.node_config import NodeConfig
+
+_SETTING_GROUPS = ("router", "node", "prefill", "decode")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UpOptions:
+    """What the user asked of `headrace up`. None: the setting's own default. `settings` are dotted keys that begin with
+    router, node (both kinds), prefill or decode."""
+
+    model: str | None = None
+    served_name: str | None = None
+    num_prefill: int = 1
+    num_decode: int = 1
+    host: str = "127.0.0.1"
+    port: int = 8000
+    transport: str | None = None
+    dtype: str | None = None
+    load_format: str | None = None
+    threads: int = 0
+    max_model_len: int | None = None
+    kv_memory: str | None = None
+    log_dir: Path | None = None
+    restart: bool = True
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class ChildSpec:
+    """One process: `headrace serve <role>` with these settings. `cpus` empty: not pinned. Secrets among the settings
+    travel in `environment`, because a command line is public."""
+
+    name: str
+    role: Role
+    settings: Mapping[str, object]
+    drain_timeout_s: float
+    cpus: tuple[int, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    def arguments(self, late_settings: Mapping[str, object]) -> list[str]:
+        """What follows `headrace`. `late_settings` are known only once other processes run."""
+        command = ["serve", self.role]
+        if self.cpus:
+            command += ["--cpus", format_cpus(self.cpus)]
+        for key, value in {**self.settings, **late_settings}.items():
+            command += ["--set", f"{key}={_as_text(value)}"]
+        return command
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterPlan:
+    router: ChildSpec
+    nodes: tuple[ChildSpec, ...]
+
+    @property
+    def children(self) -> tuple[ChildSpec, ...]:
+        return (self.router, *self.nodes)
+
+
+def make_plan(options: UpOptions, cores: Sequence[int], environ: Mapping[str, str]) -> ClusterPlan:
+    """Every process's settings are checked here as the process itself will check them. Raises ConfigError."""
+    if options.num_decode < 1:
+        raise ConfigError("a cluster needs at least one decode node: --decode 1", param="--decode")
+    by_group = _by_group(options.settings)
+    names: list[tuple[str, NodeRole]] = [(f"prefill-{i}", "prefill") for i in range(options.num_prefill)]
+    names += [(f"decode-{i}", "decode") for i in range(options.num_decode)]
+    shares = divide_cores(cores, len(names), options.threads)
+    exclusive = len(set(shares)) == len(names)
+    nodes = []
+    for (name, role), cpus in zip(names, shares, strict=True):
+        threads = options.threads or (len(cpus) if exclusive else 1)
+        settings = _node_settings(name, threads, options) | by_group["node"] | by_group[role]
+        pinned = cpus if exclusive and len(cpus) < len(cores) else ()
+        nodes.append(_child(name, role, settings, pinned, environ))
+    router = _child("router", "router", _router_settings(options) | by_group["router"], (), environ)
+    return ClusterPlan(router, tuple(nodes))
+
+
+def _by_group(settings: Mapping[str, object]) -> dict[str, dict[str, object]]:
+    groups: dict[str, dict[str, object]] = {group: {} for group in _SETTING_GROUPS}
+    for key, value in settings.items():
+        group, _, name = key.partition(".")
+        if group not in groups or not name:
+            raise ConfigError(
+                f"--set {key}: begin with whose setting it is, one of {', '.join(_SETTING_GROUPS)}, such as "
+                "prefill.scheduler.max_num_batched_tokens or node.cache.memory",
+                param=key,
+            )
+        groups[group][name] = value
+    return groups
+
+
+def _router_settings(options: UpOptions) -> dict[str, object]:
+    own = {"host": options.host, "port": options.port, "control_port": 0}
+    return own | given({"model": options.model, "served_name": options.served_name})
+
+
+def _node_settings(name: str, threads: int, options: UpOptions) -> dict[str, object]:
+    own: dict[str, object] = {"worker_id": name, "model.threads": threads}
+    return own | given(
+        {
+            "model.model": options.model,
+            "model.served_name": options.served_name,
+            "model.dtype": options.dtype,
+            "model.load_format": options.load_format,
+            "model.max_model_len": options.max_model_len,
+            "cache.memory": options.kv_memory,
+            "transfer.transport": options.transport,
+        }
+    )
+
+
+def _child(
+    name: str, role: Role, settings: Mapping[str, object], cpus: tuple[int, ...], environ: Mapping[str, str]
+) -> ChildSpec:
+    config = load_config(CONFIG_TYPES[role], None, settings, environ)
+    if isinstance(config, NodeConfig):
+        parse_size(config.cache.memory, f"{name}: cache.memory")
+    variables = {key: variable for variable, key in ENVIRONMENT_KEYS.items()}
+    secrets = {variables[key]: str(value) for key, value in settings.items() if key in variables}
+    public = {key: value for key, value in settings.items() if key not in variables}
+    return ChildSpec(name, role, public, config.drain_timeout_s, cpus, secrets)
+
+
+def _as_text(value: object) -> str:
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

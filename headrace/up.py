@@ -1,0 +1,196 @@
+"""`headrace up`: a whole cluster on this machine, in the foreground, until Ctrl-C."""
+
+import argparse
+import asyncio
+import dataclasses
+import os
+import signal
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from headrace.plan import UpOptions, make_plan
+from headrace.prepare import PreparedModel, prepare_model, run_probe
+from headrace.settings import add_set_flag, parse_settings
+from headrace.status_view import StatusView, make_view
+from headrace.supervisor import Supervisor
+from protocol.errors import ConfigError
+from runtime.life import Phase, ProcessLife, install_signal_handlers
+from runtime.models.resolve import DEFAULT_MODEL
+from runtime.serving import bind_socket
+
+INTERRUPTED_STATUS = 130
+
+_EPILOG = """\
+examples:
+  headrace up                                            the built-in model, one prefill and one decode node
+  headrace up --model ./my-model --prefill 1 --decode 2  a local Hugging Face folder
+  headrace up --model owner/name --dtype bfloat16 --kv-memory 4GiB
+  headrace up --prefill 0                                no disaggregation: the decode node does it all
+  headrace up --set prefill.scheduler.max_num_batched_tokens=1024 --set router.retries=2
+
+--set names a process (router, prefill, decode, or node for both kinds) and one of its settings, as
+`headrace serve ROLE --print-config` lists them.
+The machine's cores are divided between the nodes. Ctrl-C finishes running requests and ends the
+cluster; a second Ctrl-C ends it at once. HEADRACE_API_KEY, if set, is what clients must show.
+"""
+
+_HINT = """
+The cluster is up after {seconds:.1f} s: {url}/v1, model {model}. Try:
+
+  curl {url}/v1/chat/completions -H 'Content-Type: application/json'{curl_key} \\
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+or in Python:
+
+  {python_import}from openai import OpenAI
+  client = OpenAI(base_url="{url}/v1", api_key={python_key})
+  messages = [{{"role": "user", "content": "What is the capital of France?"}}]
+  for chunk in client.chat.completions.create(model="{model}", messages=messages, stream=True):
+      print(chunk.choices[0].delta.content or "", end="", flush=True)
+
+Ctrl-C finishes running requests and ends the cluster.
+"""
+
+
+def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    parser = commands.add_parser(
+        "up",
+        help="run a whole cluster on this machine",
+        description="Start a router, prefill nodes and decode nodes on this machine, and watch over them.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.set_defaults(run=run)
+    what = parser.add_argument_group("what is served")
+    what.add_argument("--model", default=DEFAULT_MODEL, help="built-in name, Hugging Face folder, .gguf file or hub id")
+    what.add_argument("--served-name", help="what clients call the model")
+    what.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
+    what.add_argument("--load-format", help="auto, or dummy for random weights")
+    what.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus output")
+    where = parser.add_argument_group("where")
+    where.add_argument("--host", default="127.0.0.1", help="address of the public API (default: 127.0.0.1)")
+    where.add_argument(
+        "--port", type=int, default=8000, help="port of the public API; 0 takes a free one (default: 8000)"
+    )
+    how = parser.add_argument_group("how")
+    how.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill nodes (default: 1)")
+    how.add_argument("--decode", type=int, default=1, metavar="N", help="decode nodes (default: 1)")
+    how.add_argument("--transport", choices=("nixl", "shm", "tcp"), help="how KV blocks move (default: nixl)")
+    how.add_argument(
+        "--threads", type=int, default=0, metavar="N", help="compute threads of each node (default: its cores)"
+    )
+    how.add_argument("--kv-memory", metavar="SIZE", help='KV cache of each node, such as "2GiB"')
+    how.add_argument("--log-dir", type=Path, metavar="DIR", help="write each process's log to a file there")
+    how.add_argument("--no-restart", action="store_true", help="do not start again what dies")
+    add_set_flag(parser, "node.cache.block_size=32")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    options = _options(arguments)
+    make_plan(options, _cores(), os.environ)
+    _check_port(options)
+    if options.log_dir is not None:
+        options.log_dir.mkdir(parents=True, exist_ok=True)
+    return asyncio.run(_up(options))
+
+
+async def _up(options: UpOptions) -> int:
+    started = time.monotonic()
+    life = ProcessLife()
+    install_signal_handlers(life)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, life.drain, "the terminal was closed")
+    with make_view([]) as view:
+        model = await _prepare(options, life, view)
+        if model is None:
+            return INTERRUPTED_STATUS
+        name = options.served_name or model.name
+        ready_options = dataclasses.replace(options, model=str(model.folder), served_name=name)
+        plan = make_plan(ready_options, _cores(), os.environ)
+
+        def on_ready(url: str) -> None:
+            view.settle()
+            view.say(_hint(url, name, time.monotonic() - started, os.environ))
+
+        supervisor = Supervisor(plan, life, view, restart=options.restart, log_dir=options.log_dir, on_ready=on_ready)
+        await supervisor.run()
+    return INTERRUPTED_STATUS if life.phase is Phase.STOPPED else 0
+
+
+async def _prepare(options: UpOptions, life: ProcessLife, view: StatusView) -> PreparedModel | None:
+    """Model and kernels, side by side; None if the user does not want to wait for them."""
+    assert options.model is not None
+    view.update("model", "looking", options.model)
+
+    async def kernels() -> None:
+        view.update("kernels", "looking")
+        report = await run_probe("kernels")
+        view.update("kernels", "ready" if report.ok else "slow", report.detail)
+
+    async def model(name: str) -> PreparedModel:
+        weights = options.load_format != "dummy"
+        prepared = await prepare_model(name, weights, lambda line: view.update("model", "preparing", line))
+        view.update("model", "ready", str(prepared.folder))
+        return prepared
+
+    preparing = asyncio.gather(model(options.model), kernels())
+    interrupted = asyncio.ensure_future(life.wait(Phase.DRAINING))
+    either: set[asyncio.Future[Any]] = {preparing, interrupted}
+    try:
+        await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+        if not preparing.done():
+            return None
+        prepared, _ = preparing.result()
+        return prepared
+    finally:
+        interrupted.cancel()
+        preparing.cancel()
+        await asyncio.gather(preparing, interrupted, return_exceptions=True)
+
+
+def _options(arguments: argparse.Namespace) -> UpOptions:
+    return UpOptions(
+        model=arguments.model,
+        served_name=arguments.served_name,
+        num_prefill=arguments.prefill,
+        num_decode=arguments.decode,
+        host=arguments.host,
+        port=arguments.port,
+        transport=arguments.transport,
+        dtype=arguments.dtype,
+        load_format=arguments.load_format,
+        threads=arguments.threads,
+        max_model_len=arguments.max_model_len,
+        kv_memory=arguments.kv_memory,
+        log_dir=arguments.log_dir,
+        restart=not arguments.no_restart,
+        settings=parse_settings(arguments.settings),
+    )
+
+
+def _cores() -> list[int]:
+    return sorted(os.sched_getaffinity(0))
+
+
+def _check_port(options: UpOptions) -> None:
+    """Fail before anything is prepared. The router takes the port a moment later, so this is only a courtesy."""
+    try:
+        bind_socket(options.host, options.port).close()
+    except ConfigError as error:
+        raise ConfigError(
+            f"{error.message}; choose another with --port (0 takes a free one)", param="--port"
+        ) from error
+
+
+def _hint(url: str, model: str, seconds: float, environ: Mapping[str, str]) -> str:
+    guarded = bool(environ.get("HEADRACE_API_KEY"))
+    text = _HINT.format(
+        url=url,
+        model=model,
+        seconds=seconds,
+        curl_key=' -H "Authorization: Bearer $HEADRACE_API_KEY"' if guarded else "",
+        python_import="import os\n  " if guarded else "",
+        python_key='os.environ["HEADRACE_API_KEY"]' if guarded else '"none"',
+    )
+    return text.rstrip()
