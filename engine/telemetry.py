@@ -1,5 +1,7 @@
 """EngineTelemetry: what a process tells others about its engine: metrics, load, and whether it is stuck."""
 
+import math
+
 from engine.engine import Engine
 from protocol.workers import WorkerLoad
 from runtime.metrics import EngineMetrics, Total
@@ -49,8 +51,10 @@ class EngineTelemetry:
         return load.running + load.waiting + load.num_importing + load.num_held == 0
 
     def stuck(self) -> str | None:
+        """Why the node should be restarted, None if there is no reason."""
         silent_s = self._engine.last_progress_s()
-        load = self._engine.load()
-        if load.running + load.waiting == 0 or silent_s < STUCK_AFTER_S:
+        if math.isinf(silent_s):
+            return "the engine's loop has died; see the log"
+        if silent_s < STUCK_AFTER_S:
             return None
-        return f"no engine step finished for {silent_s:.0f} s with {load.running + load.waiting} requests pending"
+        return f"no engine step has ended for {silent_s:.0f} s"

@@ -17,6 +17,7 @@ import uvloop
 from starlette.types import ASGIApp
 
 from protocol.errors import ConfigError
+from runtime.http_protocol import BoundedHttpProtocol
 from runtime.life import Phase, ProcessLife
 
 BACKLOG = 2048
@@ -129,7 +130,7 @@ class _Server(uvicorn.Server):
     def __init__(self, app: ASGIApp) -> None:
         config = uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedHttpProtocol,
             ws="none",
             lifespan="on",
             log_config=None,

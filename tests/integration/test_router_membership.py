@@ -242,3 +242,19 @@ async def test_the_process_announces_itself_and_drains(tmp_path: Path) -> None:
         if process.returncode is None:
             process.kill()
             await process.wait()
+
+
+async def test_a_head_without_end_is_cut_off(router: RunningRouter) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(router.url.rsplit(":", 1)[1]))
+    writer.write(b"GET /health HTTP/1.1\r\nhost: x\r\nodd: ")
+    try:
+        for _ in range(64):
+            writer.write(b"a" * 65536)
+            await writer.drain()
+        answer = await reader.read(100)
+    except ConnectionError:
+        answer = b""
+    finally:
+        writer.close()
+    assert answer == b"" or answer.startswith(b"HTTP/1.1 400")
+    assert await status_of(f"{router.url}/health") == 200
