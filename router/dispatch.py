@@ -52,12 +52,13 @@ class SequenceRun:
         self._emitted: list[int] = []
         self._avoid: set[Incarnation] = set()
         self._overloaded: Overloaded | None = None
+        self._prefill_overloaded = False
         self._decisions: list[str] = []
         self._failures: list[str] = []
         self._ledger = Ledger(clock, job.arrived_at)
         self.end: SequenceEnd | None = None
         self.num_cached_tokens = 0
-        self.expected_cached_tokens = 0
+        self._expected_cached_tokens = 0
 
     @property
     def first_token_s(self) -> float | None:
@@ -67,11 +68,14 @@ class SequenceRun:
         return self._ledger.close()
 
     def count(self, metrics: RouterMetrics) -> None:
-        """What became of the decisions made for this sequence."""
+        """What became of the decisions made for this sequence. Cached tokens that lag behind expected ones say that the
+        index is wrong about the nodes."""
         for decision in self._decisions:
             metrics.decisions.labels(decision).inc()
         for code in self._failures:
             metrics.retries.labels(code).inc()
+        metrics.cached_tokens.inc(self.num_cached_tokens)
+        metrics.expected_cached_tokens.inc(self._expected_cached_tokens)
 
     async def tokens(self) -> AsyncGenerator[list[SampledToken]]:
         """Output tokens in order, each once. Raises the HeadraceError that ended the sequence. Closing the iterator
@@ -79,7 +83,8 @@ class SequenceRun:
         failures = 0
         while (end := self._end_already()) is None:
             self._job.deadline.check("running the request")
-            attempt = self._start(self._route())
+            route = self._route()
+            attempt = self._start(route)
             try:
                 async with aclosing(attempt.run()) as batches:
                     async for batch in batches:
@@ -90,7 +95,7 @@ class SequenceRun:
                 break
             except AttemptFailed as failed:
                 failures += 0 if failed.refused else 1
-                self._note_failure(failed)
+                self._note_failure(failed, route)
                 if failures > self._retries:
                     raise failed.error from failed
             finally:
@@ -117,14 +122,14 @@ class SequenceRun:
             )
         except NoWorker as error:
             raise (self._overloaded or error) from error
-        if route.prefill is None and self._overloaded is not None:
-            raise self._overloaded
+        if route.prefill is None and self._prefill_overloaded and self._overloaded is not None:
+            raise self._overloaded  # what prefill nodes have no room for is not to slow the decode nodes down
         return route
 
     def _start(self, route: Route) -> Attempt:
         job = self._job
         if not self._decisions:
-            self.expected_cached_tokens = route.cached_tokens
+            self._expected_cached_tokens = route.cached_tokens
         self._decisions.append("local" if route.prefill is None else "remote")
         return Attempt(
             self._cluster,
@@ -138,11 +143,12 @@ class SequenceRun:
             ledger=self._ledger,
         )
 
-    def _note_failure(self, failed: AttemptFailed) -> None:
+    def _note_failure(self, failed: AttemptFailed, route: Route) -> None:
         self._avoid.add(failed.avoid)
         self._failures.append(failed.error.code)
         if failed.refused and isinstance(failed.error, Overloaded):
             self._overloaded = failed.error
+            self._prefill_overloaded |= route.prefill is not None and route.prefill.incarnation == failed.avoid
         log.warning(
             "request %s: attempt %d failed after %d tokens, trying elsewhere: %s",
             self._job.trace_id,

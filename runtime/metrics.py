@@ -160,6 +160,14 @@ class RouterMetrics:
         self.prompt_length_tokens = Histogram(
             "headrace_router_prompt_length_tokens", "Tokens of a prompt", registry=registry, buckets=_TOKEN_BUCKETS
         )
+        self.cached_tokens = Counter(
+            "headrace_router_cached_tokens_total", "Tokens of prompts that a prefix cache had", registry=registry
+        )
+        self.expected_cached_tokens = Counter(
+            "headrace_router_expected_cached_tokens_total",
+            "Tokens of prompts that the router's index said a prefix cache had",
+            registry=registry,
+        )
         self.workers = Gauge("headrace_router_workers", "Nodes that answer, by role", ["role"], registry=registry)
         self.decisions = Counter(
             "headrace_router_decisions_total", "Where prompts were computed", ["decision"], registry=registry

@@ -246,6 +246,18 @@ async def test_overload_tries_others_and_then_says_when(site: Site) -> None:
             assert (await response.json())["error"]["type"] == "rate_limit_error"
 
 
+async def test_a_crowded_decode_node_is_not_the_last(site: Site) -> None:
+    crowded, roomy = site.node("decode", "d1"), site.node("decode", "d2")
+    crowded.refusal = Overloaded("full", retry_after_s=2.5)
+    async with nodes(site.node("prefill", "p"), crowded, roomy):
+        for prompt in (PROMPT[:5], PROMPT, PROMPT[:5], PROMPT):
+            status, answer = await site.post(prompt=prompt)
+            assert (status, answer["choices"][0]["token_ids"]) == (200, SCRIPT)
+        roomy.refusal = crowded.refusal
+        status, answer = await site.post(prompt=PROMPT[:5])
+        assert (status, answer["error"]["code"]) == (429, "overloaded")
+
+
 async def test_what_a_retry_cannot_mend_surfaces(site: Site) -> None:
     prefill, decode = site.pair()
     prefill.refusal = InvalidParameter("no such thing", param="thing")
