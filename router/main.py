@@ -19,8 +19,7 @@ from router.services import make_services
 from router.tokenizer import TextTokenizer
 from runtime.auth import check_bind
 from runtime.clock import MonotonicClock
-from runtime.life import ProcessLife, install_signal_handlers, watch_parent
-from runtime.logs import configure_logging
+from runtime.life import ProcessLife, install_signal_handlers
 from runtime.metrics import new_registry
 from runtime.models.resolve import resolve_model
 from runtime.rpc_client import RpcClient
@@ -31,8 +30,6 @@ log = logging.getLogger(__name__)
 
 def run(config: RouterConfig) -> int:
     """Serve until told to stop; the process's exit code. Raises ConfigError if it cannot start."""
-    configure_logging("router", config.log_level, secrets=(config.api_key, config.cluster_key))
-    watch_parent()
     check_bind(config.control_host, config.cluster_key)
     run_on_event_loop(_main(config, load_model(config)))
     return 0
