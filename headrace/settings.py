@@ -5,8 +5,6 @@ from collections.abc import Iterable, Mapping
 
 from protocol.errors import ConfigError
 
-Commands = "argparse._SubParsersAction[argparse.ArgumentParser]"
-
 
 def add_set_flag(parser: argparse.ArgumentParser, example: str) -> None:
     parser.add_argument(

@@ -3,8 +3,12 @@
 A map of the package, from the client inwards:
 
     main                 the process: two servers on one event loop, drain, exit
+    config               what it can be told
+    services             what every public route works with
     app, control_app     the public and the internal routes
     http_edge            bodies, limits, keys, request ids, typed errors: what every public route shares
+    generation_endpoint  one POST, from its bytes to its answer
+    progress             what its log line and metrics say about it
     api_errors           the error tree as OpenAI's error bodies
     api_types            what clients send, decoded and checked once
     api_choices          how often, and with which sampling, each prompt is to be run
@@ -16,7 +20,9 @@ A map of the package, from the client inwards:
     stop_strings         finds them across chunk borders
     text_choice          one sequence's tokens -> text deltas
     generation           one client request: its sequences, their deltas, back-pressure
-    openai_chat, openai_completions, sse     the two endpoints and how they stream
+    openai_chat, openai_completions     the two endpoints
+    openai_format, logprobs             what both write alike
+    sse                  how answers stream
     admission            how many prompt tokens may wait
     dispatch             the life of one sequence, and its recovery
     attempt              one try at it, on one or two nodes

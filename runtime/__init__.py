@@ -6,6 +6,7 @@ logs           one line per event, with request ids
 metrics        every metric of every role, declared once
 life           starting -> ready -> draining -> stopped, signals, /health and /ready
 auth           the cluster key that guards the control plane
+http_protocol  how long a request's head may be
 rpc_server     HTTP edge: decode one message, encode one reply, typed errors
 rpc_client     the other end of it
 token_outbox   node side of the token stream: one frame per engine step and router

@@ -5,13 +5,13 @@ seconds and sizes in bytes, and the name says so. Histogram buckets start where 
 
 | group | of | filled |
 | --- | --- | --- |
-| NodeMetrics | a node: who it is, requests as they end, their phases | as things happen |
+| NodeMetrics | a node: requests as they end, their phases | as things happen |
 | EngineMetrics | the step loop and the KV cache | from the engine's totals, before each scrape |
 | TransferMetrics | hand-offs, leases, damaged blocks | from its own totals, before each scrape |
 | RouterMetrics | what clients see | as things happen |
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, ProcessCollector, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from protocol.phases import PhaseLedger
 
@@ -51,11 +51,10 @@ def render(registry: CollectorRegistry) -> bytes:
 
 
 class NodeMetrics:
-    """Who this node is, its requests as they end (`outcome`: "finished", "cancelled" or an error's code), and what of
+    """A node's requests as they end (`outcome`: "finished", "cancelled" or an error's code), and what of
     their time only this node knows."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.info = Info("headrace_node", "Role, worker id, model and transport of this node", registry=registry)
         self.requests = Counter(
             "headrace_node_requests_total", "Requests that left this node", ["outcome"], registry=registry
         )
