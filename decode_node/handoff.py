@@ -6,10 +6,12 @@ blocks belong to the transfer; after a failed one they go back only when no byte
 
 import asyncio
 import logging
+from dataclasses import dataclass
 from typing import Self
 
 from engine.engine import Engine
 from engine.events import Reserved
+from kv_transfer.fetch import FetchResult
 from kv_transfer.imports import FetchFailed, Importer
 from protocol.errors import Cancelled, HeadraceError, InternalError
 from protocol.ids import RequestId, TicketId
@@ -18,6 +20,14 @@ from protocol.transfer import TransferTicket
 CLOSE_TIMEOUT_S = 5.0
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Running:
+    """`task` answers to the engine for what `fetching` does."""
+
+    task: asyncio.Task[None]
+    fetching: asyncio.Task[FetchResult]
 
 
 class Handoffs:
@@ -29,14 +39,14 @@ class Handoffs:
         self._engine = engine
         self._importer = importer
         self._block_size = block_size
-        self._running: dict[RequestId, asyncio.Task[None]] = {}
+        self._running: dict[RequestId, _Running] = {}
         self._closing = False
 
     async def __aenter__(self) -> Self:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        tasks = set(self._running.values())
+        tasks = {running.task for running in self._running.values()}
         self.cancel(list(self._running))
         if tasks:
             _, unsettled = await asyncio.wait(tasks, timeout=CLOSE_TIMEOUT_S)
@@ -45,27 +55,37 @@ class Handoffs:
                 task.cancel()
             await asyncio.gather(*unsettled)
 
-    @property
-    def num_running(self) -> int:
-        return len(self._running)
-
     def start(self, event: Reserved, ticket: TransferTicket, deadline_s: float) -> None:
         """Fetch into the blocks of `event`. The outcome reaches the engine, whatever it is."""
-        task = asyncio.create_task(self._run(event, ticket, deadline_s), name=f"handoff:{event.request_id}")
-        self._running[event.request_id] = task
-        task.add_done_callback(lambda _: self._running.pop(event.request_id, None))
+        request_id = event.request_id
+        fetch = self._importer.fetch(ticket, event.block_ids, event.num_cached_blocks, deadline_s)
+        fetching = asyncio.create_task(fetch, name=f"fetch:{request_id}")
+        task = asyncio.create_task(self._run(event, ticket, fetching), name=f"handoff:{request_id}")
+        self._running[request_id] = _Running(task, fetching)
+        task.add_done_callback(lambda _: self._running.pop(request_id, None))
+
+    async def renew(self, ticket: TransferTicket) -> None:
+        """Keep what `ticket` covers alive while there is no room for it here."""
+        await self._importer.renew(ticket)
+
+    def refuse(self, event: Reserved, error: HeadraceError) -> None:
+        """Give the blocks of `event` back untouched."""
+        self._engine.abandon_import(event.request_id, event.num_cached_blocks * self._block_size, error)
 
     def cancel(self, request_ids: list[RequestId]) -> None:
-        """Give up these hand-offs. Unknown ids are no error."""
-        for request_id in request_ids:
-            task = self._running.get(request_id)
-            if task is not None:
-                task.cancel()
+        """Give up these hand-offs. Unknown ids are no error.
 
-    async def _run(self, event: Reserved, ticket: TransferTicket, deadline_s: float) -> None:
+        Only the fetch is cancelled, never the task that answers for its blocks: one that has not begun yet could not.
+        """
+        for request_id in request_ids:
+            running = self._running.get(request_id)
+            if running is not None:
+                running.fetching.cancel()
+
+    async def _run(self, event: Reserved, ticket: TransferTicket, fetching: asyncio.Task[FetchResult]) -> None:
         request_id = event.request_id
         try:
-            fetched = await self._importer.fetch(ticket, event.block_ids, event.num_cached_blocks, deadline_s)
+            fetched = await fetching
         except FetchFailed as failed:
             await self._give_back(event, failed.num_valid_blocks, failed.settled, failed)
         except asyncio.CancelledError:

@@ -73,7 +73,7 @@ async def _serve(
                 clock=MonotonicClock(),
             )
         )
-        stack.callback(engine.stop, ENGINE_STOP_TIMEOUT_S)
+        stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         handoffs = await stack.enter_async_context(Handoffs(engine, importer, info.layout.block_size))
         service = DecodeService(engine, handoffs, shell.outbox, NodeMetrics(registry), info.vocab_size)
         engine.start(partial(_on_loop, loop, service))
@@ -84,7 +84,8 @@ async def _serve(
             TransferTelemetry(TransferMetrics(registry), transport, importer=importer),
             config.cluster_key,
         )
-        await shell.run(bound, node, client, KVEventFeed(engine.take_kv_events, engine.kv_snapshot))
+        feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
+        await shell.run(bound, node, client, feed, service.keep_leases())
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, service: DecodeService, events: list[EngineEvent]) -> None:

@@ -5,13 +5,15 @@ the engine decodes. One without is generated here from its first token on. Eithe
 the router gets to see.
 """
 
+import asyncio
 from collections.abc import Iterable, Sequence
 
 from decode_node.handoff import Handoffs
 from engine.engine import Engine
-from engine.events import EngineEvent, Failed, Finished, Reserved, TokensSampled
+from engine.events import EngineEvent, Failed, Finished, PromptComputed, Reserved, TokensSampled
 from engine.request import EngineRequest, Mode
-from protocol.errors import HeadraceError, InvalidParameter
+from protocol import tokens
+from protocol.errors import Cancelled, HeadraceError, InvalidParameter
 from protocol.ids import RequestId, RouterId
 from protocol.requests import DecodeAccepted, DecodeRequest
 from protocol.tokens import SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
@@ -19,6 +21,8 @@ from protocol.transfer import TransferTicket
 from runtime.clock import Deadline
 from runtime.metrics import NodeMetrics
 from runtime.token_outbox import TokenOutbox
+
+RENEWALS_PER_TTL = 3
 
 
 class DecodeService:
@@ -31,6 +35,7 @@ class DecodeService:
         self._metrics = metrics
         self._vocab_size = vocab_size
         self._expected: dict[RequestId, tuple[TransferTicket, Deadline]] = {}
+        self._ticket_came = asyncio.Event()
 
     def decode(self, request: DecodeRequest) -> DecodeAccepted:
         """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
@@ -40,6 +45,7 @@ class DecodeService:
         self._outbox.expect(request_id, RouterId(request.router_id))
         if request.ticket is not None:
             self._expected[request_id] = (request.ticket, Deadline(request.deadline_s))
+            self._ticket_came.set()
         try:
             self._engine.submit(
                 EngineRequest(
@@ -64,35 +70,57 @@ class DecodeService:
         self._engine.cancel(ids)
         self._handoffs.cancel(ids)
         for request_id in ids:
+            self._expected.pop(request_id, None)
             self._outbox.forget(request_id)
+
+    async def keep_leases(self) -> None:
+        """Renew the leases on what requests wait for that have no room here yet. Runs for the node's whole life."""
+        while True:
+            await self._ticket_came.wait()
+            await asyncio.sleep(min((t.ttl_s for t, _ in self._expected.values()), default=0.0) / RENEWALS_PER_TTL)
+            waiting = [ticket for ticket, _ in self._expected.values()]
+            await asyncio.gather(*(self._handoffs.renew(ticket) for ticket in waiting))
+            if not self._expected:
+                self._ticket_came.clear()
 
     def on_engine_events(self, events: Sequence[EngineEvent]) -> None:
         messages: list[TokenMessage] = []
         for event in events:
             match event:
-                case Reserved(request_id):
-                    ticket, deadline = self._expected.pop(request_id)
-                    self._handoffs.start(event, ticket, max(deadline.remaining_s, 0.001))
-                case TokensSampled(request_id, index, tokens):
-                    messages.append(TokenChunk(request_id, index, tokens))
+                case Reserved():
+                    self._reserved(event)
+                case TokensSampled(request_id, index, sampled):
+                    messages.append(TokenChunk(request_id, index, sampled))
+                case PromptComputed():
+                    messages.append(self._computed(event))
                 case Finished():
-                    self._observe(event)
-                    messages.append(_finished(event))
+                    messages.append(self._finished(event))
                 case Failed(request_id, error):
                     self._metrics.requests.labels(error.to_info().code).inc()
                     self._expected.pop(request_id, None)
                     messages.append(SequenceFailed(request_id, error.to_info()))
         self._outbox.post(messages)
 
-    def _observe(self, event: Finished) -> None:
+    def _reserved(self, event: Reserved) -> None:
+        expected = self._expected.pop(event.request_id, None)
+        if expected is None:
+            self._handoffs.refuse(event, Cancelled("the request was cancelled"))
+            return
+        ticket, deadline = expected
+        self._handoffs.start(event, ticket, max(deadline.remaining_s, 0.001))
+
+    def _computed(self, event: PromptComputed) -> tokens.PromptComputed:
+        self._metrics.phases.labels("queue").observe(event.phases.queue_s)
+        self._metrics.phases.labels("prefill").observe(event.phases.prefill_s)
+        return tokens.PromptComputed(event.request_id, event.num_cached_tokens, event.phases)
+
+    def _finished(self, event: Finished) -> SequenceFinished:
         self._metrics.requests.labels("finished").inc()
         self._metrics.phases.labels("decode").observe(event.decode.decode_s)
-        if event.prefill is None:
+        if event.imported:
             self._metrics.handoff_seconds.observe(event.decode.handoff_s)
             self._metrics.phases.labels("handoff").observe(event.decode.handoff_s)
-        else:
-            self._metrics.phases.labels("queue").observe(event.prefill.queue_s)
-            self._metrics.phases.labels("prefill").observe(event.prefill.prefill_s)
+        return SequenceFinished(event.request_id, event.reason, event.decode, event.stop_token_id)
 
 
 def _check_ticket(request: DecodeRequest) -> None:
@@ -101,14 +129,3 @@ def _check_ticket(request: DecodeRequest) -> None:
         raise InvalidParameter(
             f"the ticket is for {request.ticket.num_tokens} tokens, the request has {num_tokens}", param="ticket"
         )
-
-
-def _finished(event: Finished) -> SequenceFinished:
-    return SequenceFinished(
-        request_id=event.request_id,
-        reason=event.reason,
-        num_cached_tokens=event.num_cached_tokens,
-        decode=event.decode,
-        prefill=event.prefill,
-        stop_token_id=event.stop_token_id,
-    )

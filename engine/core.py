@@ -16,7 +16,7 @@ from engine.kv_event_log import KVEventLog
 from engine.load import EngineLoad
 from engine.outcomes import Outcomes
 from engine.request import EngineRequest
-from engine.runner import Runner, StepResult
+from engine.runner import Runner, ScheduledChunk, StepPlan, StepResult
 from engine.scheduler import Schedule, Scheduler
 from engine.sequence import Sequence, State
 from protocol.errors import Cancelled, DeadlineExceeded, HeadraceError, InternalError
@@ -179,15 +179,28 @@ class EngineCore:
         return sequence
 
     def _compute(self, schedule: Schedule) -> StepResult:
-        """The runner's result. What it raises becomes the error of every sequence of the step, and of no other."""
+        """The runner's result. If it raises, each sequence is tried alone, so that one that it cannot compute ends alone:
+        running a chunk again writes the same KV into the same blocks."""
         chunks = schedule.plan.chunks
         try:
-            result = self._runner.run(schedule.plan)
-            if len(result.sampled) != len(chunks):
-                raise RuntimeError(f"{len(result.sampled)} results for {len(chunks)} chunks")
+            return self._checked_run(schedule.plan)
         except Exception:
             log.exception("a step of %d sequences failed: %s", len(chunks), [chunk.request_id for chunk in chunks])
-            return StepResult((InternalError("a step failed; see the node's log"),) * len(chunks))
+        if len(chunks) == 1:
+            return StepResult((_step_failed(),))
+        return StepResult(tuple(self._compute_alone(chunk) for chunk in chunks))
+
+    def _compute_alone(self, chunk: ScheduledChunk) -> SampledToken | HeadraceError | None:
+        try:
+            return self._checked_run(StepPlan((chunk,))).sampled[0]
+        except Exception:
+            log.exception("request %s cannot be computed", chunk.request_id)
+            return _step_failed()
+
+    def _checked_run(self, plan: StepPlan) -> StepResult:
+        result = self._runner.run(plan)
+        if len(result.sampled) != len(plan.chunks):
+            raise RuntimeError(f"{len(result.sampled)} results for {len(plan.chunks)} chunks")
         return result
 
     def _expire(self, now: float) -> None:
@@ -198,3 +211,7 @@ class EngineCore:
             if now >= sequence.deadline_at:
                 self._outcomes.fail(sequence, DeadlineExceeded("the request's deadline passed"))
         self._next_deadline_at = min((s.deadline_at for s in alive if now < s.deadline_at), default=math.inf)
+
+
+def _step_failed() -> InternalError:
+    return InternalError("computing this sequence failed; see the node's log")

@@ -57,14 +57,22 @@ class TokensSampled:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptComputed:
+    """Of a GENERATE request: how its prompt was computed. Once, right after its first TokensSampled."""
+
+    request_id: RequestId
+    num_cached_tokens: int
+    phases: PrefillPhases
+
+
+@dataclass(frozen=True, slots=True)
 class Finished:
-    """`prefill` is None for an IMPORT request. `stop_token_id` as in protocol.tokens.SequenceFinished."""
+    """`imported`: of an IMPORT request. `stop_token_id` as in protocol.tokens.SequenceFinished."""
 
     request_id: RequestId
     reason: FinishReason
     stop_token_id: int | None
-    num_cached_tokens: int
-    prefill: PrefillPhases | None
+    imported: bool
     decode: DecodePhases
 
 
@@ -74,4 +82,4 @@ class Failed:
     error: HeadraceError
 
 
-EngineEvent = BlocksComputed | PrefillFinished | Reserved | TokensSampled | Finished | Failed
+EngineEvent = BlocksComputed | PrefillFinished | Reserved | TokensSampled | PromptComputed | Finished | Failed

@@ -4,7 +4,16 @@ The only place where a sequence leaves the engine, and so the only one that free
 """
 
 from engine.block_tables import BlockTables
-from engine.events import BlocksComputed, EngineEvent, Failed, Finished, PrefillFinished, Reserved, TokensSampled
+from engine.events import (
+    BlocksComputed,
+    EngineEvent,
+    Failed,
+    Finished,
+    PrefillFinished,
+    PromptComputed,
+    Reserved,
+    TokensSampled,
+)
 from engine.request import Mode
 from engine.runner import Runner, ScheduledChunk
 from engine.scheduler import Scheduler
@@ -72,6 +81,9 @@ class Outcomes:
         index = len(sequence.output_token_ids)
         sequence.append(token)
         self.events.append(TokensSampled(sequence.request_id, index, (token,)))
+        if sequence.request.mode is Mode.GENERATE and sequence.num_sampled == 1:
+            cached = sequence.num_cached_tokens or 0
+            self.events.append(PromptComputed(sequence.request_id, cached, prefill_phases(sequence)))
         end = ending(sequence, self._max_sequence_tokens)
         if end is None:
             return
@@ -81,8 +93,7 @@ class Outcomes:
                 request_id=sequence.request_id,
                 reason=end.reason,
                 stop_token_id=end.stop_token_id,
-                num_cached_tokens=sequence.num_cached_tokens or 0,
-                prefill=None if imported else prefill_phases(sequence),
+                imported=imported,
                 decode=decode_phases(sequence, now, imported=imported),
             )
         )

@@ -72,7 +72,8 @@ class Runner(Protocol):
         ...
 
     def run(self, plan: StepPlan) -> StepResult:
-        """Compute one step. An exception fails every sequence of the plan and nothing else."""
+        """Compute one step. After an exception the engine tries each sequence of the plan alone; running a chunk twice must
+        be harmless."""
         ...
 
     def forget(self, request_id: RequestId) -> None:

@@ -40,14 +40,14 @@ _HINT = """
 The cluster is up after {seconds:.1f} s: {url}/v1, model {model}. Try:
 
   curl {url}/v1/chat/completions -H 'Content-Type: application/json'{curl_key} \\
-    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+    -d '{{"model": "{model}", "messages": [{{"role": "user", "content": "What is the capital of France?"}}], "temperature": 0}}'
 
 or in Python:
 
   {python_import}from openai import OpenAI
   client = OpenAI(base_url="{url}/v1", api_key={python_key})
   messages = [{{"role": "user", "content": "What is the capital of France?"}}]
-  for chunk in client.chat.completions.create(model="{model}", messages=messages, stream=True):
+  for chunk in client.chat.completions.create(model="{model}", messages=messages, temperature=0, stream=True):
       print(chunk.choices[0].delta.content or "", end="", flush=True)
 
 Ctrl-C finishes running requests and ends the cluster.

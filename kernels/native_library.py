@@ -40,6 +40,7 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # as native/ declares them; ctypes 
     "paged_attention": (*[_POINTER] * 6, *[_INT64] * 5, _FLOAT, _INT64, _CACHE_VIEW, _INT),
     "pack_weight": (*[_POINTER] * 2, _INT64, _INT64, _INT),
     "linear": (*[_POINTER] * 4, *[_INT64] * 3, _INT),
+    "linear_wide": (*[_POINTER] * 4, *[_INT64] * 3, _INT),
 }
 _INDEX_OUT_OF_RANGE, _BAD_LENGTHS = 1, 2  # Status in native/api.h
 

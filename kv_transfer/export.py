@@ -49,11 +49,6 @@ class Export:
         self._finished_at: float | None = None
 
     @property
-    def num_submitted(self) -> int:
-        """Blocks given to publish, whether or not their checksums are there yet."""
-        return self._submitted
-
-    @property
     def num_announced(self) -> int:
         return len(self._block_ids)
 

@@ -23,7 +23,7 @@ from typing import Literal
 from kv_transfer.arena import HostArena
 from kv_transfer.checksum import checksums
 from kv_transfer.export import Completion, Export, lease_gone
-from protocol.errors import HeadraceError, InternalError, PeerLost
+from protocol.errors import HeadraceError, InternalError, InvalidParameter, PeerLost
 from protocol.ids import Incarnation, RequestId, TicketId, WorkerId, new_ticket_id
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
@@ -105,9 +105,9 @@ class ExportTable:
     # The prefill node's side, in the order of a request's life.
 
     def open(self, request_id: RequestId, num_tokens: int) -> TransferTicket:
-        """A ticket for a request of `num_tokens` tokens. Raises ValueError for a request that has one."""
+        """A ticket for a request of `num_tokens` tokens. Raises InvalidParameter for a request that has one."""
         if request_id in self._by_request:
-            raise ValueError(f"request {request_id} is exported already")
+            raise InvalidParameter(f"request {request_id} is exported already", param="request_id")
         ticket = TransferTicket(
             ticket_id=new_ticket_id(),
             request_id=request_id,

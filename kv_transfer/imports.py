@@ -18,7 +18,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.fetch import Fetch, FetchContext, FetchResult
 from kv_transfer.landing import Landing
 from kv_transfer.peers import Peers, Reader, as_transfer_error
-from kv_transfer.routes import RELEASE_PATH
+from kv_transfer.routes import RELEASE_PATH, RENEW_PATH
 from kv_transfer.transport import ReadAbandoned, Transport
 from protocol.errors import (
     ChecksumMismatch,
@@ -30,7 +30,7 @@ from protocol.errors import (
     TransferTimeout,
 )
 from protocol.ids import TicketId
-from protocol.transfer import LeaseState, ReleaseLease, TransferTicket
+from protocol.transfer import LeaseState, ReleaseLease, RenewLease, TransferTicket
 from runtime.clock import Clock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
@@ -159,6 +159,14 @@ class Importer:
         self._note_failure(ticket, failure)
         raise FetchFailed(failure, landing.num_valid_blocks, settled) from failure
 
+    async def renew(self, ticket: TransferTicket) -> None:
+        """Keep a lease alive while there is no room yet for what it covers. A fetch renews its own."""
+        message = RenewLease(ticket.ticket_id, ticket.incarnation)
+        try:
+            await self._client.call(ticket.control_url + RENEW_PATH, message, LeaseState, self._options.stall_timeout_s)
+        except HeadraceError as error:
+            log.info("%s: the lease was not renewed: %s", ticket.request_id, error.message)
+
     def settled(self, ticket_id: TicketId) -> asyncio.Event:
         """Set when no more bytes can land in the local blocks of this ticket's fetch. For a fetch that has ended."""
         unsettled = self._unsettled.get(ticket_id)
@@ -204,7 +212,7 @@ class Importer:
         del self._unsettled[ticket_id]
 
     async def _release(self, ticket: TransferTicket, succeeded: bool) -> None:
-        """Tries a little; the lease's end does the rest."""
+        """Tries a little; the lease's end does the rest. Must not raise: the group it runs in is everybody's."""
         message = ReleaseLease(ticket.ticket_id, ticket.incarnation)
         for attempt in range(RELEASE_ATTEMPTS):
             if attempt:

@@ -94,10 +94,9 @@ async def _serve(
         stack.push_async_callback(transport.close)
         stack.push_async_callback(exports.close)
         engine.start(partial(_on_loop, loop, service))
-        stack.callback(engine.stop, ENGINE_STOP_TIMEOUT_S)
-        reaper = asyncio.create_task(exports.run(), name="lease-reaper")
-        stack.callback(reaper.cancel)
-        await shell.run(bound, node, client, KVEventFeed(engine.take_kv_events, engine.kv_snapshot))
+        stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
+        feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
+        await shell.run(bound, node, client, feed, exports.run())
 
 
 def _on_loop(loop: asyncio.AbstractEventLoop, service: PrefillService, events: list[EngineEvent]) -> None:

@@ -15,7 +15,7 @@ from protocol.errors import Cancelled, HeadraceError
 from protocol.ids import RequestId, RouterId
 from protocol.phases import DecodePhases
 from protocol.requests import PrefillAccepted, PrefillRequest
-from protocol.tokens import PrefillHandedOff, SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
+from protocol.tokens import PromptComputed, SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
 from runtime.metrics import NodeMetrics
 from runtime.token_outbox import TokenOutbox
 
@@ -41,7 +41,11 @@ class PrefillService:
         num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
         try:
             ticket = self._exports.open(request_id, num_tokens)
-            self._first_index[request_id] = len(request.emitted_token_ids)
+        except HeadraceError:
+            self._outbox.forget(request_id)
+            raise
+        self._first_index[request_id] = len(request.emitted_token_ids)
+        try:
             self._engine.submit(
                 EngineRequest(
                     request_id=request_id,
@@ -84,6 +88,9 @@ class PrefillService:
                     self._exports.fail(request_id, error)
                     messages.append(SequenceFailed(request_id, error.to_info()))
         self._outbox.post(messages)
+        for event in events:
+            if isinstance(event, PrefillFinished):
+                self._outbox.forget(event.request_id)
 
     def _finished(self, event: PrefillFinished) -> list[TokenMessage]:
         request_id = event.request_id
@@ -95,17 +102,11 @@ class PrefillService:
             return []
         over = event.finish_reason is not None
         self._exports.finish(request_id, event.first_token, over, event.computed_at, event.phases)
-        first = TokenChunk(request_id, index, (event.first_token,))
-        if event.finish_reason is None:
-            return [first, PrefillHandedOff(request_id, event.num_cached_tokens, event.phases)]
-        return [
-            first,
-            SequenceFinished(
-                request_id=request_id,
-                reason=event.finish_reason,
-                num_cached_tokens=event.num_cached_tokens,
-                decode=DecodePhases(handoff_s=0.0, decode_s=0.0),
-                prefill=event.phases,
-                stop_token_id=event.stop_token_id,
-            ),
+        messages: list[TokenMessage] = [
+            TokenChunk(request_id, index, (event.first_token,)),
+            PromptComputed(request_id, event.num_cached_tokens, event.phases),
         ]
+        if event.finish_reason is not None:
+            none = DecodePhases(handoff_s=0.0, decode_s=0.0)
+            messages.append(SequenceFinished(request_id, event.finish_reason, none, event.stop_token_id))
+        return messages

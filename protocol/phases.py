@@ -2,7 +2,8 @@
 
     router | queue | prefill | handoff | decode | transit            sum = latency seen by the router
 
-`transit` is what no node accounts for: wires, event loops, frame batching. It is measured as the remainder at the one
+`transit` is what no node accounts for: wires, event loops, frame batching, and all that an attempt took which was lost
+(its node died, and the sequence was dispatched again). It is measured as the remainder at the one
 place that sees both ends of the request, so the phases add up by construction and a large remainder is visible.
 """
 

@@ -14,6 +14,9 @@ from protocol.errors import InvalidParameter
 MAX_TOP_LOGPROBS = 20
 MAX_STOP_TOKENS = 256
 MAX_LOGIT_BIAS = 1024
+MIN_TEMPERATURE = 1e-5
+MIN_REPETITION_PENALTY = 0.01
+"""Beyond it, or its inverse, a penalty is an overflow rather than a preference."""
 
 Int63 = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 
@@ -42,21 +45,22 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     @property
     def greedy(self) -> bool:
-        return self.temperature == 0.0
+        """Temperatures below MIN_TEMPERATURE count as 0: logits divided by them are no longer finite numbers."""
+        return self.temperature < MIN_TEMPERATURE
 
     @property
     def has_penalties(self) -> bool:
         return self.presence_penalty != 0.0 or self.frequency_penalty != 0.0 or self.repetition_penalty != 1.0
 
     def validate(self, vocab_size: int) -> None:
-        """Raise InvalidParameter, naming the parameter, on a value out of range. Ranges are vLLM's."""
+        """Raise InvalidParameter, naming the parameter, on a value out of range. Ranges are vLLM's, where it has bounds."""
         _within("temperature", self.temperature, 0.0, 2.0)
         _within("min_p", self.min_p, 0.0, 1.0)
         _within("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _within("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
         _require(0.0 < self.top_p <= 1.0, "top_p", "must be in (0, 1]")
         _require(0 <= self.top_k < 1 << 31, "top_k", "must be 0 (off) or a positive count")
-        _require(0.0 < self.repetition_penalty <= 1e3, "repetition_penalty", "must be positive and at most 1000")
+        _within("repetition_penalty", self.repetition_penalty, MIN_REPETITION_PENALTY, 1 / MIN_REPETITION_PENALTY)
         _require(0 <= self.min_tokens <= self.max_tokens, "min_tokens", "must be between 0 and max_tokens")
         if self.logprobs is not None:
             _require(

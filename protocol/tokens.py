@@ -3,6 +3,11 @@
 The stream of frames is long-lived, one per (router, node) pair, and it is also the lease on the router's requests: when
 it ends, the node cancels them and the router dispatches them elsewhere. Within a stream frames are ordered and counted.
 
+Whoever computes the prompt accounts for it right after its first token (PromptComputed), so that the account is there
+however the sequence ends. One request's messages are, from a node that computes the prompt and goes on (or whose first
+token is the last): chunk, computed, chunks, finished; from one that hands it off: chunk, computed; from one that imports
+it: chunks, finished.
+
 Each chunk says at which output position it starts. A position may be reported twice (the first token is, by the
 prefill node and by the decode node that took over); the values are then the same, and the router drops the second.
 """
@@ -34,9 +39,9 @@ class TokenChunk(msgspec.Struct, frozen=True, tag="tokens"):
     tokens: tuple[SampledToken, ...]
 
 
-class PrefillHandedOff(msgspec.Struct, frozen=True, tag="handed_off"):
-    """The prefill node's last word on a request that goes on elsewhere. `num_cached_tokens` of the prompt came from
-    its prefix cache."""
+class PromptComputed(msgspec.Struct, frozen=True, tag="computed"):
+    """From the node that computed the prompt, right after its first token. `num_cached_tokens` of the prompt came from
+    its prefix cache. The last word of a prefill node whose request goes on elsewhere."""
 
     request_id: IdText
     num_cached_tokens: int
@@ -45,13 +50,11 @@ class PrefillHandedOff(msgspec.Struct, frozen=True, tag="handed_off"):
 
 class SequenceFinished(msgspec.Struct, frozen=True, tag="finished"):
     """The sequence is complete; no chunk follows. `stop_token_id` is the token that ended it, if one did (it is also
-    the last token of the last chunk). `prefill` is None where another node computed the prompt."""
+    the last token of the last chunk)."""
 
     request_id: IdText
     reason: FinishReason
-    num_cached_tokens: int
     decode: DecodePhases
-    prefill: PrefillPhases | None = None
     stop_token_id: int | None = None
 
 
@@ -62,7 +65,7 @@ class SequenceFailed(msgspec.Struct, frozen=True, tag="failed"):
     error: ErrorInfo
 
 
-TokenMessage = TokenChunk | PrefillHandedOff | SequenceFinished | SequenceFailed
+TokenMessage = TokenChunk | PromptComputed | SequenceFinished | SequenceFailed
 
 
 class TokenFrame(msgspec.Struct, frozen=True):

@@ -27,7 +27,8 @@ from protocol.tokens import SampledToken
 
 TransportKind = Literal["nixl", "shm", "tcp", "inproc"]
 
-Url = Annotated[str, msgspec.Meta(max_length=512, pattern=r"^https?://[^\s]+$")]
+_HOST = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*)"
+Url = Annotated[str, msgspec.Meta(max_length=512, pattern=rf"^https?://{_HOST}(:[0-9]{{1,5}})?(/[A-Za-z0-9._~/-]*)?$")]
 Fingerprint = Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]+$")]
 BlockCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 BlockIds = Annotated[tuple[BlockCount, ...], msgspec.Meta(max_length=1 << 20)]

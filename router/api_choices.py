@@ -134,17 +134,18 @@ def _sampling(
     model: TextModel, request: GenerationFields, max_tokens: int, seed: int, logprobs: int | None
 ) -> SamplingParams:
     own_stops = () if request.ignore_eos else model.eos_token_ids
-    top_k = request.top_k
+    defaults = model.sampling
+    top_k = defaults.top_k if request.top_k is None else request.top_k
     return SamplingParams(
         max_tokens=max_tokens,
         seed=seed,
-        temperature=_or(request.temperature, 1.0),
-        top_k=0 if top_k is None or top_k == -1 else top_k,
-        top_p=_or(request.top_p, 1.0),
-        min_p=_or(request.min_p, 0.0),
+        temperature=_or(request.temperature, defaults.temperature),
+        top_k=0 if top_k == -1 else top_k,
+        top_p=_or(request.top_p, defaults.top_p),
+        min_p=_or(request.min_p, defaults.min_p),
         presence_penalty=_or(request.presence_penalty, 0.0),
         frequency_penalty=_or(request.frequency_penalty, 0.0),
-        repetition_penalty=_or(request.repetition_penalty, 1.0),
+        repetition_penalty=_or(request.repetition_penalty, defaults.repetition_penalty),
         min_tokens=request.min_tokens or 0,
         stop_token_ids=tuple(dict.fromkeys([*own_stops, *(request.stop_token_ids or ())])),
         logit_bias=_logit_bias(request.logit_bias or {}),

@@ -17,7 +17,7 @@ from protocol.phases import PrefillPhases
 from protocol.requests import DecodeRequest, PrefillRequest
 from protocol.sampling import SamplingParams
 from protocol.tokens import (
-    PrefillHandedOff,
+    PromptComputed,
     SampledToken,
     SequenceFailed,
     SequenceFinished,
@@ -112,6 +112,7 @@ class Attempt:
                         yield new
                 await self._hear_last_word()
             finally:
+                self._take_account()
                 self._close()
 
     # ---- sending
@@ -188,13 +189,18 @@ class Attempt:
         return max(0.001, self._deadline.remaining_s)
 
     def _close(self) -> None:
-        """Stop whatever may still run or hold blocks. A sequence that is finished holds none where it was reported."""
+        """Stop whatever may still run or hold blocks."""
         self._closed = True
         for leg in self._legs():
             leg.link.detach(self.request_id)
-            settled = leg.gone or (leg.reported and self.finished is not None)
-            if leg.asked and not settled:
+            if leg.asked and not self._holds_nothing(leg):
                 leg.link.cancel(self.request_id)
+
+    def _holds_nothing(self, leg: _Leg) -> bool:
+        """A node that decoded to the end has let go of everything, of the prefill node's lease too. A prefill node whose
+        blocks nobody came for holds them until it is told."""
+        decoded = self.finished is not None and self._decode is not None and self._decode.reported
+        return leg.gone or decoded
 
     def _legs(self) -> list[_Leg]:
         return [leg for leg in (self._prefill, self._decode) if leg is not None]
@@ -217,19 +223,24 @@ class Attempt:
         except (TimeoutError, AttemptFailed, HeadraceError):
             self._prefill.reported = True
 
+    def _take_account(self) -> None:
+        """The account of the prompt comes right after the first token, which may have been the last one wanted."""
+        while not self._mailbox.empty():
+            leg, message = self._mailbox.get_nowait()
+            if isinstance(message, PromptComputed):
+                self._take(leg, message)
+
     def _take(self, leg: _Leg, message: _Message) -> list[SampledToken]:
         match message:
             case TokenChunk():
                 return self._take_tokens(leg, message)
-            case PrefillHandedOff(num_cached_tokens=cached, phases=phases):
-                leg.reported = True
+            case PromptComputed(num_cached_tokens=cached, phases=phases):
+                leg.reported = leg is self._prefill
                 self._computed(cached, phases)
             case SequenceFinished():
                 leg.reported = True
                 self.finished = message
                 self._ledger.decoded(message.decode)
-                if message.prefill is not None:
-                    self._computed(message.num_cached_tokens, message.prefill)
             case SequenceFailed(error=info):
                 leg.gone = True
                 raise self._failure(leg, info.to_error(), refused=False)
@@ -239,7 +250,7 @@ class Attempt:
             case DeadlineExceeded():
                 raise message
             case NodeLost():
-                if leg is self._decode or not leg.reported:
+                if leg is self._legs()[-1] or not leg.reported:
                     raise self._failure(leg, message, refused=False)
         return []
 

@@ -34,7 +34,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     max_body_bytes: PositiveInt = 8 * 1024 * 1024
     heartbeat_interval_s: PositiveFloat = 1.0
     worker_timeout_s: PositiveFloat = 5.0
-    retries: Annotated[int, msgspec.Meta(ge=0, le=16)] = 1
+    retries: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
     local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     max_queued_tokens: PositiveInt = 1_048_576
     log_level: Literal["debug", "info", "warning", "error"] = "info"

@@ -2,7 +2,7 @@
 
 There is one way to recover, whatever broke: dispatch prompt, emitted tokens and sampling parameters again, elsewhere, under a
 new request id. Randomness depends on seed and position alone, so the answer goes on token for token. Attempts are bounded
-by the configured retries (at least one), by the nodes that are left, and by the request's deadline.
+by the configured retries, by the nodes that are left, and by the request's deadline.
 """
 
 import logging
@@ -48,7 +48,7 @@ class SequenceRun:
     def __init__(self, cluster: Cluster, job: SequenceJob, retries: int, clock: Clock) -> None:
         self._cluster = cluster
         self._job = job
-        self._retries = max(1, retries)
+        self._retries = retries
         self._emitted: list[int] = []
         self._avoid: set[Incarnation] = set()
         self._overloaded: Overloaded | None = None

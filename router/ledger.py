@@ -12,6 +12,7 @@ class Ledger:
         self._arrived_at = arrived_at
         self._dispatched_at: float | None = None
         self._first_token_at: float | None = None
+        self._resumed_at: float | None = None
         self._last_token_at = arrived_at
         self._prefill = PrefillPhases(queue_s=0.0, prefill_s=0.0)
         self._decode: DecodePhases | None = None
@@ -22,7 +23,9 @@ class Ledger:
         return None if self._first_token_at is None else self._first_token_at - self._arrived_at
 
     def dispatched(self) -> None:
-        """Only the first dispatch counts; what a lost attempt took ends up in transit."""
+        """Only the first dispatch ends the router's phase. All that a lost attempt took ends up in transit."""
+        self._resumed_at = None
+        self._prefill = PrefillPhases(queue_s=0.0, prefill_s=0.0)
         if self._dispatched_at is None:
             self._dispatched_at = self._clock.now()
 
@@ -30,6 +33,8 @@ class Ledger:
         self._last_token_at = self._clock.now()
         if self._first_token_at is None:
             self._first_token_at = self._last_token_at
+        if self._resumed_at is None:
+            self._resumed_at = self._last_token_at
 
     def prefilled(self, phases: PrefillPhases) -> None:
         self._prefill = phases
@@ -42,14 +47,14 @@ class Ledger:
         rounding or clock drift, it is 0 rather than negative.
 
         A sequence that the router itself ended (stop string) has no record of its decode node: the time between its
-        first and last token stands in for hand-off and decode.
+        first and last token, of the last attempt, stands in for hand-off and decode.
         """
         total_s = self._last_token_at - self._arrived_at
         router_s = total_s if self._dispatched_at is None else self._dispatched_at - self._arrived_at
         decode = self._decode
         if decode is None:
-            first = self._last_token_at if self._first_token_at is None else self._first_token_at
-            decode = DecodePhases(handoff_s=0.0, decode_s=self._last_token_at - first)
+            resumed_at = self._last_token_at if self._resumed_at is None else self._resumed_at
+            decode = DecodePhases(handoff_s=0.0, decode_s=self._last_token_at - resumed_at)
         accounted = router_s + self._prefill.queue_s + self._prefill.prefill_s + decode.handoff_s + decode.decode_s
         return PhaseLedger(
             router_s=router_s,

@@ -51,6 +51,7 @@ def load_model(config: RouterConfig) -> TextModel:
         eos_token_ids=files.eos_token_ids,
         max_model_len=files.max_model_len,
         vocab_size=files.vocab_size,
+        sampling=files.sampling,
     )
 
 

@@ -27,6 +27,8 @@ CALL_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
 CANCEL_BATCH = 1024
+CANCEL_ATTEMPTS = 3
+"""A node that takes none of them has lost its stream meanwhile, which cancels everything there."""
 
 T = TypeVar("T")
 Sink = Callable[[TokenMessage | NodeLost], None]
@@ -150,7 +152,10 @@ class NodeLink:
             ids = [await self._to_cancel.get()]
             while len(ids) < CANCEL_BATCH and not self._to_cancel.empty():
                 ids.append(self._to_cancel.get_nowait())
-            try:
-                await self._client.notify(f"{self._url}/node/v1/cancel", CancelRequest(tuple(ids)), CALL_TIMEOUT_S)
-            except HeadraceError as error:
-                log.warning("%s may still run %d cancelled requests: %s", self.worker_id, len(ids), error.message)
+            for attempt in range(CANCEL_ATTEMPTS):
+                try:
+                    await self._client.notify(f"{self._url}/node/v1/cancel", CancelRequest(tuple(ids)), CALL_TIMEOUT_S)
+                    break
+                except HeadraceError as error:
+                    log.warning("%s did not take %d cancels: %s", self.worker_id, len(ids), error.message)
+                    await asyncio.sleep(FIRST_BACKOFF_S * 2**attempt)

@@ -9,6 +9,7 @@ from router.api_errors import UnsupportedParameter, quote
 from router.api_types import ChatMessage, ChatRequest, CompletionRequest
 from router.chat_template import ChatTemplate
 from router.tokenizer import LARGE_TEXT_CHARS, TextTokenizer
+from runtime.models.model_files import SamplingDefaults
 
 MAX_MESSAGES = 4096
 MAX_PROMPTS = 128
@@ -25,6 +26,7 @@ class TextModel:
     eos_token_ids: tuple[int, ...]
     max_model_len: int
     vocab_size: int
+    sampling: SamplingDefaults
 
 
 @dataclass(frozen=True, slots=True)

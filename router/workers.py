@@ -50,9 +50,6 @@ class Snapshot:
 
     workers: tuple[Worker, ...] = ()
 
-    def of_role(self, role: Role) -> tuple[Worker, ...]:
-        return tuple(worker for worker in self.workers if worker.role == role)
-
     @property
     def layout(self) -> KVLayout | None:
         """The layout that all workers share, None while there is none."""

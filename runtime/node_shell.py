@@ -9,8 +9,8 @@ A role brings its routes and answers the shell's questions (NodeRole); the shell
 import asyncio
 import logging
 import socket
-from collections.abc import AsyncIterator, Iterable
-from typing import Protocol
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from typing import Any, Protocol
 from urllib.parse import urlsplit
 
 from prometheus_client import CollectorRegistry
@@ -85,8 +85,18 @@ class NodeShell:
         if self.draining:
             raise Draining(f"{self._info.worker_id} is draining; send this request to another node")
 
-    async def run(self, bound: socket.socket, role: NodeRole, client: RpcClient, kv_events: KVEventFeed) -> None:
-        """From the first served request to the last; takes over the socket. Returns when the life has ended."""
+    async def run(
+        self,
+        bound: socket.socket,
+        role: NodeRole,
+        client: RpcClient,
+        kv_events: KVEventFeed,
+        duty: Coroutine[Any, Any, None],
+    ) -> None:
+        """From the first served request to the last; takes over the socket. Returns when the life has ended.
+
+        `duty` is what the role has to do all the while; it never ends by itself, and its failure is the node's.
+        """
         self._role = role
         registration = Registration(client, self._config.routers, self._info, role.load, kv_events)
         app = Starlette(routes=self._routes(role))
@@ -94,6 +104,7 @@ class NodeShell:
             background = [
                 tasks.create_task(registration.run(), name="registration"),
                 tasks.create_task(self._report(role), name="report"),
+                tasks.create_task(duty, name="duty"),
             ]
 
             async def drain() -> None:

@@ -47,6 +47,7 @@ class Registration:
         self._load = load
         self._kv_events = kv_events
         self._registered_with: set[str] = set()
+        self._leaving = False
 
     @property
     def registered_with(self) -> frozenset[str]:
@@ -59,12 +60,15 @@ class Registration:
 
     async def leave(self) -> None:
         """Tell the routers to send nothing new. A router that cannot be told will notice by itself."""
+        self._leaving = True
+        await asyncio.gather(*(self._leave(url) for url in sorted(self._registered_with)))
+
+    async def _leave(self, url: str) -> None:
         message = Leave(self._info.worker_id, self._info.incarnation)
-        for url in sorted(self._registered_with):
-            try:
-                await self._client.notify(f"{url}/internal/v1/workers/leave", message, CALL_TIMEOUT_S)
-            except HeadraceError as error:
-                log.info("could not say goodbye to router %s: %s", url, error.message)
+        try:
+            await self._client.notify(f"{url}/internal/v1/workers/leave", message, CALL_TIMEOUT_S)
+        except HeadraceError as error:
+            log.info("could not say goodbye to router %s: %s", url, error.message)
 
     async def _keep_registered(self, url: str) -> None:
         complained = False
@@ -78,7 +82,7 @@ class Registration:
                 self._registered_with.add(url)
                 await self._heartbeat(url, answer.heartbeat_interval_s)
             except HeadraceError as error:
-                if not complained:
+                if not complained and not self._leaving:
                     log.warning("router %s does not answer, trying again: %s", url, error.message)
                 complained = True
             self._registered_with.discard(url)

@@ -14,11 +14,15 @@ from typing import Self, TypeVar
 import aiohttp
 
 from protocol.errors import ErrorInfo, HeadraceError, NodeLost, ProtocolError
-from protocol.wire import FrameReader, decode, encode
+from protocol.wire import MAX_MESSAGE_BYTES, FrameReader, decode, encode
 from runtime.auth import authorization_header
 
 CONNECT_TIMEOUT_S = 3.0
 LARGE_BODY_BYTES = 1 << 20
+HTTP_OK = 200
+
+_UNREACHABLE = (aiohttp.ClientError, OSError, TimeoutError, ValueError)
+"""What a peer, its address or the way to it can do wrong. ValueError is a host name that is none."""
 
 T = TypeVar("T")
 
@@ -63,12 +67,13 @@ class RpcClient:
         MessageTooLarge for an over-long frame. Leaving the context closes the connection: the peer sees that.
         """
         try:
-            response = await asyncio.wait_for(self._open.post(url, data=_payload(message)), idle_timeout_s)
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            posting = self._open.post(url, data=_payload(message), allow_redirects=False)
+            response = await asyncio.wait_for(posting, idle_timeout_s)
+        except _UNREACHABLE as error:
             raise NodeLost(f"{url} cannot be reached: {_describe(error)}") from error
         try:
-            if response.status >= 400:
-                raise _typed_error(url, response.status, await response.read())
+            if response.status != HTTP_OK:
+                raise _typed_error(url, response.status, await _read_error(url, response, idle_timeout_s))
             yield _frames(url, response, idle_timeout_s)
         finally:
             response.close()
@@ -82,14 +87,19 @@ class RpcClient:
         self, method: str, url: str, body: bytes | io.BytesIO | None, reply_type: type[T] | None, timeout_s: float
     ) -> T:
         try:
-            async with asyncio.timeout(timeout_s):
-                async with self._open.request(method, url, data=body) as response:
-                    content = await response.read()
-        except (aiohttp.ClientError, OSError, TimeoutError) as error:
+            async with (
+                asyncio.timeout(timeout_s),
+                self._open.request(method, url, data=body, allow_redirects=False) as response,
+            ):
+                content = await _read_body(response)
+        except _UNREACHABLE as error:
             raise NodeLost(f"no answer from {url}: {_describe(error)}") from error
-        if response.status >= 400:
+        if response.status != HTTP_OK:
             raise _typed_error(url, response.status, content)
-        return decode(content, reply_type) if reply_type is not None else None  # type: ignore[return-value]  # notify
+        try:
+            return decode(content, reply_type) if reply_type is not None else None  # type: ignore[return-value]  # notify
+        except ProtocolError as error:
+            raise NodeLost(f"{url} answered with what is no reply: {error.message}") from error
 
 
 def _payload(message: object) -> bytes | io.BytesIO:
@@ -106,12 +116,31 @@ async def _frames(url: str, response: aiohttp.ClientResponse, idle_timeout_s: fl
                 chunk = await response.content.readany()
         except TimeoutError as error:
             raise NodeLost(f"{url} was silent for {idle_timeout_s:g} s") from error
-        except (aiohttp.ClientError, OSError) as error:
+        except (aiohttp.ClientError, OSError, ValueError) as error:
             raise NodeLost(f"stream from {url} was cut: {_describe(error)}") from error
         if not chunk:
             return
         for body in reader.feed(chunk):
             yield body
+
+
+async def _read_body(response: aiohttp.ClientResponse) -> bytes:
+    """Not a byte more than a message may have, whatever the peer sends."""
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_MESSAGE_BYTES:
+            response.close()
+            raise aiohttp.ClientPayloadError(f"the answer is over {MAX_MESSAGE_BYTES} bytes")
+    return bytes(body)
+
+
+async def _read_error(url: str, response: aiohttp.ClientResponse, timeout_s: float) -> bytes:
+    try:
+        async with asyncio.timeout(timeout_s):
+            return await _read_body(response)
+    except _UNREACHABLE as error:
+        raise NodeLost(f"{url} failed in the middle of an error: {_describe(error)}") from error
 
 
 def _typed_error(url: str, status: int, content: bytes) -> HeadraceError:

@@ -12,9 +12,9 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Iterable
 
-from protocol.errors import Overloaded
+from protocol.errors import InvalidParameter, Overloaded
 from protocol.ids import RequestId, RouterId
-from protocol.tokens import PrefillHandedOff, SequenceFailed, SequenceFinished, TokenFrame, TokenMessage
+from protocol.tokens import SequenceFailed, SequenceFinished, TokenFrame, TokenMessage
 from protocol.wire import encode_frame
 
 MAX_BUFFERED_FRAMES = 4096
@@ -49,7 +49,10 @@ class TokenOutbox:
         return len(self._router_of)
 
     def expect(self, request_id: RequestId, router_id: RouterId) -> None:
-        """Address a request's tokens. Raises Overloaded (retry at once) while that router has no stream open."""
+        """Address a request's tokens. Raises Overloaded (retry at once) while that router has no stream open, and
+        InvalidParameter, leaving it alone, for a request that is being served."""
+        if request_id in self._router_of:
+            raise InvalidParameter(f"request {request_id} is being served", param="request_id")
         if router_id not in self._streams:
             raise Overloaded(f"router {router_id} has no token stream open to this node", retry_after_s=0.05)
         self._router_of[request_id] = router_id
@@ -58,7 +61,10 @@ class TokenOutbox:
         self._router_of.pop(request_id, None)
 
     def post(self, messages: Iterable[TokenMessage]) -> None:
-        """Send one step's messages. Those of unknown requests (cancelled meanwhile) are dropped."""
+        """Send one step's messages. Those of unknown requests (cancelled meanwhile) are dropped.
+
+        A request is forgotten with its end or failure; one that goes on at another node is for the caller to forget.
+        """
         by_router: dict[RouterId, list[TokenMessage]] = {}
         for message in messages:
             request_id = RequestId(message.request_id)
@@ -66,7 +72,7 @@ class TokenOutbox:
             if router_id is None:
                 continue
             by_router.setdefault(router_id, []).append(message)
-            if isinstance(message, PrefillHandedOff | SequenceFinished | SequenceFailed):
+            if isinstance(message, SequenceFinished | SequenceFailed):
                 del self._router_of[request_id]
         for router_id, own in by_router.items():
             stream = self._streams.get(router_id)

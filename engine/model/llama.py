@@ -74,16 +74,16 @@ class LlamaModel:
         layers = tuple(_load_layer(config, source, index) for index in range(config.num_layers))
         final_norm = source.read("model.norm.weight", config.hidden_size)
         if config.tied_embeddings:
-            lm_head = PackedLinear(embedding)
+            lm_head = PackedLinear(embedding, wide=True)
             source.finish(ignored=frozenset({_LM_HEAD}))  # some checkpoints store the tied matrix twice
         else:
-            lm_head = PackedLinear(source.read(_LM_HEAD, config.vocab_size, config.hidden_size))
+            lm_head = PackedLinear(source.read(_LM_HEAD, config.vocab_size, config.hidden_size), wide=True)
             source.finish()
         tables = rope_tables(config.rope, config.head_dim, max_model_len, embedding.device)
         return cls(config, embedding, layers, final_norm, lm_head, tables)
 
     def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Write the step's keys and values into the cache; returns logits [num_rows, vocab_size] of the sampling rows.
+        """Write the step's keys and values into the cache; returns logits [num_rows, vocab_size] of the sampling rows, float32.
 
         kv_cache is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
         """

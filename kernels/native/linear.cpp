@@ -32,8 +32,8 @@ void pack_weight(const T* weight, word* packed, int64_t out_features, int64_t in
     }
 }
 
-template <typename T>
-void linear_block(const T* x, const word* panel, const T* bias, T* out, int64_t rows, int64_t in_features,
+template <typename T, typename Out>
+void linear_block(const T* x, const word* panel, const T* bias, Out* out, int64_t rows, int64_t in_features,
                   int64_t out_features, int64_t column) {
     const int64_t words = words_in<T>(in_features), columns = out_features - column;
     f32x16 start[2] = {};
@@ -46,15 +46,15 @@ void linear_block(const T* x, const word* panel, const T* bias, T* out, int64_t 
         for (auto& row : sums) row[0] = start[0], row[1] = start[1];
         multiply_panel<T>(sums, (const word*)(x + first_row * in_features), words, panel, words);
         for (int row = 0; row < tile_rows; ++row) {
-            T* target = out + (first_row + row) * out_features + column;
+            Out* target = out + (first_row + row) * out_features + column;
             store(target, sums[row][0], columns);
             if (columns > kLanes) store(target + kLanes, sums[row][1], columns - kLanes);
         }
     });
 }
 
-template <typename T>
-void linear(const T* x, const word* packed, const T* bias, T* out, int64_t rows, int64_t in_features,
+template <typename T, typename Out>
+void linear(const T* x, const word* packed, const T* bias, Out* out, int64_t rows, int64_t in_features,
             int64_t out_features, int threads) {
     const int64_t panels = (out_features + kPanelColumns - 1) / kPanelColumns;
     const int64_t panel_words = words_in<T>(in_features) * kPanelColumns;
@@ -75,17 +75,20 @@ void linear(const T* x, const word* packed, const T* bias, T* out, int64_t rows,
 }  // namespace
 }  // namespace headrace
 
+#define DEFINE_LINEAR(NAME, T, OUT)                                                                                  \
+    extern "C" int headrace_##NAME(const void* x, const void* packed, const void* bias, void* out, int64_t rows,     \
+                                   int64_t in_features, int64_t out_features, int threads) {                         \
+        headrace::linear((const T*)x, (const headrace::word*)packed, (const T*)bias, (OUT*)out, rows, in_features,   \
+                         out_features, threads);                                                                     \
+        return headrace::kOk;                                                                                        \
+    }
 #define DEFINE(SUFFIX, T)                                                                                            \
     extern "C" int headrace_pack_weight_##SUFFIX(const void* weight, void* packed, int64_t out_features,             \
                                                  int64_t in_features, int threads) {                                 \
         headrace::pack_weight((const T*)weight, (headrace::word*)packed, out_features, in_features, threads);        \
         return headrace::kOk;                                                                                        \
     }                                                                                                                \
-    extern "C" int headrace_linear_##SUFFIX(const void* x, const void* packed, const void* bias, void* out,          \
-                                            int64_t rows, int64_t in_features, int64_t out_features, int threads) {  \
-        headrace::linear((const T*)x, (const headrace::word*)packed, (const T*)bias, (T*)out, rows, in_features,     \
-                         out_features, threads);                                                                     \
-        return headrace::kOk;                                                                                        \
-    }
+    DEFINE_LINEAR(linear_##SUFFIX, T, T)                                                                             \
+    DEFINE_LINEAR(linear_wide_##SUFFIX, T, float)
 DEFINE(f32, float)
 DEFINE(bf16, headrace::bf16)

@@ -61,6 +61,14 @@ class GenerationConfigJson(msgspec.Struct, frozen=True, omit_defaults=True):
     bos_token_id: int | None = None
     eos_token_id: list[int] | None = None
     pad_token_id: int | None = None
+    do_sample: bool = False
+    temperature: float | None = None
+    top_p: float | None = None
+
+
+_CARD_SAMPLING = {"smollm2": (0.2, 0.9)}
+"""Temperature and top_p that a model's card asks for, by the file's general.basename: GGUF has no place for them, and
+small models talk nonsense at the API's own default of 1."""
 
 
 def architecture(source: GgufFile) -> str:
@@ -107,10 +115,15 @@ def generation_config_json(source: GgufFile) -> GenerationConfigJson:
     """The end of a turn ends a sequence as well, where the file tells it apart from the end of the text."""
     ends = [_optional(source, f"tokenizer.ggml.{key}_token_id") for key in ("eos", "eot")]
     known = [token_id for token_id in ends if token_id is not None]
+    base = source.text("general.basename").lower() if source.has("general.basename") else ""
+    temperature, top_p = _CARD_SAMPLING.get(base, (None, None))
     return GenerationConfigJson(
         bos_token_id=_optional(source, "tokenizer.ggml.bos_token_id"),
         eos_token_id=list(dict.fromkeys(known)) or None,
         pad_token_id=_optional(source, "tokenizer.ggml.padding_token_id"),
+        do_sample=temperature is not None,
+        temperature=temperature,
+        top_p=top_p,
     )
 
 

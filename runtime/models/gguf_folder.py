@@ -22,7 +22,7 @@ from runtime.models.gguf_file import GgufFile
 from runtime.models.gguf_tokenizer import build_tokenizer, tokenizer_config_json
 from runtime.models.gguf_weights import write_weights
 
-_CONVERSION = 1
+_CONVERSION = 2
 """Raised when the same file converts to something else, so that old folders are left aside."""
 
 _DIGEST_BYTES = 16

@@ -1,6 +1,6 @@
 """ModelFiles: a Hugging Face folder, and what the router and the nodes must know of it before they open anything big."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, TypeVar
 
@@ -18,11 +18,22 @@ _TEMPLATE_FILE = "chat_template.jinja"
 
 
 @dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """How the model's makers want it sampled, where the client does not say. The API's own defaults otherwise."""
+
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
 class ModelFiles:
     """One model on disk. `name` is what clients call it unless they are told otherwise.
 
     `eos_token_ids` end a sequence; the first is the tokenizer's own, where it names one. `bos_token` and `eos_token`
-    are texts, as chat templates want them. `max_model_len` is the context the model was made for.
+    are texts, as chat templates want them. `max_model_len` is the context the model was made for. `sampling` is from generation_config.json.
     """
 
     folder: Path
@@ -36,6 +47,7 @@ class ModelFiles:
     eos_token: str | None
     max_model_len: int
     vocab_size: int
+    sampling: SamplingDefaults
 
 
 class _Rope(msgspec.Struct):
@@ -58,6 +70,11 @@ class _Config(msgspec.Struct):
 
 class _GenerationConfig(msgspec.Struct):
     eos_token_id: TokenIds = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, msgspec.Meta(ge=0)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(ge=0.01, le=100)] | None = None
 
 
 class _AddedToken(msgspec.Struct):
@@ -111,7 +128,13 @@ def read_model_files(folder: Path, name: str) -> ModelFiles:
         eos_token=eos_token,
         max_model_len=_max_model_len(config),
         vocab_size=config.vocab_size,
+        sampling=_sampling_defaults(generation),
     )
+
+
+def _sampling_defaults(generation: _GenerationConfig) -> SamplingDefaults:
+    named = {field.name: getattr(generation, field.name) for field in fields(SamplingDefaults)}
+    return SamplingDefaults(**{name: value for name, value in named.items() if value is not None})
 
 
 def _optional(path: Path, message_type: type[T]) -> T | None:

@@ -19,7 +19,7 @@ START_TIMEOUT_S = 120
 
 
 class Up:
-    """A running `headrace up` of the default model in fp32."""
+    """A running `headrace up`, with the defaults that a new user gets."""
 
     def __init__(self, folder: Path, *arguments: str) -> None:
         with socket.socket() as probe:
@@ -30,7 +30,7 @@ class Up:
         with self.output.open("w") as output:
             self.process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "headrace", "up", "--port", str(self.port), "--dtype", "float32"),
+                    *(sys.executable, "-m", "headrace", "up", "--port", str(self.port)),
                     *("--log-dir", str(folder / "logs"), *arguments),
                 ],
                 stdout=output,
@@ -76,6 +76,13 @@ def client(up: Up) -> openai.OpenAI:
 
 def test_the_model_is_listed(client: openai.OpenAI) -> None:
     assert [model.id for model in client.models.list().data] == ["smollm2-135m-instruct"]
+
+
+def test_the_readmes_snippet_prints_what_it_promises(up: Up) -> None:
+    readme = (REPOSITORY / "README.md").read_text()
+    snippet = readme.split("```python\n")[1].split("```")[0].replace("127.0.0.1:8000", f"127.0.0.1:{up.port}")
+    ran = subprocess.run([sys.executable, "-c", snippet], capture_output=True, text=True, timeout=60, check=True)
+    assert ran.stdout == "The capital of France is Paris."
 
 
 def test_a_streamed_chat_answer_makes_sense_and_its_kv_crossed_over_nixl(up: Up, client: openai.OpenAI) -> None:

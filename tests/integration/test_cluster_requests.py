@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
@@ -108,3 +109,52 @@ async def test_the_phases_add_up(cluster: Cluster) -> None:
     assert sum(phases.values()) == pytest.approx(total, rel=0.01)
     assert phases["prefill_ms"] > 0
     assert phases["decode_ms"] > 0
+
+
+async def test_a_local_prompt_is_accounted_for_though_a_stop_string_ends_it(model: Path, tmp_path: Path) -> None:
+    body = {"model": "llama", "prompt": prompt_of(100), "max_tokens": 24, "temperature": 0, "include_timing": True}
+    with Cluster(tmp_path, str(model), prefill=0, settings=SETTINGS) as single:
+        async with aiohttp.ClientSession() as session:
+
+            async def ask(**options: object) -> dict[str, Any]:
+                async with session.post(f"{single.url}/v1/completions", json=body | options) as response:
+                    answer: dict[str, Any] = await response.json()
+                    return answer
+
+            text = (await ask())["choices"][0]["text"]
+            for stop in (text[:1], text[len(text) // 2 :][:3]):
+                answer = await ask(stop=stop)
+                choice, timing = answer["choices"][0], answer["choices"][0]["timing"]
+                assert (choice["text"], choice["stop_reason"]) == (text[: text.index(stop)], stop)
+                assert timing["prefill_ms"] > 0
+                assert timing["handoff_ms"] == 0
+                assert sum(timing.values()) == pytest.approx(2 * timing["total_ms"], rel=0.01)
+                assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 6 * BLOCK_SIZE
+        single.wait_idle()
+
+
+@pytest.mark.parametrize("options", [{"stop_token_ids": [5], "logit_bias": {"5": 100}}, {}])
+async def test_a_first_token_that_is_the_last_leaves_no_lease(cluster: Cluster, options: dict[str, object]) -> None:
+    node = cluster.processes["prefill-0"]
+    expired = node.metric("headrace_leases_expired_total")
+    async with aiohttp.ClientSession() as session:
+        for length in (20, 200):
+            num_tokens = 8 if options else 1
+            body = {"model": "llama", "prompt": prompt_of(length), "max_tokens": num_tokens, **options}
+            async with session.post(f"{cluster.url}/v1/completions", json=body) as response:
+                assert (await response.json())["usage"]["completion_tokens"] == 1
+    await asyncio.to_thread(cluster.wait_idle, 3)
+    assert node.metric("headrace_leases_expired_total") == expired
+
+
+async def test_one_request_cannot_fail_its_neighbours(model: Path, cluster: Cluster) -> None:
+    reference = load_reference(model)
+    prompt = prompt_of(50)
+    async with aiohttp.ClientSession() as session:
+        neighbours = [asyncio.create_task(complete(session, cluster.url, prompt, 64)) for _ in range(3)]
+        for penalty in (1e-300, 1e-39, 0.01, 100):
+            body = {"model": "llama", "prompt": prompt_of(9), "max_tokens": 16, "repetition_penalty": penalty}
+            async with session.post(f"{cluster.url}/v1/completions", json=body | {"temperature": 1e-5}) as response:
+                assert response.status == (400 if penalty < 0.01 else 200), await response.text()
+        answers = await asyncio.gather(*neighbours)
+    assert [answer.token_ids for answer in answers] == [greedy_reference(reference, prompt, 64)] * 3

@@ -9,7 +9,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
-from fake_node import LAYOUT, FakeNode, nodes, until
+from fake_node import LAYOUT, NUM_CACHED_TOKENS, FakeNode, nodes, until
 from router_process import RunningRouter, running_router
 from text_model import EOS, make_text_model, make_tokenizer
 
@@ -102,7 +102,7 @@ async def test_whole_and_streamed_answers_are_the_script(site: Site) -> None:
             "prompt_tokens": len(PROMPT),
             "completion_tokens": len(SCRIPT),
             "total_tokens": len(PROMPT) + len(SCRIPT),
-            "prompt_tokens_details": {"cached_tokens": 0},
+            "prompt_tokens_details": {"cached_tokens": NUM_CACHED_TOKENS},
         }
         async with site.stream(stream_options={"include_usage": True}) as events:
             assert events.response.headers["content-type"].startswith("text/event-stream")
@@ -361,6 +361,26 @@ async def test_the_phases_add_up(site: Site, local: bool) -> None:
         total = timing.pop("total_ms")
         assert sum(timing.values()) == pytest.approx(total, rel=0.01)
         assert all(value >= 0 for value in timing.values())
+
+
+@pytest.mark.parametrize("local", [True, False])
+@pytest.mark.parametrize("stop", [TEXT[0], "rad"])
+async def test_a_stop_string_keeps_the_account_of_the_prompt(site: Site, local: bool, stop: str) -> None:
+    """Even one in the first token. The decode node waits, so that a remote prefill's word is there in time."""
+    prefill, decode = site.pair()
+    decode.hold_at = None if local else 0
+    async with nodes(prefill, decode):
+        if local:
+            await prefill.die()
+        asked = {"stop": stop, "include_timing": True, "stream_options": {"include_usage": True}}
+        async with site.stream(**asked) as events:
+            await events.read(1)
+            decode.go()
+            await events.read()
+        choices = [choice for chunk in events.chunks for choice in chunk["choices"]]
+        assert "".join(choice["text"] for choice in choices) == TEXT[: TEXT.index(stop)]
+        assert (choices[-1]["timing"]["queue_ms"], choices[-1]["timing"]["prefill_ms"]) == (0.1, 0.2)
+        assert events.chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": NUM_CACHED_TOKENS}
 
 
 async def test_two_nodes_that_disagree_do_not_mix(site: Site) -> None:

@@ -27,6 +27,16 @@ def test_linear(dtype: torch.dtype, out_features: int, in_features: int, has_bia
         torch.testing.assert_close(actual.double(), expected, atol=TOLERANCE[dtype], rtol=0)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_wide_results_are_not_rounded_to_the_weights_dtype(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    weight, x = torch.randn(50, 576).to(dtype), torch.randn(5, 576).to(dtype)
+    bias = torch.randn(50).to(dtype)
+    actual = PackedLinear(weight, bias, wide=True)(x)
+    assert actual.dtype == torch.float32
+    torch.testing.assert_close(actual.double(), x.double() @ weight.double().T + bias.double(), atol=1e-3, rtol=0)
+
+
 def test_rows_may_stand_apart() -> None:
     weight, wide = torch.randn(40, 32), torch.randn(5, 50)
     expected = wide[:, 9:41] @ weight.T

@@ -89,6 +89,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         decode: int = 1,
         transport: str = "nixl",
         settings: dict[str, object] | None = None,
+        decode_settings: dict[str, object] | None = None,
         router_settings: dict[str, object] | None = None,
         environment: dict[str, str] | None = None,
     ) -> None:
@@ -102,6 +103,7 @@ class Cluster(AbstractContextManager["Cluster"]):
             "cache.memory": "256MiB",
             "transfer.transport": transport,
         } | (settings or {})
+        self._role_settings: dict[str, dict[str, object]] = {"prefill": {}, "decode": decode_settings or {}}
         self._router_settings: dict[str, object] = {"model": model} | (router_settings or {})
         self._environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | (environment or {})
         self._expected_dead: set[str] = set()
@@ -141,12 +143,14 @@ class Cluster(AbstractContextManager["Cluster"]):
     def url(self) -> str:
         return self.router.url
 
-    def start_node(self, role: str, name: str, **settings: object) -> Process:
+    def start_node(self, role: str, name: str) -> Process:
         control = self.router.listening["control_url"]
         process = self.start(
             role,
             name,
-            self._node_settings | {"worker_id": name, "routers": json.dumps([control]), "port": 0} | settings,
+            self._node_settings
+            | {"worker_id": name, "routers": json.dumps([control]), "port": 0}
+            | self._role_settings[role],
         )
         self._expected_dead.discard(name)
         return process

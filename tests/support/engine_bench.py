@@ -9,7 +9,16 @@ from dataclasses import dataclass, field
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
-from engine.events import BlocksComputed, EngineEvent, Failed, Finished, PrefillFinished, Reserved, TokensSampled
+from engine.events import (
+    BlocksComputed,
+    EngineEvent,
+    Failed,
+    Finished,
+    PrefillFinished,
+    PromptComputed,
+    Reserved,
+    TokensSampled,
+)
 from engine.kv_event_log import KVEventLog
 from engine.request import EngineRequest, Mode
 from engine.runner import ScheduledChunk, StepPlan, StepResult
@@ -115,6 +124,7 @@ class Heard:
     reserved: Reserved | None = None
     block_ids: list[int] = field(default_factory=list)
     prefill: PrefillFinished | None = None
+    computed: PromptComputed | None = None
     finished: Finished | None = None
     error: HeadraceError | None = None
 
@@ -220,7 +230,14 @@ class Bench:
                 assert request.mode is not Mode.PREFILL_ONLY
                 assert event.index == len(request.emitted_token_ids) + len(heard.tokens)
                 heard.tokens += [token.token_id for token in event.tokens]
+            case PromptComputed():
+                assert request.mode is Mode.GENERATE
+                assert heard.computed is None
+                assert len(heard.tokens) == 1, "it comes right after the first token"
+                heard.computed = event
             case Finished():
+                assert (heard.computed is not None) == (request.mode is Mode.GENERATE)
+                assert event.imported == (request.mode is Mode.IMPORT)
                 heard.finished = event
             case Failed():
                 heard.error = event.error

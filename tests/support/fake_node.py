@@ -21,11 +21,12 @@ from protocol.sampling import SamplingParams
 from protocol.tokens import (
     FinishReason,
     OpenTokenStream,
-    PrefillHandedOff,
+    PromptComputed,
     SampledToken,
     SequenceFailed,
     SequenceFinished,
     TokenChunk,
+    TokenMessage,
 )
 from protocol.transfer import TransferTicket
 from protocol.wire import WIRE_VERSION
@@ -47,6 +48,7 @@ LAYOUT = KVLayout(
     block_size=16,
     rope="none",
 )
+NUM_CACHED_TOKENS = 16
 PREFILL_PHASES = PrefillPhases(queue_s=0.0001, prefill_s=0.0002)
 DECODE_PHASES = DecodePhases(handoff_s=0.0003, decode_s=0.0004)
 
@@ -199,8 +201,12 @@ class FakeNode:
         if self.refusal is not None:
             work.close()
             raise self.refusal
+        try:
+            self.outbox.expect(RequestId(request.request_id), RouterId(request.router_id))
+        except HeadraceError:
+            work.close()
+            raise
         self.requests.append(request)
-        self.outbox.expect(RequestId(request.request_id), RouterId(request.router_id))
         task = self._running[request.request_id] = asyncio.create_task(work)
         task.add_done_callback(lambda _: self._running.pop(request.request_id, None))
 
@@ -209,14 +215,16 @@ class FakeNode:
         if not await self._reach(index, request.request_id):
             return
         token = self._token(index, request.sampling)
-        self.outbox.post([TokenChunk(request.request_id, index, (token,))])
+        messages: list[TokenMessage] = [
+            TokenChunk(request.request_id, index, (token,)),
+            PromptComputed(request.request_id, NUM_CACHED_TOKENS, PREFILL_PHASES),
+        ]
         reason, stop_token_id = self._end(index, token.token_id, request.sampling)
-        if reason is None:
-            self.outbox.post([PrefillHandedOff(request.request_id, 0, PREFILL_PHASES)])
-        else:
+        if reason is not None:
             none = DecodePhases(handoff_s=0.0, decode_s=0.0)
-            message = SequenceFinished(request.request_id, reason, 0, none, PREFILL_PHASES, stop_token_id)
-            self.outbox.post([message])
+            messages.append(SequenceFinished(request.request_id, reason, none, stop_token_id))
+        self.outbox.post(messages)
+        self.outbox.forget(RequestId(request.request_id))
 
     async def _run_decode(self, request: DecodeRequest) -> None:
         index = len(request.emitted_token_ids)
@@ -225,14 +233,16 @@ class FakeNode:
                 return
             token = self._token(index, request.sampling)
             self.sent.append(token.token_id)
-            self.outbox.post([TokenChunk(request.request_id, index, (token,))])
+            messages: list[TokenMessage] = [TokenChunk(request.request_id, index, (token,))]
+            if request.ticket is None and index == len(request.emitted_token_ids):
+                messages.append(PromptComputed(request.request_id, NUM_CACHED_TOKENS, PREFILL_PHASES))
+            self.outbox.post(messages)
             reason, stop_token_id = self._end(index, token.token_id, request.sampling)
             if reason is not None:
                 break
             index += 1
             await asyncio.sleep(0)
-        prefill = PREFILL_PHASES if request.ticket is None else None
-        self.outbox.post([SequenceFinished(request.request_id, reason, 0, DECODE_PHASES, prefill, stop_token_id)])
+        self.outbox.post([SequenceFinished(request.request_id, reason, DECODE_PHASES, stop_token_id)])
 
     async def _reach(self, index: int, request_id: str) -> bool:
         if index == self.hold_at:

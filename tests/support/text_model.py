@@ -7,6 +7,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from router.chat_template import ChatTemplate
 from router.prompts import TextModel
 from router.tokenizer import TextTokenizer
+from runtime.models.model_files import SamplingDefaults
 
 EOS, START = 0, 1
 SPECIAL_TOKENS = ["<|end|>", "<|start|>"]
@@ -45,4 +46,5 @@ def make_text_model(name: str = "tiny", *, template: str | None = TEMPLATE, max_
         eos_token_ids=(EOS,),
         max_model_len=max_model_len,
         vocab_size=tokenizer.vocab_size,
+        sampling=SamplingDefaults(),
     )

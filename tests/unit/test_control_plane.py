@@ -20,7 +20,16 @@ from protocol.errors import (
 )
 from protocol.ids import RequestId, RouterId
 from protocol.kv_layout import KVLayout
-from protocol.tokens import OpenTokenStream, SampledToken, SequenceFailed, TokenChunk, TokenFrame
+from protocol.phases import DecodePhases, PrefillPhases
+from protocol.tokens import (
+    OpenTokenStream,
+    PromptComputed,
+    SampledToken,
+    SequenceFailed,
+    SequenceFinished,
+    TokenChunk,
+    TokenFrame,
+)
 from protocol.wire import decode, encode_frame
 from protocol.workers import Heartbeat, HeartbeatReply, Leave, Registered, WorkerInfo, WorkerLoad
 from runtime.auth import check_bind
@@ -151,6 +160,49 @@ async def test_a_dead_or_silent_peer_is_node_lost() -> None:
             assert received == [LOAD]
 
 
+@pytest.mark.parametrize("host", ["..", "a" * 300, "nowhere.invalid"])
+async def test_an_address_that_is_none_is_node_lost(host: str) -> None:
+    async with RpcClient(None) as client:
+        with pytest.raises(NodeLost):
+            await client.call(f"http://{host}:1/x", LOAD, WorkerLoad, 2)
+        with pytest.raises(NodeLost):
+            async with client.stream(f"http://{host}:1/x", LOAD, 2):
+                pass
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"HTTP/1.1 503 No\r\ncontent-length: 100\r\n\r\nhalf",
+        b"HTTP/1.1 302 Elsewhere\r\nlocation: http://127.0.0.1:1/\r\ncontent-length: 0\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\njunk",
+        b"HTTP/1.1 500 No\r\ntransfer-encoding: chunked\r\n\r\n" + b"100000\r\n" + b"x" * 0x100000 + b"\r\n",
+        b"nonsense",
+    ],
+    ids=["half an error", "redirect", "no reply", "endless error", "no HTTP"],
+)
+async def test_whatever_a_peer_answers_is_node_lost(answer: bytes) -> None:
+    async def misbehave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        with contextlib.suppress(ConnectionError):
+            await reader.readuntil(b"\r\n\r\n")
+            writer.write(answer)
+            for _ in range(16 if b"chunked" in answer else 0):
+                writer.write(answer[answer.index(b"100000") :])
+                await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(misbehave, "127.0.0.1", 0)
+    url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/x"
+    async with server, RpcClient(None) as client:
+        with pytest.raises(NodeLost):
+            await client.call(url, LOAD, WorkerLoad, 5)
+        with pytest.raises((NodeLost, MessageTooLarge)):
+            async with client.stream(url, LOAD, 5) as bodies:
+                async for _ in bodies:
+                    pass
+                raise NodeLost("the stream ended, which its reader takes for a loss")
+
+
 class Outbox:
     """A TokenOutbox, and the requests it reported lost."""
 
@@ -184,6 +236,21 @@ async def test_one_frame_a_step_and_router() -> None:
     assert box.outbox.num_requests == 0
 
 
+async def test_the_account_of_a_prompt_does_not_end_the_request() -> None:
+    box = Outbox()
+    frames = box.outbox.open(ROUTER)
+    await next_frame(frames)
+    box.outbox.expect(RequestId("a"), ROUTER)
+    computed = PromptComputed("a", 0, PrefillPhases(0.5, 0.25))
+    finished = SequenceFinished("a", "length", DecodePhases(0.0, 1.0))
+    for messages in ((chunk("a"), computed), (chunk("a", 1), finished)):
+        box.outbox.post(messages)
+        assert (await next_frame(frames)).messages == messages
+    assert box.outbox.num_requests == 0
+    await frames.aclose()
+    assert box.lost == []
+
+
 async def test_a_last_word_ends_the_request() -> None:
     box = Outbox()
     frames = box.outbox.open(ROUTER)
@@ -208,6 +275,18 @@ async def test_a_newer_stream_replaces_the_older_one() -> None:
     await next_frame(newer)
     await newer.aclose()
     assert box.lost == ["a", "b"]
+
+
+async def test_a_second_request_of_one_id_leaves_the_first_alone() -> None:
+    box = Outbox()
+    frames = box.outbox.open(ROUTER)
+    await next_frame(frames)
+    box.outbox.expect(RequestId("a"), ROUTER)
+    with pytest.raises(InvalidParameter):
+        box.outbox.expect(RequestId("a"), ROUTER)
+    box.outbox.post([chunk("a")])
+    assert (await next_frame(frames)).messages == (chunk("a"),)
+    await frames.aclose()
 
 
 async def test_no_stream_no_request() -> None:

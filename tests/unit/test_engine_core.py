@@ -39,8 +39,8 @@ def test_a_second_prompt_computes_only_what_is_new() -> None:
     longer = [*PROMPT, 900, 901, 902]
     heard = bench.generate(request("b", longer))
     assert heard.tokens == continuation(longer, 4)
-    assert heard.finished is not None
-    assert heard.finished.num_cached_tokens == 12
+    assert heard.computed is not None
+    assert heard.computed.num_cached_tokens == 12
     assert bench.core.load().computed_prompt_tokens - before == len(longer) - 12
 
 
@@ -48,9 +48,9 @@ def test_the_next_turn_of_a_chat_reuses_the_answer_too() -> None:
     bench = Bench()
     answer = bench.generate(request("a", PROMPT, max_tokens=9)).tokens
     heard = bench.generate(request("b", PROMPT + answer + [5]))
-    assert heard.finished is not None
+    assert heard.computed is not None
     # The last token of the answer was sampled but never computed: 22 of 23 tokens, five full blocks.
-    assert heard.finished.num_cached_tokens == 20
+    assert heard.computed.num_cached_tokens == 20
 
 
 def test_at_least_one_token_is_computed() -> None:
@@ -58,25 +58,25 @@ def test_at_least_one_token_is_computed() -> None:
     prompt = list(range(2 * BLOCK_SIZE))
     first, second = (bench.generate(request(name, prompt)) for name in "ab")
     assert first.tokens == second.tokens
-    assert second.finished is not None
-    assert second.finished.num_cached_tokens == BLOCK_SIZE
+    assert second.computed is not None
+    assert second.computed.num_cached_tokens == BLOCK_SIZE
 
 
 def test_a_salt_keeps_tenants_apart() -> None:
     bench = Bench()
     bench.generate(request("a", PROMPT, cache_salt="x"))
     for name, salt, cached in (("b", "y", 0), ("c", None, 0), ("d", "x", 12)):
-        finished = bench.generate(request(name, PROMPT, cache_salt=salt)).finished
-        assert finished is not None
-        assert finished.num_cached_tokens == cached
+        computed = bench.generate(request(name, PROMPT, cache_salt=salt)).computed
+        assert computed is not None
+        assert computed.num_cached_tokens == cached
 
 
 def test_without_prefix_cache_nothing_is_reused_or_reported() -> None:
     bench = Bench(enable_prefix_cache=False)
     for name in "ab":
-        finished = bench.generate(request(name, PROMPT)).finished
-        assert finished is not None
-        assert finished.num_cached_tokens == 0
+        computed = bench.generate(request(name, PROMPT)).computed
+        assert computed is not None
+        assert computed.num_cached_tokens == 0
     assert bench.kv_events.take() is None
 
 
@@ -84,9 +84,9 @@ def test_cached_blocks_last_until_they_are_needed() -> None:
     bench = Bench(num_blocks=8)
     bench.generate(request("a", PROMPT, max_tokens=1))
     bench.generate(request("other", range(500, 528), max_tokens=1))
-    finished = bench.generate(request("b", PROMPT, max_tokens=1)).finished
-    assert finished is not None
-    assert finished.num_cached_tokens == BLOCK_SIZE, "five free blocks and the tail of a's three went to the other"
+    computed = bench.generate(request("b", PROMPT, max_tokens=1)).computed
+    assert computed is not None
+    assert computed.num_cached_tokens == BLOCK_SIZE, "five free blocks and the tail of a's three went to the other"
     assert bench.busy_blocks == 0
 
 
@@ -97,9 +97,9 @@ def test_clearing_the_cache_forgets_addresses_but_not_what_runs() -> None:
     bench.core.clear_prefix_cache()
     bench.run()
     assert bench.heard["a"].tokens == continuation(PROMPT, 12)
-    finished = bench.generate(request("b", PROMPT)).finished
-    assert finished is not None
-    assert finished.num_cached_tokens == 0
+    computed = bench.generate(request("b", PROMPT)).computed
+    assert computed is not None
+    assert computed.num_cached_tokens == 0
     assert bench.busy_blocks == 0
 
 
@@ -179,9 +179,9 @@ def test_an_imported_context_is_in_the_prefix_cache() -> None:
     decode.run()
     hand_over(prefill, decode, "r")
     decode.activate("r", prefill.heard["r"].tokens[0])
-    finished = decode.generate(request("s", PROMPT)).finished
-    assert finished is not None
-    assert finished.num_cached_tokens == 12
+    computed = decode.generate(request("s", PROMPT)).computed
+    assert computed is not None
+    assert computed.num_cached_tokens == 12
 
 
 def test_what_arrived_before_a_failure_is_kept() -> None:
@@ -196,8 +196,8 @@ def test_what_arrived_before_a_failure_is_kept() -> None:
     assert decode.busy_blocks == 0
     again = decode.generate(request("again", PROMPT))
     assert again.tokens == continuation(PROMPT, 4)
-    assert again.finished is not None
-    assert again.finished.num_cached_tokens == 2 * BLOCK_SIZE
+    assert again.computed is not None
+    assert again.computed.num_cached_tokens == 2 * BLOCK_SIZE
 
 
 @pytest.mark.parametrize("end", ["activate", "abandon"])
@@ -366,9 +366,9 @@ def test_a_failed_step_fails_its_sequences_and_no_others(caplog: pytest.LogCaptu
     assert all(isinstance(bench.heard[name].error, InternalError) for name in "ab")
     assert "the device fell off" in caplog.text
     assert bench.heard["waiting"].tokens == continuation(range(200, 220), 2)
-    finished = bench.generate(request("again", PROMPT)).finished
-    assert finished is not None
-    assert finished.num_cached_tokens == 0, "what a failed step wrote is not believed"
+    computed = bench.generate(request("again", PROMPT)).computed
+    assert computed is not None
+    assert computed.num_cached_tokens == 0, "what a failed step wrote is not believed"
 
 
 def test_one_bad_sequence_does_not_take_the_others_along() -> None:
@@ -445,9 +445,9 @@ def test_what_can_never_run_is_refused(prompt: list[int], emitted: list[int], er
 
 
 def ledger(heard: Heard) -> list[float]:
+    assert heard.computed is not None
     assert heard.finished is not None
-    prefill, decode = heard.finished.prefill, heard.finished.decode
-    assert prefill is not None
+    prefill, decode = heard.computed.phases, heard.finished.decode
     return [prefill.queue_s, prefill.prefill_s, decode.handoff_s, decode.decode_s]
 
 
@@ -475,7 +475,6 @@ def test_phases_of_a_hand_off() -> None:
     bench.run()
     phases = {name: heard.finished and heard.finished.decode for name, heard in bench.heard.items()}
     assert [(p.handoff_s, p.decode_s) for p in phases.values() if p] == [(2.25, 2.0), (2.0, 0.0), (0.25, 1.0)]
-    assert all(heard.finished and heard.finished.prefill is None for heard in bench.heard.values())
 
 
 def test_phases_of_a_prefill() -> None:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from kv_transfer.arena import HostArena
 from kv_transfer.checksum import checksums
 from kv_transfer.exports import ExportTable
-from protocol.errors import Cancelled, InternalError, LeaseExpired
+from protocol.errors import Cancelled, InternalError, InvalidParameter, LeaseExpired
 from protocol.ids import RequestId, TicketId, WorkerId, new_incarnation
 from protocol.transfer import (
     BlocksReady,
@@ -194,7 +194,7 @@ async def test_tickets_of_nobody_and_of_another_life_are_refused(table: Table) -
             table.exports.attach(OpenHandoff(ticket_id=ticket_id, incarnation=incarnation, reader="r", skip_blocks=0))
         assert not table.exports.release(ReleaseLease(ticket_id, incarnation)).held
     assert table.released == []
-    with pytest.raises(ValueError, match="exported already"):
+    with pytest.raises(InvalidParameter, match="exported already"):
         table.exports.open(REQUEST, 64)
 
 

@@ -104,6 +104,8 @@ def test_salts_separate_tenants() -> None:
         ("presence_penalty", 3.0),
         ("frequency_penalty", float("-inf")),
         ("repetition_penalty", 0.0),
+        ("repetition_penalty", 1e-300),
+        ("repetition_penalty", 1e9),
         ("min_tokens", 11),
         ("stop_token_ids", (100,)),
         ("logit_bias", {100: 1.0}),

@@ -381,10 +381,9 @@ def test_ledger_of_a_sequence() -> None:
     ledger.dispatched()
     clock.advance(4)
     ledger.tokens_arrived()
-    clock.advance(5)
-    ledger.dispatched()
-    ledger.tokens_arrived()
     ledger.prefilled(PrefillPhases(queue_s=1, prefill_s=2))
+    clock.advance(5)
+    ledger.tokens_arrived()
     stopped = ledger.close()
     assert (stopped.router_s, stopped.decode_s, stopped.transit_s, stopped.total_s) == (1, 5, 1, 10)
     ledger.decoded(DecodePhases(handoff_s=0.5, decode_s=4))
@@ -392,6 +391,27 @@ def test_ledger_of_a_sequence() -> None:
     assert (whole.handoff_s, whole.decode_s, whole.transit_s) == (0.5, 4, 1.5)
     ledger.decoded(DecodePhases(handoff_s=0.5, decode_s=400))
     assert ledger.close().transit_s == 0
+
+
+def test_the_time_of_a_lost_attempt_is_in_transit() -> None:
+    clock = ManualClock()
+    ledger = Ledger(clock, clock.now())
+    ledger.dispatched()
+    clock.advance(1)
+    ledger.tokens_arrived()
+    ledger.prefilled(PrefillPhases(queue_s=0, prefill_s=1))
+    clock.advance(20)
+    ledger.dispatched()
+    assert ledger.close().prefill_s == 0
+    clock.advance(2)
+    ledger.tokens_arrived()
+    ledger.prefilled(PrefillPhases(queue_s=0.5, prefill_s=1))
+    clock.advance(3)
+    ledger.tokens_arrived()
+    stopped = ledger.close()
+    assert (stopped.queue_s, stopped.prefill_s, stopped.decode_s) == (0.5, 1, 3)
+    assert (stopped.transit_s, stopped.total_s) == (21.5, 26)
+    assert ledger.first_token_s == 1
 
 
 def test_no_tensor_library_in_the_router() -> None:

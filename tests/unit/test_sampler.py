@@ -309,11 +309,11 @@ class TestState:
     def test_forget_drops_the_sequence(self) -> None:
         sampler, logits = Sampler(), random_logits(11, 1, 40)
         favourite = int(logits.argmax())
-        before = row([favourite], temperature=0.0, repetition_penalty=1000.0)
+        before = row([favourite], temperature=0.0, repetition_penalty=100.0)
         assert token_ids(sampler.sample([before], logits)) != [favourite]
         sampler.forget(before.request_id)
         sampler.forget(RequestId("never seen"))
-        after = row([favourite + 1], temperature=0.0, repetition_penalty=1000.0)
+        after = row([favourite + 1], temperature=0.0, repetition_penalty=100.0)
         assert token_ids(sampler.sample([after], logits)) == [favourite]
 
     def test_changed_parameters_of_the_same_batch_are_noticed(self) -> None:
