@@ -18,7 +18,7 @@ MAX_CHOICES = 256
 MAX_STOP_STRINGS = 4
 MAX_STOP_CHARS = 1024
 DEFAULT_COMPLETION_TOKENS = 16
-SEED_MASK = (1 << 63) - 1
+MAX_SEED = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +127,9 @@ def _max_tokens(request: ChatRequest | CompletionRequest, max_model_len: int, nu
 def _seed(client_seed: int | None, position: int) -> int:
     if client_seed is None:
         return secrets.randbits(63)
-    return (client_seed + position) & SEED_MASK
+    if not -MAX_SEED - 1 <= client_seed <= MAX_SEED:
+        raise InvalidParameter("seed must be a 64-bit integer", param="seed")
+    return (client_seed + position) & MAX_SEED
 
 
 def _sampling(

@@ -6,7 +6,8 @@ Adds the errors that only an HTTP edge has. They never cross to a node:
     ├── UnsupportedParameter (an InvalidParameter)   400, a known feature that this server does not have
     ├── RouteNotFound                                404
     ├── MethodNotAllowed                             405
-    └── UnsupportedMediaType                         415
+    ├── UnsupportedMediaType                         415
+    └── RequestTimeout                               408, the body did not come; the connection ends
 
 Error text is bounded and quotes at most a little of what the client sent, so that an answer cannot be made larger than
 its request.
@@ -43,6 +44,11 @@ class UnsupportedMediaType(RequestError):
     status = 415
 
 
+class RequestTimeout(RequestError):
+    code = "request_timeout"
+    status = 408
+
+
 class ErrorDetail(msgspec.Struct, frozen=True):
     message: str
     type: str
@@ -72,7 +78,10 @@ def error_body(error: HeadraceError) -> ErrorBody:
 
 
 def error_headers(error: HeadraceError) -> list[tuple[bytes, bytes]]:
-    """Retry-After, in whole seconds, on everything that a retry can mend."""
+    """Retry-After, in whole seconds, on everything that a retry can mend. The rest of a body that was given up on is not
+    to be read as the next request."""
+    if isinstance(error, RequestTimeout):
+        return [(b"connection", b"close")]
     if error.status not in (429, 503):
         return []
     seconds = DEFAULT_RETRY_AFTER_S if error.retry_after_s is None else error.retry_after_s

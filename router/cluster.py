@@ -68,6 +68,8 @@ class Cluster:
         self._link_tasks: dict[Incarnation, asyncio.Task[None]] = {}
         self._tasks = asyncio.TaskGroup()
         self._watch: asyncio.Task[None] | None = None
+        self._changed = asyncio.Event()
+        self._had_decode = False
         self.router_id = router_id
         self.index = PrefixIndex(clock)
         self.in_flight = InFlight()
@@ -84,8 +86,8 @@ class Cluster:
         await self._tasks.__aexit__(None, None, None)
 
     def spawn(self, work: Coroutine[object, object, None], name: str) -> None:
-        """A task that may outlive its request, but not the cluster. It must not raise."""
-        self._tasks.create_task(work, name=name)
+        """A task that may outlive its request, but not the cluster. Its failure is logged, and nobody else's."""
+        self._tasks.create_task(_log_failure(work, name), name=name)
 
     # ---- membership
 
@@ -106,6 +108,8 @@ class Cluster:
             self._forget(replaced.incarnation)
         self.index.add_worker(incarnation)
         self.in_flight.add_worker(incarnation)
+        self._had_decode |= info.role == "decode"
+        self._note_change()
         log.info("%s node %s registered from %s", info.role, info.worker_id, info.control_url)
         return Registered(self._config.heartbeat_interval_s)
 
@@ -122,8 +126,14 @@ class Cluster:
         log.info("%s leaves", message.worker_id)
 
     async def _watch_silence(self) -> None:
+        """A round that comes late was held up with the whole process, which has yet to read what it was sent meanwhile."""
+        loop = asyncio.get_running_loop()
+        interval_s = min(1.0, self._config.worker_timeout_s / 4)
         while True:
-            await asyncio.sleep(min(1.0, self._config.worker_timeout_s / 4))
+            began_at = loop.time()
+            await asyncio.sleep(interval_s)
+            if loop.time() - began_at > 2 * interval_s:
+                continue
             for worker in self._registry.expire():
                 log.warning("%s has not been heard of for %g s", worker.worker_id, self._config.worker_timeout_s)
                 self._forget(worker.incarnation)
@@ -134,7 +144,7 @@ class Cluster:
         self.in_flight.remove_worker(incarnation)
 
     def _start_link(self, info: WorkerInfo) -> NodeLink:
-        link = NodeLink(self._client, info, self._router_id)
+        link = NodeLink(self._client, info, self._router_id, self._note_change)
         self._links[link.incarnation] = link
         self._link_tasks[link.incarnation] = self._tasks.create_task(link.run(), name=f"link:{info.worker_id}")
         return link
@@ -145,6 +155,11 @@ class Cluster:
         if task is not None:
             task.cancel()
 
+    def _note_change(self) -> None:
+        """Wake whoever waits for a node: one may have become ready."""
+        self._changed.set()
+        self._changed = asyncio.Event()
+
     # ---- what it offers
 
     @property
@@ -152,8 +167,21 @@ class Cluster:
         return self._registry.snapshot.workers
 
     def is_ready(self, worker: Worker) -> bool:
-        link = self._links.get(worker.incarnation)
-        return link is not None and link.is_open and worker.admits
+        return worker.admits and self.is_reachable(worker.incarnation)
+
+    def is_reachable(self, incarnation: Incarnation) -> bool:
+        """Its token stream is open, again perhaps."""
+        link = self._links.get(incarnation)
+        return link is not None and link.is_open
+
+    async def changed(self) -> None:
+        """Return when a node may have become ready since this was called."""
+        await self._changed.wait()
+
+    @property
+    def worker_wait_s(self) -> float:
+        """How long it is worth to wait for a node: not at all while there has never been one that decodes."""
+        return self._config.worker_wait_s if self._had_decode else 0.0
 
     def num_ready(self, role: str) -> int:
         return sum(worker.role == role and self.is_ready(worker) for worker in self.workers)
@@ -224,3 +252,10 @@ class Cluster:
             cached_tokens=decision.cached_tokens,
             num_tokens=num_tokens,
         )
+
+
+async def _log_failure(work: Coroutine[object, object, None], name: str) -> None:
+    try:
+        await work
+    except Exception:
+        log.exception("%s failed", name)

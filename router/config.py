@@ -16,7 +16,8 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     names as for nodes), `served_name` is what clients call it.
 
     `request_timeout_s`: a request's whole life. `worker_timeout_s`: silence after which a node is given up. `retries`: how
-    often a sequence that lost its node is dispatched again. `local_prefill_tokens`: a decode node that lacks at most
+    often a sequence that lost its node is dispatched again. `worker_wait_s`: how long a running or new sequence waits for a
+    node of the needed kind to come (back) before it fails; 0: not at all. `local_prefill_tokens`: a decode node that lacks at most
     this many tokens of a prompt computes them itself (None: one KV block, 0: never while there is a prefill node).
     `max_queued_tokens`: prompt tokens that may wait for their first output token. `drain_timeout_s`: how long SIGTERM
     waits for running streams.
@@ -35,6 +36,7 @@ class RouterConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     heartbeat_interval_s: PositiveFloat = 1.0
     worker_timeout_s: PositiveFloat = 5.0
     retries: Annotated[int, msgspec.Meta(ge=1, le=16)] = 1
+    worker_wait_s: Annotated[float, msgspec.Meta(ge=0)] = 10.0
     local_prefill_tokens: Annotated[int, msgspec.Meta(ge=0)] | None = None
     max_queued_tokens: PositiveInt = 1_048_576
     log_level: Literal["debug", "info", "warning", "error"] = "info"

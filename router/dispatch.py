@@ -2,15 +2,17 @@
 
 There is one way to recover, whatever broke: dispatch prompt, emitted tokens and sampling parameters again, elsewhere, under a
 new request id. Randomness depends on seed and position alone, so the answer goes on token for token. Attempts are bounded
-by the configured retries, by the nodes that are left, and by the request's deadline.
+by the configured retries, by the nodes that are left or come (back) within the configured wait, and by the request's
+deadline.
 """
 
+import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from dataclasses import dataclass
 
-from protocol.errors import NoWorker, Overloaded
+from protocol.errors import NodeLost, NoWorker, Overloaded
 from protocol.ids import Incarnation, TraceId
 from protocol.phases import PhaseLedger
 from protocol.sampling import SamplingParams
@@ -51,6 +53,7 @@ class SequenceRun:
         self._retries = retries
         self._emitted: list[int] = []
         self._avoid: set[Incarnation] = set()
+        self._lost: set[Incarnation] = set()
         self._overloaded: Overloaded | None = None
         self._prefill_overloaded = False
         self._decisions: list[str] = []
@@ -83,7 +86,7 @@ class SequenceRun:
         failures = 0
         while (end := self._end_already()) is None:
             self._job.deadline.check("running the request")
-            route = self._route()
+            route = await self._route()
             attempt = self._start(route)
             try:
                 async with aclosing(attempt.run()) as batches:
@@ -111,20 +114,47 @@ class SequenceRun:
             return SequenceEnd("stop", last)
         return SequenceEnd("length", None) if len(self._emitted) >= sampling.max_tokens else None
 
-    def _route(self) -> Route:
-        job = self._job
+    async def _route(self) -> Route:
+        """Wait for a node if there is none. Raises NoWorker (or the Overloaded of those there are) when none has come."""
+        patience_s = min(self._cluster.worker_wait_s, self._job.deadline.remaining_s)
         try:
-            route = self._cluster.route(
-                [*job.prompt_token_ids, *self._emitted],
-                job.cache_salt,
-                tokens_left=job.sampling.max_tokens - len(self._emitted),
-                avoid=self._avoid,
-            )
+            async with asyncio.timeout(patience_s):
+                while True:
+                    try:
+                        return self._route_now()
+                    except NoWorker:
+                        if self._overloaded is not None and not self._emitted:
+                            raise self._overloaded from None  # the client can wait as well as we can
+                        await self._cluster.changed()
+        except TimeoutError:
+            self._job.deadline.check("waiting for a node")
+        try:
+            return self._route_now()
         except NoWorker as error:
             raise (self._overloaded or error) from error
+
+    def _route_now(self) -> Route:
+        try:
+            route = self._decide()
+        except NoWorker:
+            back = {node for node in self._lost if self._cluster.is_reachable(node)}
+            if not back:
+                raise
+            self._lost -= back
+            self._avoid -= back
+            route = self._decide()
         if route.prefill is None and self._prefill_overloaded and self._overloaded is not None:
             raise self._overloaded  # what prefill nodes have no room for is not to slow the decode nodes down
         return route
+
+    def _decide(self) -> Route:
+        job = self._job
+        return self._cluster.route(
+            [*job.prompt_token_ids, *self._emitted],
+            job.cache_salt,
+            tokens_left=job.sampling.max_tokens - len(self._emitted),
+            avoid=self._avoid,
+        )
 
     def _start(self, route: Route) -> Attempt:
         job = self._job
@@ -145,6 +175,8 @@ class SequenceRun:
 
     def _note_failure(self, failed: AttemptFailed, route: Route) -> None:
         self._avoid.add(failed.avoid)
+        if isinstance(failed.error, NodeLost):
+            self._lost.add(failed.avoid)
         self._failures.append(failed.error.code)
         if failed.refused and isinstance(failed.error, Overloaded):
             self._overloaded = failed.error

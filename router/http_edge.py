@@ -24,11 +24,20 @@ from protocol.errors import (
     Unauthorized,
 )
 from protocol.ids import new_trace_id
-from router.api_errors import MethodNotAllowed, RouteNotFound, UnsupportedMediaType, error_body, error_headers, quote
+from router.api_errors import (
+    MethodNotAllowed,
+    RequestTimeout,
+    RouteNotFound,
+    UnsupportedMediaType,
+    error_body,
+    error_headers,
+    quote,
+)
 from runtime.rpc_server import read_body
 
 JSON_TYPE = "application/json"
 OPEN_PATHS = frozenset({"/health", "/ready", "/metrics", "/version"})
+BODY_TIMEOUT_S = 60.0
 REQUEST_ID_KEY = "headrace.request_id"
 CLIENT_ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
@@ -80,12 +89,16 @@ def error_response(error: HeadraceError) -> Response:
 
 
 async def read_json(request: Request, limit: int) -> bytes:
-    """Raises UnsupportedMediaType for what does not call itself JSON, PayloadTooLarge past the limit."""
+    """Raises UnsupportedMediaType for what does not call itself JSON, PayloadTooLarge past the limit,
+    RequestTimeout for a body that has not come after BODY_TIMEOUT_S."""
     media_type = request.headers.get("content-type", "").split(";")[0].strip().lower()
     if media_type != JSON_TYPE:
         raise UnsupportedMediaType(f"content-type must be {JSON_TYPE}, not {quote(media_type)!r}")
     try:
-        return await read_body(request, limit)
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            return await read_body(request, limit)
+    except TimeoutError as error:
+        raise RequestTimeout(f"the body did not come within {BODY_TIMEOUT_S:g} s") from error
     except MessageTooLarge as error:
         raise PayloadTooLarge(error.message) from error
 

@@ -1,8 +1,8 @@
 """NodeLink: all that the router exchanges with one incarnation of one node.
 
 One token stream carries the tokens of all requests there; it is open for as long as the link lives, and opened again when it
-was cut. While it is not open, the node is not to be given work. When it ends, is silent for SILENCE_S, or skips a frame,
-every request that is attached gets NodeLost at once: the node has cancelled them by then, or does when it notices.
+was cut. While it is not open, the node is not to be given work. When it ends, is silent for SILENCE_S, skips a frame, or
+meets a bug of ours, every request that is attached gets NodeLost at once: the node has cancelled them by then, or does when it notices.
 
 A cancel never loses the race against the request that it is to stop: it is repeated once the call that was under way
 has ended.
@@ -11,7 +11,8 @@ has ended.
 import asyncio
 import logging
 from collections.abc import Callable
-from typing import TypeVar
+from types import TracebackType
+from typing import Self, TypeVar
 
 from protocol.errors import HeadraceError, MalformedMessage, NodeLost
 from protocol.ids import Incarnation, RequestId, RouterId, WorkerId
@@ -23,6 +24,11 @@ from protocol.workers import WorkerInfo
 from runtime.rpc_client import RpcClient
 
 SILENCE_S = 3.0
+SECOND_CHANCE_S = 0.5
+"""What silence lasts longer. After a pause of this very process its timers are due before it has read what it was sent
+meanwhile; a node is lost only if there was nothing to read."""
+
+NEVER_S = 86_400.0
 CALL_TIMEOUT_S = 5.0
 FIRST_BACKOFF_S = 0.05
 MAX_BACKOFF_S = 1.0
@@ -39,8 +45,9 @@ log = logging.getLogger(__name__)
 class NodeLink:
     """`run()` for the link's whole life, in a task; it closes what it opened when that task is cancelled."""
 
-    def __init__(self, client: RpcClient, info: WorkerInfo, router_id: RouterId) -> None:
+    def __init__(self, client: RpcClient, info: WorkerInfo, router_id: RouterId, on_open: Callable[[], None]) -> None:
         self._client = client
+        self._on_open = on_open
         self._router_id = router_id
         self._url = info.control_url
         self.worker_id = WorkerId(info.worker_id)
@@ -67,10 +74,17 @@ class NodeLink:
             ) from error
 
     async def run(self) -> None:
+        """A bug met here costs this node its stream, and nobody else anything."""
         try:
-            async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(self._keep_stream(), name=f"token-stream:{self.worker_id}")
-                tasks.create_task(self._send_cancels(), name=f"cancels:{self.worker_id}")
+            while True:
+                try:
+                    async with asyncio.TaskGroup() as tasks:
+                        tasks.create_task(self._keep_stream(), name=f"token-stream:{self.worker_id}")
+                        tasks.create_task(self._send_cancels(), name=f"cancels:{self.worker_id}")
+                except* Exception:
+                    log.exception("the connection to %s failed", self.worker_id)
+                self._lose(NodeLost(f"{self.worker_id} was lost: its connection failed in the router"))
+                await asyncio.sleep(MAX_BACKOFF_S)
         finally:
             self._lose(NodeLost(f"the connection to {self.worker_id} was given up"))
 
@@ -105,6 +119,11 @@ class NodeLink:
         self._in_call.add(request_id)
         try:
             return await self._client.call(f"{self._url}/node/v1/{name}", message, reply_type, CALL_TIMEOUT_S)
+        except HeadraceError:
+            raise
+        except Exception as error:
+            log.exception("calling %s of %s failed", name, self.worker_id)
+            raise NodeLost(f"calling {self.worker_id} failed in the router") from error
         finally:
             self._in_call.discard(request_id)
             if request_id in self._cancelled_in_call:
@@ -129,17 +148,26 @@ class NodeLink:
     async def _read_stream(self) -> None:
         expected = 0
         message = OpenTokenStream(self._router_id)
-        async with self._client.stream(f"{self._url}/node/v1/tokens", message, SILENCE_S) as bodies:
+        async with (
+            _SilenceLimit() as silence,
+            self._client.stream(f"{self._url}/node/v1/tokens", message, NEVER_S) as bodies,
+        ):
             async for body in bodies:
+                silence.heard()
                 frame = decode(body, TokenFrame)
                 if frame.number != expected:
                     raise MalformedMessage(f"frame {frame.number} came where {expected} was due")
                 expected += 1
-                self._open.set()
+                self._note_open()
                 for token_message in frame.messages:
                     sink = self._sinks.get(RequestId(token_message.request_id))
                     if sink is not None:
                         sink(token_message)
+
+    def _note_open(self) -> None:
+        if not self.is_open:
+            self._open.set()
+            self._on_open()
 
     def _lose(self, lost: NodeLost) -> None:
         self._open.clear()
@@ -159,3 +187,37 @@ class NodeLink:
                 except HeadraceError as error:
                     log.warning("%s did not take %d cancels: %s", self.worker_id, len(ids), error.message)
                     await asyncio.sleep(FIRST_BACKOFF_S * 2**attempt)
+
+
+class _SilenceLimit:
+    """Raises NodeLost from its block when `heard` was not called for SILENCE_S, nor in the second chance after it."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._limit = asyncio.timeout(None)
+        self._timer: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> Self:
+        await self._limit.__aenter__()
+        self.heard()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        try:
+            await self._limit.__aexit__(kind, error, trace)
+        except TimeoutError as silence:
+            raise NodeLost(f"silent for {SILENCE_S:g} s") from silence
+
+    def heard(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        if self._limit.when() is not None and not self._limit.expired():
+            self._limit.reschedule(None)
+        self._timer = self._loop.call_later(SILENCE_S, self._give_second_chance)
+
+    def _give_second_chance(self) -> None:
+        self._limit.reschedule(self._loop.time() + SECOND_CHANCE_S)

@@ -129,6 +129,8 @@ def _template_message(message: ChatMessage, param: str) -> dict[str, str]:
     content = message.content
     if content is None:
         raise InvalidParameter(f"{param}.content is required", param=f"{param}.content")
+    if content == []:
+        raise InvalidParameter(f"{param}.content has no parts", param="messages")
     if not isinstance(content, str):
         pieces: list[str] = []
         for i, part in enumerate(content):

@@ -74,6 +74,7 @@ class NodeShell:
         self._life = life
         self._registry = registry
         self._role: NodeRole | None = None
+        self._drained = False
         self.outbox = TokenOutbox(self._on_lost)
 
     @property
@@ -111,6 +112,7 @@ class NodeShell:
                 await registration.leave()
                 while not role.idle():  # noqa: ASYNC110  # the engine ends on its own thread and has no event for it
                     await asyncio.sleep(DRAIN_POLL_S)
+                self._drained = True
                 self.outbox.close()
 
             def listening(urls: list[str]) -> None:
@@ -128,6 +130,8 @@ class NodeShell:
         key = self._config.cluster_key
 
         async def tokens(message: OpenTokenStream) -> AsyncIterator[bytes]:
+            if self._drained:
+                self.check_admitting()
             return self.outbox.open(RouterId(message.router_id))
 
         async def cancel(message: CancelRequest) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import uvicorn
 import uvloop
-from starlette.types import ASGIApp
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from protocol.errors import ConfigError
 from runtime.http_protocol import BoundedHttpProtocol
@@ -26,6 +26,9 @@ KEEP_ALIVE_S = 75
 
 CLOSE_TIMEOUT_S = 1
 """How long connections may take to end once the drain is over."""
+
+CUT_TIMEOUT_S = 0.5
+"""How long handlers may take to notice that their connections were cut, before they are cancelled."""
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +132,8 @@ class _Server(uvicorn.Server):
 
     def __init__(self, app: ASGIApp) -> None:
         config = uvicorn.Config(
-            app,
+            self._answer,
+            interface="asgi3",
             http=BoundedHttpProtocol,
             ws="none",
             lifespan="on",
@@ -139,9 +143,11 @@ class _Server(uvicorn.Server):
             server_header=False,
             backlog=BACKLOG,
             timeout_keep_alive=KEEP_ALIVE_S,
-            timeout_graceful_shutdown=CLOSE_TIMEOUT_S,
         )
         super().__init__(config)
+        self._app = app
+        self._close_timeout_s: float = CLOSE_TIMEOUT_S
+        self._cut = False
         self.answering = asyncio.Event()
 
     @contextmanager
@@ -151,7 +157,7 @@ class _Server(uvicorn.Server):
     def end(self, at_once: bool) -> None:
         """Let `serve` return: when connections have ended, or after a second, or at once."""
         if at_once:
-            self.config.timeout_graceful_shutdown = 0  # `force_exit` would leave the lifespan task behind
+            self._close_timeout_s = 0  # `force_exit` would leave the lifespan task behind
         self.should_exit = True
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -159,9 +165,30 @@ class _Server(uvicorn.Server):
         self.answering.set()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """End every connection, then let uvicorn do the rest: what it would have to cut off itself, such as the streams
+        that peers hold open for as long as we live, it would report as an error."""
+        for server in self.servers:
+            server.close()
+        for connection in list(self.server_state.connections):
+            connection.shutdown()
+        if not await self._ended(self._close_timeout_s):
+            self._cut = True
+            for connection in list(self.server_state.connections):
+                connection.transport.abort()
+            while not await self._ended(CUT_TIMEOUT_S):
+                for task in list(self.server_state.tasks):
+                    task.cancel()
         await super().shutdown(sockets)
-        unfinished = set(self.server_state.tasks)  # cancelled by uvicorn, which does not wait for them
-        if unfinished:
-            for task in unfinished:
-                task.cancel()
-            await asyncio.wait(unfinished)
+
+    async def _ended(self, timeout_s: float) -> bool:
+        """Whether all handlers have returned, within the timeout."""
+        running = set(self.server_state.tasks)
+        return not running or not (await asyncio.wait(running, timeout=timeout_s))[1]
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """What is cancelled because its connection was cut has nobody left to answer."""
+        try:
+            await self._app(scope, receive, send)
+        except asyncio.CancelledError:
+            if not self._cut or scope["type"] != "http":
+                raise

@@ -135,6 +135,18 @@ def test_a_child_that_dies_is_reported_and_replaced(up: Up, client: openai.OpenA
     assert client.completions.create(model="smollm2-135m-instruct", prompt="Water runs", max_tokens=4).choices[0].text
 
 
+def test_a_stream_waits_for_its_decode_node_and_goes_on(up: Up, client: openai.OpenAI) -> None:
+    request = {"model": "smollm2-135m-instruct", "prompt": "Once upon a time", "max_tokens": 200, "temperature": 0}
+    undisturbed = client.completions.create(**request).choices[0].text
+    text = ""
+    for number, chunk in enumerate(client.completions.create(**request, stream=True)):
+        if number == 20:
+            up.role("decode").kill()
+        text += chunk.choices[0].text
+    assert len(text) > len(undisturbed) // 2
+    assert text[:60] == undisturbed[:60]
+
+
 def test_ctrl_c_leaves_nothing_behind(up: Up) -> None:
     children = up.children()
     assert len(children) >= 3

@@ -72,7 +72,8 @@ async def stream_while_killing(
 @pytest.mark.timeout(240)
 @pytest.mark.parametrize("victim", ["prefill-0", "decode-0"])
 async def test_kill_at_any_moment(victim: str, model: Path, expected: list[int], tmp_path: Path) -> None:
-    with Cluster(tmp_path, str(model), settings=SETTINGS) as cluster:
+    router_settings = {"worker_wait_s": 0.5}  # the killed node comes back only after the answer
+    with Cluster(tmp_path, str(model), settings=SETTINGS, router_settings=router_settings) as cluster:
         for delay_s in DELAYS_S:
             received, error = await stream_while_killing(cluster, victim, delay_s)
             assert received == expected[: len(received)], f"wrong tokens after {delay_s} s"

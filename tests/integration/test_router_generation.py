@@ -206,7 +206,15 @@ async def test_a_failed_hand_off_is_computed_again_elsewhere(site: Site, role: s
         assert decode.requests[-1].ticket is None, "the prefill node is not asked again"
 
 
-async def test_nothing_left_is_a_typed_error(site: Site) -> None:
+@pytest.fixture
+async def impatient() -> AsyncIterator[Site]:
+    """A router that does not wait for lost nodes."""
+    async with running_router(make_text_model(), worker_wait_s=0) as router, aiohttp.ClientSession() as session:
+        yield Site(router, session)
+
+
+async def test_nothing_left_is_a_typed_error(impatient: Site) -> None:
+    site = impatient
     status, answer = await site.post()
     assert (status, answer["error"]["code"]) == (503, "no_worker")
     prefill, decode = site.pair()

@@ -11,7 +11,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from protocol.errors import HeadraceError
+from protocol.errors import Draining, HeadraceError
 from protocol.ids import RequestId, RouterId, new_incarnation, new_ticket_id
 from protocol.kv_events import AllBlocksCleared, BlocksStored, KVEventBatch
 from protocol.kv_layout import KVLayout
@@ -31,7 +31,7 @@ from protocol.tokens import (
 from protocol.transfer import TransferTicket
 from protocol.wire import WIRE_VERSION
 from protocol.workers import Role, WorkerInfo, WorkerLoad
-from runtime.life import ProcessLife
+from runtime.life import Phase, ProcessLife
 from runtime.registration import KVEventFeed, Registration
 from runtime.rpc_client import RpcClient
 from runtime.rpc_server import message_route, stream_route
@@ -117,8 +117,8 @@ class FakeNode:
         """Streams end, nothing answers any more."""
         for task in [*self._tasks[1:], *self._running.values()]:
             task.cancel()
-        self.outbox.close()
         self._life.stop("killed")
+        self.outbox.close()
         await asyncio.gather(*self._tasks, *self._running.values(), return_exceptions=True)
         self._tasks = []
         await self._stack.aclose()
@@ -155,6 +155,8 @@ class FakeNode:
         return None
 
     async def _open(self, message: OpenTokenStream) -> AsyncIterator[bytes]:
+        if self._life.phase is Phase.STOPPED:
+            raise Draining("killed")
         return self._frames(self.outbox.open(RouterId(message.router_id)))
 
     async def _frames(self, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

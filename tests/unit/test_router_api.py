@@ -1,5 +1,6 @@
 """What clients may send, and what they are told when they send something else. No node, no socket."""
 
+import asyncio
 import json
 import logging
 import subprocess
@@ -101,6 +102,8 @@ BAD_COMPLETIONS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"logit_bias": {"-1": 1}}, "logit_bias", "invalid_parameter"),
     ({"logit_bias": {str(i): 1 for i in range(1025)}}, "logit_bias", "invalid_parameter"),
     ({"seed": "one"}, "seed", "invalid_parameter"),
+    ({"seed": 1 << 63}, "seed", "invalid_parameter"),
+    ({"seed": -(1 << 63) - 1}, "seed", "invalid_parameter"),
     ({"stream": "yes"}, "stream", "invalid_parameter"),
     ({"stream_options": {"include_usage": "yes"}}, "stream_options.include_usage", "invalid_parameter"),
     ({"cache_salt": ""}, "cache_salt", "invalid_parameter"),
@@ -125,6 +128,7 @@ BAD_CHATS: list[tuple[dict[str, Any], str | None, str]] = [
     ({"messages": [{"role": "user"}]}, "messages[0].content", "invalid_parameter"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_parameter"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_parameter"),
+    ({"messages": [{"role": "user", "content": []}]}, "messages", "invalid_parameter"),
     (
         {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]},
         "messages[0].content[0]",
@@ -235,6 +239,19 @@ async def test_refusals_of_the_edge() -> None:
         assert response.headers["retry-after"] == "1"
         response = await client.post("/v1/completions", json={"prompt": "hi", "stream": True})
         check_error(response, 503, None, "no_worker")
+
+
+async def test_a_body_that_does_not_come_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("router.http_edge.BODY_TIMEOUT_S", 0.05)
+
+    async def stalled() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.Event().wait()
+
+    async with client_of() as client:
+        response = await client.post("/v1/completions", content=stalled(), headers=JSON)
+        check_error(response, 408, None, "request_timeout")
+        assert response.headers["connection"] == "close"
 
 
 async def test_a_long_prompt_is_told_both_numbers() -> None:

@@ -108,6 +108,35 @@ async def test_no_task_outlives_the_servers() -> None:
         assert asyncio.all_tasks() == before
 
 
+async def test_streams_that_never_end_are_cut_without_a_word(caplog: pytest.LogCaptureFixture) -> None:
+    site = Site()
+    task = await site.serve()
+    async with aiohttp.ClientSession() as client, client.get(f"{site.urls[0]}/stream") as response:
+        assert await response.content.readany() == b"first "
+        site.life.drain("test")
+        await asyncio.wait_for(task, 10)
+        with pytest.raises(aiohttp.ClientError):
+            await response.content.read()
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
+@pytest.mark.parametrize("sent", [b"", b"\r\n", b"GET / HTTP/1.1\r\nhost:"])
+async def test_a_connection_without_a_whole_request_is_closed(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr("runtime.http_protocol.HEAD_TIMEOUT_S", 0.05)
+    monkeypatch.setattr("runtime.http_protocol.FIRST_BYTE_TIMEOUT_S", 0.05)
+    site = Site()
+    task = await site.serve()
+    reader, writer = await asyncio.open_connection(HOST, int(site.urls[0].rsplit(":", 1)[1]))
+    if sent:
+        writer.write(b"GET / HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert (await reader.readuntil(b"}")).startswith(b"HTTP/1.1 200")
+        writer.write(sent)
+    assert await asyncio.wait_for(reader.read(), 10) == b""
+    writer.close()
+    site.life.stop("test")
+    await asyncio.wait_for(task, 10)
+
+
 async def test_what_runs_is_finished_while_draining(client: aiohttp.ClientSession) -> None:
     site = Site()
     drained = asyncio.Event()
