@@ -178,7 +178,7 @@ async def test_a_leaving_node_gets_nothing_new_and_finishes(router: RunningRoute
 
 
 async def test_a_silent_node_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("router.node_link.SILENCE_S", 1.0)
+    monkeypatch.setattr("router.node_link.SILENCE_S", 0.5)
     monkeypatch.setattr("runtime.token_outbox.SIGN_OF_LIFE_S", 0.1)
     # Retries to spare: where the machine itself falls silent, the healthy node may be taken for lost as well.
     async with running_router(make_text_model(), cluster_key=KEY, retries=5) as router:
@@ -190,6 +190,7 @@ async def test_a_silent_node_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
             async with nodes(second):
                 first.frozen = True
                 status, answer = await running
+                first.frozen = False
                 assert (status, answer["choices"][0]["token_ids"]) == (200, SCRIPT)  # type: ignore[index]
 
 
