@@ -28,7 +28,6 @@ CLOSE_TIMEOUT_S = 1
 """How long connections may take to end once the drain is over."""
 
 CUT_TIMEOUT_S = 0.5
-CUT_ATTEMPTS = 5
 """How long handlers may take to notice that their connections were cut, before they are cancelled."""
 
 log = logging.getLogger(__name__)
@@ -176,12 +175,9 @@ class _Server(uvicorn.Server):
             self._cut = True
             for connection in list(self.server_state.connections):
                 connection.transport.abort()
-            for _ in range(CUT_ATTEMPTS):
-                if await self._ended(CUT_TIMEOUT_S):
-                    break
+            while not await self._ended(CUT_TIMEOUT_S):
                 for task in list(self.server_state.tasks):
                     task.cancel()
-            self.force_exit = True  # whatever is left now must not hold up the end of the process
         await super().shutdown(sockets)
 
     async def _ended(self, timeout_s: float) -> bool:
