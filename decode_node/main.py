@@ -2,14 +2,13 @@
 
 import asyncio
 from contextlib import AsyncExitStack
-from functools import partial
 
 from decode_node.handoff import Handoffs
 from decode_node.node import DecodeNode
 from decode_node.service import DecodeService
 from engine.build import build_engine, plan_engine
 from engine.engine import Engine
-from engine.events import EngineEvent
+from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena
 from kv_transfer.factory import make_transport
@@ -76,7 +75,7 @@ async def _serve(
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         handoffs = await stack.enter_async_context(Handoffs(engine, importer, info.layout.block_size))
         service = DecodeService(engine, handoffs, shell.outbox, NodeMetrics(registry), info.vocab_size)
-        engine.start(partial(_on_loop, loop, service))
+        engine.start(on_loop(loop, service.on_engine_events))
         node = DecodeNode(
             shell,
             service,
@@ -86,9 +85,3 @@ async def _serve(
         )
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
         await shell.run(bound, node, client, feed, service.keep_leases())
-
-
-def _on_loop(loop: asyncio.AbstractEventLoop, service: DecodeService, events: list[EngineEvent]) -> None:
-    """From the engine's thread to the event loop, which may have ended first."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(service.on_engine_events, events)

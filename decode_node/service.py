@@ -47,17 +47,7 @@ class DecodeService:
             self._expected[request_id] = (request.ticket, Deadline(request.deadline_s))
             self._ticket_came.set()
         try:
-            self._engine.submit(
-                EngineRequest(
-                    request_id=request_id,
-                    prompt_token_ids=request.prompt_token_ids,
-                    sampling=request.sampling,
-                    mode=Mode.GENERATE if request.ticket is None else Mode.IMPORT,
-                    emitted_token_ids=request.emitted_token_ids,
-                    cache_salt=request.cache_salt,
-                    deadline_s=request.deadline_s,
-                )
-            )
+            self._engine.submit(EngineRequest.of(request, Mode.GENERATE if request.ticket is None else Mode.IMPORT))
         except HeadraceError:
             self._expected.pop(request_id, None)
             self._outbox.forget(request_id)

@@ -5,6 +5,8 @@ first and obliges the receiver to answer with exactly one `Engine.activate` or `
 cancel: until then its blocks belong to the transfer.
 """
 
+import asyncio
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from protocol.errors import HeadraceError
@@ -83,3 +85,16 @@ class Failed:
 
 
 EngineEvent = BlocksComputed | PrefillFinished | Reserved | TokensSampled | PromptComputed | Finished | Failed
+
+
+def on_loop(
+    loop: asyncio.AbstractEventLoop, receive: Callable[[Sequence[EngineEvent]], None]
+) -> Callable[[list[EngineEvent]], None]:
+    """A receiver for `Engine.start` that hands events on to `receive`, on the event loop and in order. Those of an engine
+    that outlives the loop are dropped."""
+
+    def hand_on(events: list[EngineEvent]) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(receive, events)
+
+    return hand_on

@@ -2,8 +2,10 @@
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Self
 
 from protocol.ids import RequestId
+from protocol.requests import DecodeRequest, PrefillRequest
 from protocol.sampling import SamplingParams
 
 
@@ -34,6 +36,19 @@ class EngineRequest:
     emitted_token_ids: tuple[int, ...] = ()
     cache_salt: str | None = None
     deadline_s: float = 3600.0
+
+    @classmethod
+    def of(cls, message: PrefillRequest | DecodeRequest, mode: Mode) -> Self:
+        """What a router asked for, to be done in this mode."""
+        return cls(
+            request_id=RequestId(message.request_id),
+            prompt_token_ids=message.prompt_token_ids,
+            sampling=message.sampling,
+            mode=mode,
+            emitted_token_ids=message.emitted_token_ids,
+            cache_salt=message.cache_salt,
+            deadline_s=message.deadline_s,
+        )
 
     @property
     def num_context_tokens(self) -> int:

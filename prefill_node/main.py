@@ -2,11 +2,10 @@
 
 import asyncio
 from contextlib import AsyncExitStack
-from functools import partial
 
 from engine.build import build_engine, plan_engine
 from engine.engine import Engine
-from engine.events import EngineEvent
+from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
@@ -93,13 +92,7 @@ async def _serve(
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
         stack.push_async_callback(transport.close)
         stack.push_async_callback(exports.close)
-        engine.start(partial(_on_loop, loop, service))
+        engine.start(on_loop(loop, service.on_engine_events))
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
         await shell.run(bound, node, client, feed, exports.run())
-
-
-def _on_loop(loop: asyncio.AbstractEventLoop, service: PrefillService, events: list[EngineEvent]) -> None:
-    """From the engine's thread to the event loop, which may have ended first."""
-    if not loop.is_closed():
-        loop.call_soon_threadsafe(service.on_engine_events, events)

@@ -46,17 +46,7 @@ class PrefillService:
             raise
         self._first_index[request_id] = len(request.emitted_token_ids)
         try:
-            self._engine.submit(
-                EngineRequest(
-                    request_id=request_id,
-                    prompt_token_ids=request.prompt_token_ids,
-                    sampling=request.sampling,
-                    mode=Mode.PREFILL_ONLY,
-                    emitted_token_ids=request.emitted_token_ids,
-                    cache_salt=request.cache_salt,
-                    deadline_s=request.deadline_s,
-                )
-            )
+            self._engine.submit(EngineRequest.of(request, Mode.PREFILL_ONLY))
         except HeadraceError as error:
             self._first_index.pop(request_id, None)
             self._exports.fail(request_id, error)

@@ -116,7 +116,7 @@ async def _frames(url: str, response: aiohttp.ClientResponse, idle_timeout_s: fl
                 chunk = await response.content.readany()
         except TimeoutError as error:
             raise NodeLost(f"{url} was silent for {idle_timeout_s:g} s") from error
-        except (aiohttp.ClientError, OSError, ValueError) as error:
+        except _UNREACHABLE as error:
             raise NodeLost(f"stream from {url} was cut: {_describe(error)}") from error
         if not chunk:
             return
