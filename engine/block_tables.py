@@ -42,13 +42,15 @@ class BlockTables:
         sequence.num_indexed_blocks = len(hit)
         return True
 
-    def grow(self, sequence: Sequence) -> bool:
-        """Make sure there is a place for the last token. False if that takes a block and none is free."""
-        if len(sequence.block_ids) * self._block_size >= len(sequence.token_ids):
+    def grow(self, sequence: Sequence, num_tokens: int, keep_free: int = 0) -> bool:
+        """Make sure there is a place for `num_tokens` tokens. False, and nothing has changed, if that takes blocks and
+        fewer than `keep_free` would stay free."""
+        if len(sequence.block_ids) * self._block_size >= num_tokens:
             return True
-        if self.pool.num_free == 0:
+        num_new = self._layout.num_blocks_for(num_tokens) - len(sequence.block_ids)
+        if self.pool.num_free < num_new + keep_free:
             return False
-        sequence.block_ids += self.pool.allocate(1)
+        sequence.block_ids += self.pool.allocate(num_new)
         return True
 
     def index(self, sequence: Sequence) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SpeculationConfig
 from engine.engine import Engine
 from engine.model.options import RunnerOptions, num_blocks_for_memory, plan_layout, resolve_max_model_len
 from engine.runner import Runner
@@ -69,14 +69,23 @@ def plan_engine(config: NodeConfig) -> EnginePlan:
 
 def build_engine(config: NodeConfig, plan: EnginePlan, incarnation: Incarnation, kv_memory: torch.Tensor) -> Engine:
     """`kv_memory`: uint8 [num_blocks * block_bytes], host memory that outlives the engine. Takes seconds; not started."""
-    engine_config = EngineConfig(
-        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-        max_num_seqs=config.scheduler.max_num_seqs,
-        max_waiting_tokens=config.scheduler.max_waiting_tokens,
-        enable_prefix_cache=config.cache.prefix_cache,
-    )
     runner = _build_runner(config, plan, kv_memory, log.info)
-    return Engine(runner, engine_config, MonotonicClock(), incarnation)
+    return Engine(runner, engine_config(config), MonotonicClock(), incarnation)
+
+
+def engine_config(config: NodeConfig) -> EngineConfig:
+    """Raises ConfigError on settings that do not go together."""
+    options = config.scheduler
+    speculation = SpeculationConfig(options.num_draft_tokens, options.ngram_min, options.ngram_max)
+    return EngineConfig(
+        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_seqs=options.max_num_seqs,
+        max_waiting_tokens=options.max_waiting_tokens,
+        max_prefill_chunk=options.max_prefill_chunk or None,
+        enable_prefix_cache=config.cache.prefix_cache,
+        async_scheduling=options.async_scheduling,
+        speculation=None if options.speculation == "off" else speculation,
+    )
 
 
 def _build_runner(

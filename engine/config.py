@@ -1,8 +1,30 @@
 """EngineConfig: what one engine may do in a step and how much it takes on. Frozen for the engine's life."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 from protocol.errors import ConfigError
+
+Switch = Literal["auto", "on", "off"]
+
+
+@dataclass(frozen=True, slots=True)
+class SpeculationConfig:
+    """`num_draft_tokens`: guesses a step and sequence, at most. `ngram_min` and `ngram_max`: how many of the last tokens
+    must have stood together before; see engine.speculation."""
+
+    num_draft_tokens: int = 4
+    ngram_min: int = 2
+    ngram_max: int = 4
+
+    def __post_init__(self) -> None:
+        for name in ("num_draft_tokens", "ngram_min"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", param=name)
+        if self.ngram_max < self.ngram_min:
+            raise ConfigError(
+                f"ngram_max must be at least ngram_min ({self.ngram_min}), not {self.ngram_max}", param="ngram_max"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -14,6 +36,8 @@ class EngineConfig:
     not yet computed, of all admitted requests together, above which `submit` raises Overloaded; one request is always
     taken. `max_prefill_chunk`: tokens of one sequence in one step, at most; None leaves it to the budget.
     `watermark`: share of the blocks that admission leaves free for running sequences to grow into.
+    `async_scheduling`: plan and launch a step while the one before it computes; "auto" where the runner gains by it.
+    `speculation`: guess tokens by prompt lookup; None guesses nothing.
     """
 
     max_num_batched_tokens: int = 512
@@ -22,6 +46,8 @@ class EngineConfig:
     max_prefill_chunk: int | None = None
     enable_prefix_cache: bool = True
     watermark: float = 0.01
+    async_scheduling: Switch = "auto"
+    speculation: SpeculationConfig | None = None
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_waiting_tokens", "max_prefill_chunk"):

@@ -1,12 +1,14 @@
 """EngineCore: the engine without its thread. Commands and steps change it; events and the load come out of it.
 
-A command takes effect at once. A step is `schedule`, then `run`. What happened is collected in order until `take_events`.
-Tests and simulations drive it by hand; engine.Engine gives it a thread of its own.
+A command takes effect at once. A step is `schedule`, then `run`, which launches it; with asynchronous scheduling it then
+collects the step before it, otherwise the step itself. What happened is kept in order until `take_events`. Tests and
+simulations drive it by hand; engine.Engine gives it a thread of its own.
 """
 
 import logging
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 
 from engine.admission import max_sequence_tokens
 from engine.block_tables import BlockTables
@@ -16,9 +18,12 @@ from engine.kv_event_log import KVEventLog
 from engine.load import EngineLoad
 from engine.outcomes import Outcomes
 from engine.request import EngineRequest
-from engine.runner import Runner, ScheduledChunk, StepPlan, StepResult
+from engine.runner import Runner
 from engine.scheduler import Schedule, Scheduler
 from engine.sequence import Sequence, State
+from engine.speculation import Drafter, NgramDrafter, Speculator
+from engine.step_pipeline import StepPipeline
+from engine.step_times import StepTimes
 from protocol.errors import Cancelled, DeadlineExceeded, HeadraceError, InternalError
 from protocol.ids import RequestId
 from protocol.tokens import SampledToken
@@ -29,16 +34,27 @@ log = logging.getLogger(__name__)
 
 class EngineCore:
     """Requests have passed engine.admission.check_request. Unknown request ids are no-ops: they are of sequences that
-    have left."""
+    have left. `drafter` guesses where the configuration says that guesses are wanted; without one, prompt lookup does."""
 
-    def __init__(self, runner: Runner, config: EngineConfig, clock: Clock, kv_events: KVEventLog) -> None:
-        self._runner = runner
+    def __init__(
+        self,
+        runner: Runner,
+        config: EngineConfig,
+        clock: Clock,
+        kv_events: KVEventLog,
+        drafter: Drafter | None = None,
+    ) -> None:
         self._clock = clock
+        self._pipeline = StepPipeline(runner, clock)
+        self._runs_ahead = runner.runs_ahead if config.async_scheduling == "auto" else config.async_scheduling == "on"
         self._tables = BlockTables(
             runner.layout, runner.num_blocks, kv_events, enable_prefix_cache=config.enable_prefix_cache
         )
-        self._scheduler = Scheduler(config, runner.layout, self._tables)
-        self._outcomes = Outcomes(runner, self._scheduler, self._tables, max_sequence_tokens(runner))
+        self._speculator = _speculator(config, drafter)
+        limit = max_sequence_tokens(runner)
+        self._scheduler = Scheduler(config, runner.layout, self._tables, limit, self._speculator)
+        self._outcomes = Outcomes(runner, self._scheduler, self._tables, limit, self._speculator)
+        self.times = StepTimes()
         self._sequences = self._outcomes.sequences
         self._next_arrival = 0
         self._next_deadline_at = math.inf
@@ -88,7 +104,7 @@ class EngineCore:
         now = self._clock.now()
         sequence.times.computed_at = now if computed_at is None else computed_at
         self._scheduler.imported(sequence)
-        self._outcomes.emit_token(sequence, first_token, now)
+        self._outcomes.imported(sequence, first_token, now)
 
     def abandon_import(self, request_id: RequestId, num_valid_tokens: int, error: HeadraceError) -> None:
         """The context did not arrive. Its first `num_valid_tokens` tokens did, and their full blocks are kept."""
@@ -104,7 +120,8 @@ class EngineCore:
         self._tables.clear_prefix_cache()
 
     def close(self, error: HeadraceError) -> None:
-        """Fail whatever is left and free every block, also those of transfers under way."""
+        """Wait for steps in flight, fail whatever is left, and free every block, also those of transfers under way."""
+        self._drop(self._pipeline.drop())
         for sequence in list(self._sequences.values()):
             self._outcomes.fail(sequence, error)
             if sequence.request_id in self._sequences:
@@ -112,31 +129,37 @@ class EngineCore:
 
     # Steps.
 
+    @property
+    def in_flight(self) -> bool:
+        """A step has been launched whose results have not been collected."""
+        return len(self._pipeline) > 0
+
     def schedule(self) -> Schedule | None:
-        """Expire, admit and plan. None if there is nothing to run before the next command or deadline."""
+        """Expire, admit and plan. None if there is nothing to run before the step in flight has ended or, with none in
+        flight, before the next command or deadline. May collect the step in flight first."""
         now = self._clock.now()
         if now >= self._next_deadline_at:
             self._expire(now)
-        schedule = self._scheduler.schedule()
+        schedule = self._scheduler.schedule(in_flight=self.in_flight)
+        self.times.schedule += self._clock.now() - now
+        if schedule is None:
+            self._collect()
+            now = self._clock.now()
+            schedule = self._scheduler.schedule(in_flight=False)
+            self.times.schedule += self._clock.now() - now
+        assert schedule is not None, "nothing in flight to wait for"
         for sequence in schedule.admitted:
             self._outcomes.admitted(sequence, now)
         return schedule if schedule.plan.chunks else None
 
-    def run(self, schedule: Schedule) -> None:
-        """Compute a step that was just scheduled."""
-        started_at = self._clock.now()
-        result = self._compute(schedule)
-        ended_at = self._clock.now()
-        self._steps += 1
-        for sequence, chunk, sampled in zip(schedule.sequences, schedule.plan.chunks, result.sampled, strict=True):
-            if isinstance(sampled, HeadraceError):
-                self._outcomes.fail(sequence, sampled)
-                continue
-            self._outcomes.computed(sequence, chunk)
-            if chunk.samples and sampled is None:
-                self._outcomes.fail(sequence, InternalError("the runner drew no token for a chunk that samples"))
-            elif chunk.samples and sampled is not None:
-                self._outcomes.sampled(sequence, sampled, started_at, ended_at)
+    def run(self, schedule: Schedule | None) -> None:
+        """Launch what was just scheduled, if anything was, and collect the step that is due."""
+        if schedule is not None:
+            launched_at = self._clock.now()
+            self._pipeline.launch(schedule)
+            self.times.compute += self._clock.now() - launched_at
+        if schedule is None or len(self._pipeline) > self._runs_ahead:
+            self._collect()
 
     # What comes out.
 
@@ -155,7 +178,7 @@ class EngineCore:
         return self._next_deadline_at
 
     def load(self) -> EngineLoad:
-        scheduler, outcomes = self._scheduler, self._outcomes
+        scheduler, outcomes, speculator = self._scheduler, self._outcomes, self._speculator
         return EngineLoad(
             running=len(scheduler.running),
             waiting=len(scheduler.waiting),
@@ -169,6 +192,9 @@ class EngineCore:
             cached_prompt_tokens=outcomes.num_cached_tokens,
             sampled_tokens=outcomes.num_sampled_tokens,
             preemptions=scheduler.num_preemptions,
+            draft_tokens=speculator.num_drafts if speculator else 0,
+            accepted_drafts=tuple(speculator.num_accepted_of_step) if speculator else (),
+            times=replace(self.times),
         )
 
     def _import(self, request_id: RequestId) -> Sequence | None:
@@ -178,40 +204,45 @@ class EngineCore:
             return None
         return sequence
 
-    def _compute(self, schedule: Schedule) -> StepResult:
-        """The runner's result. If it raises, each sequence is tried alone, so that one that it cannot compute ends alone:
-        running a chunk again writes the same KV into the same blocks."""
-        chunks = schedule.plan.chunks
-        try:
-            return self._checked_run(schedule.plan)
-        except Exception:
-            log.exception("a step of %d sequences failed: %s", len(chunks), [chunk.request_id for chunk in chunks])
-        if len(chunks) == 1:
-            return StepResult((_step_failed(),))
-        return StepResult(tuple(self._compute_alone(chunk) for chunk in chunks))
+    def _collect(self) -> None:
+        """Take in the results of the oldest step in flight."""
+        waited_from = self._clock.now()
+        step = self._pipeline.collect()
+        self.times.waited(step.ended_at - waited_from, step.result)
+        self._steps += 1
+        chunks = step.schedule.plan.chunks
+        for sequence, chunk, sampled in zip(step.schedule.sequences, chunks, step.result.sampled, strict=True):
+            if sequence.state is State.LEAVING:
+                self._outcomes.landed(sequence)
+            elif isinstance(sampled, HeadraceError):
+                self._outcomes.fail(sequence, sampled)
+            elif chunk.samples and not 1 <= len(sampled) <= chunk.num_rows:
+                self._outcomes.fail(
+                    sequence, InternalError(f"the runner drew {len(sampled)} tokens of {chunk.num_rows}")
+                )
+            else:
+                self._outcomes.computed(sequence, chunk, sampled, step.started_at, step.ended_at)
+        self._drop(step.dropped)
+        self.times.emit += self._clock.now() - step.ended_at
 
-    def _compute_alone(self, chunk: ScheduledChunk) -> SampledToken | HeadraceError | None:
-        try:
-            return self._checked_run(StepPlan((chunk,))).sampled[0]
-        except Exception:
-            log.exception("request %s cannot be computed", chunk.request_id)
-            return _step_failed()
-
-    def _checked_run(self, plan: StepPlan) -> StepResult:
-        result = self._runner.run(plan)
-        if len(result.sampled) != len(plan.chunks):
-            raise RuntimeError(f"{len(result.sampled)} results for {len(plan.chunks)} chunks")
-        return result
+    def _drop(self, sequences: Iterable[Sequence]) -> None:
+        """A step of these has ended whose results count for nothing."""
+        for sequence in sequences:
+            self._outcomes.landed(sequence)
 
     def _expire(self, now: float) -> None:
         """Fail what is past its deadline. Every look at all sequences is paid for by a submission: a deadline that is
         taken from the rest is looked at once."""
-        alive = [s for s in self._sequences.values() if s.state not in (State.HELD, State.ORPHANED)]
+        ended = (State.HELD, State.ORPHANED, State.LEAVING)
+        alive = [sequence for sequence in self._sequences.values() if sequence.state not in ended]
         for sequence in alive:
             if now >= sequence.deadline_at:
                 self._outcomes.fail(sequence, DeadlineExceeded("the request's deadline passed"))
         self._next_deadline_at = min((s.deadline_at for s in alive if now < s.deadline_at), default=math.inf)
 
 
-def _step_failed() -> InternalError:
-    return InternalError("computing this sequence failed; see the node's log")
+def _speculator(config: EngineConfig, drafter: Drafter | None) -> Speculator | None:
+    settings = config.speculation
+    if settings is None:
+        return None
+    return Speculator(settings, drafter or NgramDrafter(settings.ngram_min, settings.ngram_max))

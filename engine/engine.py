@@ -3,6 +3,7 @@
     start ──▶ commands ─▶ step ─▶ events ─▶ commands ─▶ ... ──▶ stop
 
 Everybody else talks to it through commands, which take effect between two steps, in the order in which they were given.
+With asynchronous scheduling the step that has been launched computes meanwhile; see engine.core.
 The thread sleeps when nothing can run. Every public method may be called from any thread, also from `on_events`.
 """
 
@@ -186,7 +187,7 @@ class Engine:
             return False
         schedule = self._core.schedule()
         self._report()
-        if schedule is None:
+        if schedule is None and not self._core.in_flight:
             self._sleep()
             return True
         self._core.run(schedule)
@@ -208,17 +209,18 @@ class Engine:
 
     def _report(self) -> None:
         """Publish the state, then the events that led to it."""
+        started_at = self._clock.now()
         events = self._core.take_events()
         with self._wake:
             self._live.difference_update(self._core.take_departed())
             self._load = self._core.load()
-            self._busy_since = self._clock.now()
-        if not events:
-            return
+            self._busy_since = started_at
         try:
-            self._on_events(events)
+            if events:
+                self._on_events(events)
         except Exception:
             log.exception("the receiver of engine events failed on %d of them", len(events))
+        self._core.times.emit += self._clock.now() - started_at
 
     def _sleep(self) -> None:
         """Until there is a command, or a deadline passes."""

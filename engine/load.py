@@ -1,6 +1,8 @@
 """EngineLoad: a moment of the engine, taken between two steps."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+
+from engine.step_times import StepTimes
 
 
 @dataclass(frozen=True, slots=True)
@@ -11,7 +13,8 @@ class EngineLoad:
     included, until they are given back); `num_held` finished prefills whose blocks are not yet released.
     `waiting_tokens`: context tokens not yet computed of everything admitted; of imports, while they wait for room.
     `computed_prompt_tokens` are tokens that prefill chunks ran, recomputation included; `cached_prompt_tokens` those
-    that prefix-cache hits saved.
+    that prefix-cache hits saved. `draft_tokens` were guessed, and `accepted_drafts[i]` times exactly i guesses of a step and
+    sequence were right; it is empty without speculation.
     """
 
     running: int
@@ -26,3 +29,6 @@ class EngineLoad:
     cached_prompt_tokens: int = 0
     sampled_tokens: int = 0
     preemptions: int = 0
+    draft_tokens: int = 0
+    accepted_drafts: tuple[int, ...] = ()
+    times: StepTimes = field(default_factory=StepTimes)

@@ -1,6 +1,7 @@
 """Outcomes: what a sequence's progress means to whoever asked for it. Turns it into events, and ends sequences.
 
-The only place where a sequence leaves the engine, and so the only one that frees its blocks.
+The only place where a sequence leaves the engine, and so the only one that frees its blocks: at once, or when the last step
+that has it has ended. Until then the device still writes into them, and another request's transfer must not.
 """
 
 from engine.block_tables import BlockTables
@@ -18,7 +19,8 @@ from engine.request import Mode
 from engine.runner import Runner, ScheduledChunk
 from engine.scheduler import Scheduler
 from engine.sequence import Sequence, State
-from engine.stop_rules import ending
+from engine.speculation import Speculator
+from engine.stop_rules import Ending, ending
 from engine.timing import decode_phases, prefill_phases
 from protocol.errors import HeadraceError
 from protocol.ids import RequestId
@@ -27,14 +29,23 @@ from protocol.tokens import SampledToken
 
 
 class Outcomes:
-    """`max_sequence_tokens`: prompt and output tokens at which a sequence ends for length."""
+    """`max_sequence_tokens`: prompt and output tokens at which a sequence ends for length. `speculator` hears what became of
+    its guesses."""
 
-    def __init__(self, runner: Runner, scheduler: Scheduler, tables: BlockTables, max_sequence_tokens: int) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        scheduler: Scheduler,
+        tables: BlockTables,
+        max_sequence_tokens: int,
+        speculator: Speculator | None,
+    ) -> None:
         self._runner = runner
         self._layout: KVLayout = runner.layout
         self._scheduler = scheduler
         self._tables = tables
         self._max_sequence_tokens = max_sequence_tokens
+        self._speculator = speculator
         self.sequences: dict[RequestId, Sequence] = {}
         self.events: list[EngineEvent] = []
         self.departed: list[RequestId] = []
@@ -55,36 +66,98 @@ class Outcomes:
             sequence.times.first_scheduled_at = now
         self._announce(sequence, sequence.num_computed // self._layout.block_size)
 
-    def computed(self, sequence: Sequence, chunk: ScheduledChunk) -> None:
-        """A step has computed its chunk."""
-        if not sequence.decoding:
-            self.num_computed_tokens += len(chunk.token_ids)
-        sequence.num_computed += len(chunk.token_ids)
-        self._tables.index(sequence)
-        full_blocks = sequence.num_computed // self._layout.block_size
-        self._announce(sequence, len(sequence.block_ids) if chunk.samples else full_blocks)
+    def computed(
+        self,
+        sequence: Sequence,
+        chunk: ScheduledChunk,
+        tokens: tuple[SampledToken, ...],
+        started_at: float,
+        ended_at: float,
+    ) -> None:
+        """The step between these instants has computed its chunk, and drawn tokens for it if the chunk samples.
 
-    def sampled(self, sequence: Sequence, token: SampledToken, started_at: float, ended_at: float) -> None:
-        """The step between these instants drew a token for it."""
+        Of the guesses in the chunk only those that were right count as computed: what lies in the blocks behind them is
+        overwritten by what comes.
+        """
+        if sequence.num_computed < sequence.context_end:
+            self.num_computed_tokens += len(chunk.token_ids)
+        if not chunk.samples:
+            sequence.num_computed += len(chunk.token_ids)
+            self._tables.index(sequence)
+            self._announce(sequence, sequence.num_computed // self._layout.block_size)
+            return
         if sequence.num_sampled == 0:
             sequence.times.computed_at = ended_at
         elif sequence.times.decode_started_at is None:
             sequence.times.decode_started_at = started_at
-        self.num_sampled_tokens += 1
-        if sequence.request.mode is Mode.PREFILL_ONLY:
-            self._finish_prefill(sequence, token, ended_at)
-        else:
-            self.emit_token(sequence, token, ended_at)
-
-    def emit_token(self, sequence: Sequence, token: SampledToken, now: float) -> None:
-        """Append the token and say so; maybe it was the last."""
         index = len(sequence.output_token_ids)
-        sequence.append(token)
-        self.events.append(TokensSampled(sequence.request_id, index, (token,)))
-        if sequence.request.mode is Mode.GENERATE and sequence.num_sampled == 1:
+        tokens, end = self._append(sequence, tokens)
+        num_accepted = len(tokens) - 1
+        sequence.num_computed += len(chunk.token_ids) - chunk.num_drafts + num_accepted
+        self._tables.index(sequence)
+        self.num_sampled_tokens += len(tokens)
+        if self._speculator is not None:
+            self._speculator.advanced(sequence, chunk.num_drafts, num_accepted)
+        if sequence.request.mode is Mode.PREFILL_ONLY:
+            self._announce(sequence, len(sequence.block_ids))
+            self._finish_prefill(sequence, tokens[0], end, ended_at)
+        else:
+            self._emit(sequence, index, tokens, end, ended_at)
+
+    def imported(self, sequence: Sequence, first_token: SampledToken, now: float) -> None:
+        """Its context and its first token have come from elsewhere."""
+        index = len(sequence.output_token_ids)
+        tokens, end = self._append(sequence, (first_token,))
+        self._emit(sequence, index, tokens, end, now)
+
+    def fail(self, sequence: Sequence, error: HeadraceError) -> None:
+        """It ends with an error. The blocks of an import under way stay with the transfer until that has ended too."""
+        match sequence.state:
+            case State.ORPHANED | State.HELD | State.LEAVING | State.GONE:
+                return
+            case State.IMPORTING:
+                self._scheduler.orphan(sequence)
+            case State.WAITING | State.RUNNING:
+                self.leave(sequence)
+        self.events.append(Failed(sequence.request_id, error))
+
+    def leave(self, sequence: Sequence) -> None:
+        """It is gone, from wherever it was, or will be when the last step in flight that has it has ended."""
+        self._scheduler.remove(sequence)
+        sequence.state = State.LEAVING
+        self.landed(sequence)
+
+    def landed(self, sequence: Sequence) -> None:
+        """Fewer steps in flight have it."""
+        if sequence.state is not State.LEAVING or sequence.num_steps_in_flight:
+            return
+        sequence.state = State.GONE
+        self._tables.release(sequence)
+        del self.sequences[sequence.request_id]
+        self._runner.forget(sequence.request_id)
+        if self._speculator is not None:
+            self._speculator.forget(sequence.request_id)
+        self.departed.append(sequence.request_id)
+
+    def _append(
+        self, sequence: Sequence, tokens: tuple[SampledToken, ...]
+    ) -> tuple[tuple[SampledToken, ...], Ending | None]:
+        """Append tokens up to one that ends the sequence. Returns those appended, and the end if it was reached."""
+        for count, token in enumerate(tokens, 1):
+            sequence.append(token)
+            end = ending(sequence, self._max_sequence_tokens)
+            if end is not None:
+                return tokens[:count], end
+        return tokens, None
+
+    def _emit(
+        self, sequence: Sequence, index: int, tokens: tuple[SampledToken, ...], end: Ending | None, now: float
+    ) -> None:
+        """Say what has been appended, and that it was the end."""
+        self.events.append(TokensSampled(sequence.request_id, index, tokens))
+        if sequence.request.mode is Mode.GENERATE and index == len(sequence.request.emitted_token_ids):
             cached = sequence.num_cached_tokens or 0
             self.events.append(PromptComputed(sequence.request_id, cached, prefill_phases(sequence)))
-        end = ending(sequence, self._max_sequence_tokens)
         if end is None:
             return
         imported = sequence.request.mode is Mode.IMPORT
@@ -99,27 +172,7 @@ class Outcomes:
         )
         self.leave(sequence)
 
-    def fail(self, sequence: Sequence, error: HeadraceError) -> None:
-        """It ends with an error. The blocks of an import under way stay with the transfer until that has ended too."""
-        match sequence.state:
-            case State.ORPHANED | State.HELD:
-                return
-            case State.IMPORTING:
-                self._scheduler.orphan(sequence)
-            case State.WAITING | State.RUNNING:
-                self.leave(sequence)
-        self.events.append(Failed(sequence.request_id, error))
-
-    def leave(self, sequence: Sequence) -> None:
-        """It is gone, from wherever it was."""
-        self._scheduler.remove(sequence)
-        del self.sequences[sequence.request_id]
-        self._runner.forget(sequence.request_id)
-        self.departed.append(sequence.request_id)
-
-    def _finish_prefill(self, sequence: Sequence, token: SampledToken, computed_at: float) -> None:
-        sequence.append(token)
-        end = ending(sequence, self._max_sequence_tokens)
+    def _finish_prefill(self, sequence: Sequence, token: SampledToken, end: Ending | None, computed_at: float) -> None:
         self.events.append(
             PrefillFinished(
                 request_id=sequence.request_id,

@@ -7,6 +7,11 @@ Admission reserves the whole context, so that a prefill never stops half-way for
 has where to land; only decodes grow. A decode that finds no free block preempts the youngest sequence, which may be
 itself: the oldest always gets on. A preempted sequence is recomputed, mostly from the prefix cache. Neither the blocks of
 an import nor those of a prefill for somebody else move: others may be writing or reading them.
+
+A step may be planned while another is in flight. A sequence that draws a token there goes on behind it, with PENDING in its
+place, unless that is its last for length. Where more must be known of the step in flight, nothing is planned ahead of its
+results: penalties are taken over the token itself, guesses are made from it, and preemption wants to know what it puts back.
+One sequence that must wait makes the whole step wait, because a batch that falls into two halves costs more than it gains.
 """
 
 import math
@@ -14,8 +19,10 @@ from dataclasses import dataclass
 
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
-from engine.runner import ScheduledChunk, StepPlan
+from engine.runner import PENDING, ScheduledChunk, StepPlan
 from engine.sequence import Sequence, State
+from engine.speculation import Speculator
+from engine.stop_rules import num_draws_left
 from engine.waiting_queue import WaitingQueue
 from protocol.ids import RequestId
 from protocol.kv_layout import KVLayout
@@ -31,9 +38,21 @@ class Schedule:
 
 
 class Scheduler:
-    def __init__(self, config: EngineConfig, layout: KVLayout, tables: BlockTables) -> None:
+    """`max_sequence_tokens`: prompt and output tokens at which a sequence ends for length. Without `speculator` nothing is
+    guessed."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        layout: KVLayout,
+        tables: BlockTables,
+        max_sequence_tokens: int,
+        speculator: Speculator | None,
+    ) -> None:
         self._layout = layout
         self._tables = tables
+        self._max_sequence_tokens = max_sequence_tokens
+        self._speculator = speculator
         self._max_tokens = config.max_num_batched_tokens
         self._max_chunk = config.max_prefill_chunk or config.max_num_batched_tokens
         # A row costs a token, so that more rows than tokens would leave none for prefill.
@@ -55,7 +74,7 @@ class Scheduler:
         self.waiting.push(sequence)
 
     def remove(self, sequence: Sequence) -> None:
-        """Wherever it is. Its blocks are free again."""
+        """From wherever it is. Its blocks stay with it."""
         match sequence.state:
             case State.WAITING:
                 self.waiting.remove(sequence)
@@ -67,7 +86,8 @@ class Scheduler:
                 del self.orphans[sequence.request_id]
             case State.HELD:
                 del self.held[sequence.request_id]
-        self._tables.release(sequence)
+            case State.LEAVING | State.GONE:
+                raise AssertionError(f"{sequence.request_id} has been removed before")
 
     def imported(self, sequence: Sequence) -> None:
         """Its context has arrived and it has its first token: it joins the next step."""
@@ -86,21 +106,28 @@ class Scheduler:
         sequence.state = State.HELD
         self.held[sequence.request_id] = sequence
 
-    def schedule(self) -> Schedule:
-        """Decide one step. The plan is empty only if nothing can run."""
-        step = _Step(self._max_tokens, self._max_chunk, self._layout)
+    def schedule(self, *, in_flight: bool) -> Schedule | None:
+        """Decide one step. The plan is empty only if nothing can run now. None, and only with steps in flight, if their
+        results are needed first."""
         by_age = sorted(self.running.values(), key=_age)
-        for sequence in by_age:
-            if sequence.decoding and sequence.state is State.RUNNING and self._make_room(sequence):
-                step.add(sequence)
+        decodes = [sequence for sequence in by_age if sequence.decoding and self._goes_on(sequence)]
+        if in_flight and not all(self._can_run_ahead(sequence) for sequence in decodes):
+            return None
+        step = _Step(self._max_tokens, self._max_chunk, self._layout)
+        draft_room = self._draft_room() if self._speculator else 0
+        for sequence in decodes:
+            if sequence.state is State.RUNNING and self._make_room(sequence):
+                drafts = self._drafts(sequence, draft_room)
+                draft_room -= len(drafts)
+                step.decode(sequence, drafts)
         for sequence in by_age:
             if not sequence.decoding and sequence.state is State.RUNNING:
-                step.add(sequence)
+                step.prefill(sequence)
         admitted: list[Sequence] = []
         while (newcomer := self._admit(may_compute=step.budget > 0)) is not None:
             admitted.append(newcomer)
             if newcomer.state is State.RUNNING:
-                step.add(newcomer)
+                step.prefill(newcomer)
         return Schedule(StepPlan(tuple(step.chunks)), tuple(step.sequences), tuple(admitted))
 
     def _admit(self, *, may_compute: bool) -> Sequence | None:
@@ -125,9 +152,35 @@ class Scheduler:
         sequence.state = State.RUNNING
         self.running[sequence.request_id] = sequence
 
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """Whether a decode has another token to draw: not if what is in flight draws its last."""
+        return not sequence.num_draws_in_flight or num_draws_left(sequence, self._max_sequence_tokens) > 0
+
+    def _can_run_ahead(self, sequence: Sequence) -> bool:
+        """Whether a decode can be planned without the results of the step in flight."""
+        if sequence.num_draws_in_flight and (sequence.has_penalties or self._wants_drafts(sequence)):
+            return False
+        return self._tables.grow(sequence, sequence.num_scheduled + 1)
+
+    def _wants_drafts(self, sequence: Sequence) -> bool:
+        return self._speculator is not None and self._speculator.eager(sequence)
+
+    def _draft_room(self) -> int:
+        """Guesses that one step may check: what of the budget neither decodes nor any prefill could use."""
+        return self._max_tokens - len(self.running) - self.num_waiting_tokens
+
+    def _drafts(self, sequence: Sequence, room: int) -> list[int]:
+        """Guesses of what follows a decode's last token, with blocks for them. They preempt nobody."""
+        if self._speculator is None or sequence.num_draws_in_flight or not self._speculator.eager(sequence):
+            return []
+        room = min(room, num_draws_left(sequence, self._max_sequence_tokens) - 1)
+        drafts = self._speculator.propose(sequence, room)
+        num_tokens = len(sequence.token_ids) + len(drafts)
+        return drafts if self._tables.grow(sequence, num_tokens, keep_free=self._watermark) else []
+
     def _make_room(self, sequence: Sequence) -> bool:
         """A place for the next token of a decode, at the cost of younger ones. False if it was itself the youngest."""
-        while not self._tables.grow(sequence):
+        while not self._tables.grow(sequence, sequence.num_scheduled + 1):
             victim = max((other for other in self.running.values() if other.preemptable), key=_age)
             self._preempt(victim)
             if victim is sequence:
@@ -135,6 +188,7 @@ class Scheduler:
         return True
 
     def _preempt(self, sequence: Sequence) -> None:
+        assert not sequence.num_steps_in_flight, "a step in flight writes into its blocks"
         del self.running[sequence.request_id]
         self._tables.release(sequence)
         sequence.start_over()
@@ -152,26 +206,34 @@ class _Step:
         self.chunks: list[ScheduledChunk] = []
         self.sequences: list[Sequence] = []
 
-    def add(self, sequence: Sequence) -> None:
-        """As many of the sequence's tokens as budget and chunk size allow; maybe none."""
-        start = sequence.num_computed
-        end = min(len(sequence.token_ids), start + min(self.budget, self._max_chunk))
-        if start == end:
-            return
-        num_blocks = self._layout.num_blocks_for(end)
-        block_ids = sequence.block_ids
+    def decode(self, sequence: Sequence, drafts: list[int]) -> None:
+        """The last token, known or not, and the guesses behind it."""
+        last = PENDING if sequence.num_draws_in_flight else sequence.token_ids[-1]
+        self._add(sequence, [last, *drafts], samples=True, num_drafts=len(drafts))
+
+    def prefill(self, sequence: Sequence) -> None:
+        """As many tokens of the context as budget and chunk size allow; maybe none."""
+        start = sequence.num_scheduled
+        end = min(sequence.context_end, start + min(self.budget, self._max_chunk))
+        if start < end:
+            self._add(sequence, sequence.token_ids[start:end], samples=end == sequence.context_end)
+
+    def _add(self, sequence: Sequence, token_ids: list[int], *, samples: bool, num_drafts: int = 0) -> None:
+        start, block_ids = sequence.num_scheduled, sequence.block_ids
+        num_blocks = self._layout.num_blocks_for(start + len(token_ids))
         chunk = ScheduledChunk(
             request_id=sequence.request_id,
-            token_ids=sequence.token_ids[start:end],
+            token_ids=token_ids,
             start=start,
             block_ids=block_ids if num_blocks == len(block_ids) else block_ids[:num_blocks],
-            samples=end == len(sequence.token_ids),
-            output_position=len(sequence.output_token_ids),
+            samples=samples,
+            output_position=len(sequence.output_token_ids) + sequence.num_draws_in_flight,
             sampling=sequence.request.sampling,
             prompt_token_ids=sequence.request.prompt_token_ids,
             output_token_ids=sequence.output_token_ids,
+            num_drafts=num_drafts,
         )
-        self.budget -= end - start
+        self.budget -= len(token_ids)
         self.sequences.append(sequence)
         self.chunks.append(chunk)
 

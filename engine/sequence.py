@@ -4,8 +4,10 @@
     WAITING ──▶ RUNNING ──▶ HELD ──▶ gone   PREFILL_ONLY
     WAITING ──▶ IMPORTING ──▶ RUNNING       IMPORT; once running it is like GENERATE
                     └──▶ ORPHANED ──▶ gone  it has failed, but its blocks still belong to the transfer
+              RUNNING ──▶ LEAVING ──▶ gone  it has ended, but a step in flight still writes into its blocks
 
-Of its tokens (prompt, emitted, sampled) the first `num_computed` have their KV in the blocks of `block_ids`.
+Of its tokens (prompt, emitted, sampled) the first `num_computed` have their KV in the blocks of `block_ids`; steps in
+flight compute those up to `num_scheduled` and draw `num_draws_in_flight` more.
 """
 
 from enum import Enum, auto
@@ -21,6 +23,8 @@ class State(Enum):
     ORPHANED = auto()
     RUNNING = auto()
     HELD = auto()
+    LEAVING = auto()
+    GONE = auto()
 
 
 class Timestamps:
@@ -49,6 +53,10 @@ class Sequence:
         self.output_token_ids: list[int] = list(request.emitted_token_ids)
         self.context_end = len(self.token_ids)
         self.num_computed = 0
+        self.has_penalties = request.sampling.has_penalties
+        self.num_steps_in_flight = 0
+        self.num_tokens_in_flight = 0
+        self.num_draws_in_flight = 0
         self.block_ids: list[int] = []
         self.block_hashes: list[BlockHash] = []
         self.num_indexed_blocks = 0
@@ -75,8 +83,14 @@ class Sequence:
         return self.request.mode is Mode.IMPORT and self.num_sampled == 0
 
     @property
+    def num_scheduled(self) -> int:
+        """Tokens whose KV is computed, or will be by the steps in flight."""
+        return self.num_computed + self.num_tokens_in_flight
+
+    @property
     def decoding(self) -> bool:
-        return self.num_computed >= self.context_end
+        """Its whole context is computed, or will be by the steps in flight."""
+        return self.num_scheduled >= self.context_end
 
     @property
     def num_uncomputed_context(self) -> int:

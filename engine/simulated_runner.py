@@ -11,16 +11,19 @@ parameters change nothing; the token's log-probability is 0.
 Given memory, the runner keeps the sums there instead of taking them from the request: each token's slot of its block
 holds the block's sum up to that token, as 8 little-endian bytes. A step reads one slot of every block of the context. A
 block that was not transferred, or belongs to another context, therefore gives another token.
+
+An asynchronous runner does nothing in `launch` but note what it is to do, and all of it in `result`: what is written into
+blocks between the two is what the step finds there, as on a device that is busy with the step before.
 """
 
 import struct
 import time
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from itertools import chain, islice
+from dataclasses import dataclass, replace
+from itertools import accumulate, chain, islice
 from typing import Protocol
 
-from engine.runner import ScheduledChunk, StepPlan, StepResult
+from engine.runner import PENDING, LaunchedStep, ReadyStep, ScheduledChunk, StepPlan, StepResult, standing
 from protocol.errors import ConfigError
 from protocol.ids import RequestId
 from protocol.kv_layout import KVLayout
@@ -38,14 +41,14 @@ def next_token(context: Sequence[int], vocab_size: int) -> int:
 @dataclass(frozen=True, slots=True)
 class SimulatedCost:
     """Duration of a step: step_s + prefill_token_s a token of chunks longer than one + decode_sequence_s a one-token
-    chunk."""
+    chunk, guesses not counted."""
 
     step_s: float = 0.0
     prefill_token_s: float = 0.0
     decode_sequence_s: float = 0.0
 
     def duration_s(self, plan: StepPlan) -> float:
-        lengths = [len(chunk.token_ids) for chunk in plan.chunks]
+        lengths = [len(chunk.token_ids) - chunk.num_drafts for chunk in plan.chunks]
         num_decodes = lengths.count(1)
         num_prefill_tokens = sum(lengths) - num_decodes
         return self.step_s + num_prefill_tokens * self.prefill_token_s + num_decodes * self.decode_sequence_s
@@ -64,6 +67,7 @@ class SimulatedRunner:
         cost: SimulatedCost | None = None,
         sleep: Callable[[float], None] = time.sleep,
         memory: memoryview | None = None,
+        asynchronous: bool = False,
     ) -> None:
         if memory is not None and layout.token_bytes < _SUM.size:
             raise ConfigError(f"a simulated KV cache needs {_SUM.size} bytes a token, the layout has less")
@@ -75,6 +79,8 @@ class SimulatedRunner:
         self._max_model_len = max_model_len
         self._cost = cost or SimulatedCost()
         self._sleep = sleep
+        self._asynchronous = asynchronous
+        self._last_tokens: dict[RequestId, int] = {}
         self._sums: _Sums = _RememberedSums() if memory is None else _StoredSums(layout, memory.cast("B"))
 
     @property
@@ -93,25 +99,65 @@ class SimulatedRunner:
     def max_model_len(self) -> int:
         return self._max_model_len
 
-    def run(self, plan: StepPlan) -> StepResult:
+    @property
+    def runs_ahead(self) -> bool:
+        return self._asynchronous
+
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        if self._asynchronous:
+            return _NotedStep(self, StepPlan(tuple(_noted(chunk) for chunk in plan.chunks)))
+        return ReadyStep(self.compute(plan))
+
+    def compute(self, plan: StepPlan) -> StepResult:
+        """A step from beginning to end."""
         duration_s = self._cost.duration_s(plan)
         if duration_s > 0.0:
             self._sleep(duration_s)
-        return StepResult(tuple(self._token(chunk, self._sums.extend(chunk)) for chunk in plan.chunks))
+        return StepResult(tuple(self._tokens(chunk) for chunk in plan.chunks))
 
     def forget(self, request_id: RequestId) -> None:
         self._sums.forget(request_id)
+        self._last_tokens.pop(request_id, None)
 
-    def _token(self, chunk: ScheduledChunk, total: int) -> SampledToken | None:
+    def _tokens(self, chunk: ScheduledChunk) -> tuple[SampledToken, ...]:
+        if chunk.token_ids[0] == PENDING:
+            chunk = replace(chunk, token_ids=[self._last_tokens[chunk.request_id], *chunk.token_ids[1:]])
+        total = self._sums.extend(chunk)
         if not chunk.samples:
-            return None
+            return ()
+        drafts_at = chunk.start + len(chunk.token_ids) - chunk.num_drafts
+        weights = [(position + 1) * (token + 1) for position, token in enumerate(chunk.drafts, drafts_at)]
+        totals = accumulate(weights, initial=total - sum(weights))
+        drawn = [self._token(chunk, position, each) for position, each in enumerate(totals, chunk.output_position)]
+        tokens = standing(drawn, chunk.drafts)
+        assert isinstance(tokens, tuple), "no row of this runner fails"
+        self._last_tokens[chunk.request_id] = tokens[-1].token_id
+        return tokens
+
+    def _token(self, chunk: ScheduledChunk, output_position: int, total: int) -> SampledToken:
         sampling = chunk.sampling
-        forbidden = sampling.stop_token_ids if chunk.output_position < sampling.min_tokens else ()
+        forbidden = sampling.stop_token_ids if output_position < sampling.min_tokens else ()
         candidates = ((total + step) % self._vocab_size for step in range(self._vocab_size))
         token_id = next((token for token in candidates if token not in forbidden), total % self._vocab_size)
         if sampling.logprobs is None:
             return SampledToken(token_id)
         return SampledToken(token_id, 0.0, ((token_id, 0.0),) if sampling.logprobs else ())
+
+
+@dataclass(frozen=True, slots=True)
+class _NotedStep:
+    """A step of an asynchronous runner."""
+
+    runner: SimulatedRunner
+    plan: StepPlan
+
+    def result(self) -> StepResult:
+        return self.runner.compute(self.plan)
+
+
+def _noted(chunk: ScheduledChunk) -> ScheduledChunk:
+    """The chunk without views of what others may change."""
+    return replace(chunk, block_ids=tuple(chunk.block_ids), output_token_ids=tuple(chunk.output_token_ids))
 
 
 class _Sums(Protocol):

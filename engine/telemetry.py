@@ -1,8 +1,10 @@
 """EngineTelemetry: what a process tells others about its engine: metrics, load, and whether it is stuck."""
 
 import math
+from dataclasses import fields
 
 from engine.engine import Engine
+from engine.step_times import StepTimes
 from protocol.workers import WorkerLoad
 from runtime.metrics import EngineMetrics, Total
 
@@ -19,6 +21,9 @@ class EngineTelemetry:
         self._cached = Total(metrics.cached_prompt_tokens)
         self._sampled = Total(metrics.generated_tokens)
         self._preemptions = Total(metrics.preemptions)
+        self._phases = {phase.name: Total(metrics.step_seconds.labels(phase.name)) for phase in fields(StepTimes)}
+        self._drafts = Total(metrics.draft_tokens)
+        self._accepted = Total(metrics.accepted_tokens)
 
     def update(self) -> None:
         """Bring the metrics up to date with the engine's last finished step."""
@@ -33,6 +38,11 @@ class EngineTelemetry:
         self._cached.set(load.cached_prompt_tokens)
         self._sampled.set(load.sampled_tokens)
         self._preemptions.set(load.preemptions)
+        for phase, total in self._phases.items():
+            total.set(getattr(load.times, phase))
+        self._drafts.set(load.draft_tokens)
+        self._accepted.set(sum(number * count for number, count in enumerate(load.accepted_drafts)))
+        self._metrics.accepted_length.set(load.accepted_drafts)
 
     def worker_load(self, draining: bool) -> WorkerLoad:
         load = self._engine.load()

@@ -1,11 +1,16 @@
 """TorchRunner: a model of the Llama family behind the Runner seam.
 
 Life: `plan_layout` tells how large a KV block is; the node allocates (and registers) memory for some number of them;
-`build_torch_runner` loads the weights over it; `warm_up` runs the shapes that serving will; then `run` is called, step
+`build_torch_runner` loads the weights over it; `warm_up` runs the shapes that serving will; then `launch` is called, step
 by step, from the engine's thread.
+
+A step is computed within `launch`. Planning ahead gains nothing then, but works: the runner remembers what it drew last.
 """
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import islice
 
 import torch
 
@@ -21,7 +26,7 @@ from engine.model.options import (
 )
 from engine.model.step_inputs import build_step_inputs
 from engine.model.weights import DummySource, SafetensorsSource, WeightSource
-from engine.runner import ScheduledChunk, StepPlan, StepResult
+from engine.runner import PENDING, ReadyStep, ScheduledChunk, StepPlan, StepResult, standing
 from engine.sampling.sampler import Sampler
 from protocol.errors import ConfigError, HeadraceError
 from protocol.ids import RequestId
@@ -32,6 +37,7 @@ from runtime.models.model_files import ModelFiles
 
 __all__ = ["RunnerOptions", "TorchRunner", "build_torch_runner", "num_blocks_for_memory", "plan_layout"]
 
+_WARM_UP = RequestId("warm-up")
 _WARM_UP_PREFILL = 256
 _WARM_UP_ROWS = (1, 4, 16)
 
@@ -45,6 +51,7 @@ class TorchRunner:
         self._kv_cache = kv_cache  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self._max_model_len = max_model_len
         self._sampler = Sampler()
+        self._last_tokens: dict[RequestId, int] = {}
 
     @property
     def layout(self) -> KVLayout:
@@ -62,34 +69,62 @@ class TorchRunner:
     def max_model_len(self) -> int:
         return self._max_model_len
 
-    def run(self, plan: StepPlan) -> StepResult:
+    @property
+    def runs_ahead(self) -> bool:
+        return False
+
+    def launch(self, plan: StepPlan) -> ReadyStep:
         """Compute one step; see engine.runner.Runner."""
         if not plan.chunks:
-            return StepResult(())
+            return ReadyStep(StepResult(()))
+        started_at = time.perf_counter()
+        chunks = [self._known(chunk) for chunk in plan.chunks]
         with torch.inference_mode():
-            inputs = build_step_inputs(plan.chunks, self._layout.block_size, self._kv_cache.device)
+            inputs = build_step_inputs(chunks, self._layout.block_size, self._kv_cache.device)
+            prepared_at = time.perf_counter()
             logits = self._model.forward(inputs, self._kv_cache)
-            sampling = [chunk for chunk in plan.chunks if chunk.samples]
-            tokens = iter(self._sampler.sample(sampling, logits) if sampling else ())
-        sampled: list[SampledToken | HeadraceError | None] = [
-            next(tokens) if chunk.samples else None for chunk in plan.chunks
-        ]
-        return StepResult(tuple(sampled))
+            computed_at = time.perf_counter()
+            sampled = self._sample(chunks, logits)
+        sampled_at = time.perf_counter()
+        return ReadyStep(StepResult(sampled, prepared_at - started_at, sampled_at - computed_at))
 
     def forget(self, request_id: RequestId) -> None:
         self._sampler.forget(request_id)
+        self._last_tokens.pop(request_id, None)
+
+    def _known(self, chunk: ScheduledChunk) -> ScheduledChunk:
+        """The chunk with the token that was pending in its place."""
+        if chunk.token_ids[0] != PENDING:
+            return chunk
+        return replace(chunk, token_ids=[self._last_tokens[chunk.request_id], *chunk.token_ids[1:]])
+
+    def _sample(
+        self, chunks: Sequence[ScheduledChunk], logits: torch.Tensor
+    ) -> tuple[tuple[SampledToken, ...] | HeadraceError, ...]:
+        """The tokens that stand. A sequence whose row failed may have been planned ahead: it goes on with any token, and
+        nobody will look at it."""
+        sampling = [chunk for chunk in chunks if chunk.samples]
+        drawn = iter(self._sampler.sample(sampling, logits) if sampling else ())
+        sampled = tuple(
+            standing(list(islice(drawn, chunk.num_rows)), chunk.drafts) if chunk.samples else () for chunk in chunks
+        )
+        for chunk, tokens in zip(chunks, sampled, strict=True):
+            if chunk.samples:
+                self._last_tokens[chunk.request_id] = 0 if isinstance(tokens, HeadraceError) else tokens[-1].token_id
+        return sampled
 
     def warm_up(self) -> None:
         """Run a prefill chunk and decode batches, greedy and sampled, so that the first request finds kernels built,
         threads started and memory touched. Writes to the first blocks: call it before any block is in use."""
         room = min(self._max_model_len, self.num_blocks * self._layout.block_size)
-        self.run(StepPlan((self._warm_up_chunk(0, list(range(min(_WARM_UP_PREFILL, room)))),)))
+        self.launch(StepPlan((self._warm_up_chunk(0, list(range(min(_WARM_UP_PREFILL, room)))),)))
         for num_rows in _WARM_UP_ROWS:
-            self.run(StepPlan(tuple(self._warm_up_chunk(row, [row]) for row in range(min(num_rows, room)))))
+            self.launch(StepPlan(tuple(self._warm_up_chunk(row, [row]) for row in range(min(num_rows, room)))))
+        self.forget(_WARM_UP)
 
     def _warm_up_chunk(self, start: int, token_ids: Sequence[int]) -> ScheduledChunk:
         return ScheduledChunk(
-            request_id=RequestId("warm-up"),
+            request_id=_WARM_UP,
             token_ids=[token_id % self.vocab_size for token_id in token_ids],
             start=start,
             block_ids=range(self._layout.num_blocks_for(start + len(token_ids))),

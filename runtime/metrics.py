@@ -11,7 +11,12 @@ seconds and sizes in bytes, and the name says so. Histogram buckets start where 
 | RouterMetrics | what clients see | as things happen |
 """
 
+from collections.abc import Iterator, Sequence
+from itertools import accumulate
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import HistogramMetricFamily
+from prometheus_client.registry import Collector
 
 from protocol.phases import PhaseLedger
 
@@ -90,6 +95,21 @@ class EngineMetrics:
         self.generated_tokens = Counter("headrace_generated_tokens_total", "Tokens sampled", registry=registry)
         self.preemptions = Counter(
             "headrace_preemptions_total", "Sequences put back for want of KV blocks", registry=registry
+        )
+        self.step_seconds = Counter(
+            "headrace_engine_step_seconds_total",
+            "Where the engine's thread spent its steps: schedule, prepare, compute, sample, emit",
+            ["phase"],
+            registry=registry,
+        )
+        self.draft_tokens = Counter(
+            "headrace_spec_draft_tokens_total", "Tokens guessed for a step to check", registry=registry
+        )
+        self.accepted_tokens = Counter(
+            "headrace_spec_accepted_tokens_total", "Guessed tokens that were right", registry=registry
+        )
+        self.accepted_length = CountHistogram(
+            "headrace_spec_accepted_length", "Guessed tokens of a step and sequence that were right", registry
         )
 
 
@@ -184,6 +204,25 @@ class Total:
         if total > self._reached:
             self._counter.inc(total - self._reached)
             self._reached = total
+
+
+class CountHistogram(Collector):
+    """A histogram of small whole numbers from running counts that someone else keeps: `counts[i]` observations of i."""
+
+    def __init__(self, name: str, documentation: str, registry: CollectorRegistry) -> None:
+        self._name = name
+        self._documentation = documentation
+        self._counts: tuple[int, ...] = ()
+        registry.register(self)
+
+    def set(self, counts: Sequence[int]) -> None:
+        self._counts = tuple(counts)
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
+        buckets = [(f"{number}.0", total) for number, total in enumerate(accumulate(self._counts))]
+        buckets.append(("+Inf", sum(self._counts)))
+        total = sum(number * count for number, count in enumerate(self._counts))
+        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=total)
 
 
 def observe_phases(phases: Histogram, ledger: PhaseLedger) -> None:

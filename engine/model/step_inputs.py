@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from engine.model.llama import StepInputs
@@ -12,7 +13,7 @@ from kernels.attention_batch import AttentionBatch
 
 
 def build_step_inputs(chunks: Sequence[ScheduledChunk], block_size: int, device: torch.device) -> StepInputs:
-    """The chunks must not be empty, neither the list nor any of them, and their blocks must reach to their ends."""
+    """The chunks must not be empty, neither the list nor any of them, and their blocks must reach to their ends. No token may be PENDING."""
     query_lens = np.fromiter((len(chunk.token_ids) for chunk in chunks), np.int32, len(chunks))
     first_positions = np.fromiter((chunk.start for chunk in chunks), np.int32, len(chunks))
     context_lens = first_positions + query_lens
@@ -29,12 +30,11 @@ def build_step_inputs(chunks: Sequence[ScheduledChunk], block_size: int, device:
     sequence_of = np.repeat(np.arange(len(chunks)), query_lens)
     positions = np.arange(num_tokens) + (first_positions - query_starts[:-1])[sequence_of]
     slots = block_tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
-    samples = np.fromiter((chunk.samples for chunk in chunks), np.bool_, len(chunks))
     return StepInputs(
         token_ids=_on(device, token_ids),
         positions=_on(device, positions.astype(np.int64)),
         slots=_on(device, slots),
-        sampling_rows=_on(device, query_starts[1:][samples].astype(np.int64) - 1),
+        sampling_rows=_on(device, _sampling_rows(chunks, query_starts[1:].astype(np.int64))),
         batch=AttentionBatch(
             query_starts=_on(device, query_starts),
             context_lens=_on(device, context_lens),
@@ -43,6 +43,14 @@ def build_step_inputs(chunks: Sequence[ScheduledChunk], block_size: int, device:
             max_context_len=int(context_lens.max()),
         ),
     )
+
+
+def _sampling_rows(chunks: Sequence[ScheduledChunk], ends: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """The last num_rows tokens of each chunk, in order; `ends[i]` is behind the last token of chunk i."""
+    num_rows = np.fromiter((chunk.num_rows for chunk in chunks), np.int64, len(chunks))
+    row_ends = num_rows.cumsum()
+    rows: npt.NDArray[np.int64] = np.arange(row_ends[-1]) + np.repeat(ends - row_ends, num_rows)
+    return rows
 
 
 def _on(device: torch.device, array: np.ndarray[tuple[int, ...], np.dtype[np.generic]]) -> torch.Tensor:

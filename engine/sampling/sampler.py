@@ -34,27 +34,30 @@ class Sampler:
         self._rows: RowParameters | None = None
 
     def sample(self, chunks: Sequence[ScheduledChunk], logits: torch.Tensor) -> list[SampledToken | InternalError]:
-        """One token for each chunk; row i of logits ([num_rows, vocab_size]) belongs to chunks[i].
+        """One token for each row of logits ([num_rows, vocab_size]): a chunk has as many as it draws tokens, one after another.
 
         A row whose logits are not finite gets an InternalError in place of a token.
         """
+        positions = [chunk.output_position for chunk in chunks]
+        if len(chunks) != len(logits):
+            positions = [chunk.output_position + row for chunk in chunks for row in range(chunk.num_rows)]
+            chunks = [chunk for chunk in chunks for _ in range(chunk.num_rows)]
         rows = self._row_parameters([chunk.sampling for chunk in chunks], logits.device)
         logits = logits.float()  # argmax and extremes of bfloat16 are slower than the conversion
         finite = _finite_rows(logits)
         if not all(finite):
             logits = torch.where(torch.tensor(finite, device=logits.device)[:, None], logits, 0.0)
-        adjusted = self._adjusted(chunks, logits, rows) if rows.adjusts_logits else logits
+        adjusted = self._adjusted(chunks, positions, logits, rows) if rows.adjusts_logits else logits
         tokens = first_argmax(adjusted)
         if rows.drawing is not None:
-            positions = np.fromiter((chunk.output_position for chunk in chunks), np.uint64, len(chunks))
-            tokens[rows.drawing.rows] = _drawn(adjusted, rows.drawing, positions)
+            tokens[rows.drawing.rows] = _drawn(adjusted, rows.drawing, np.array(positions, np.uint64))
         token_ids = tokens.tolist()
         logprobs = _logprobs(logits, rows, tokens) if rows.logprob_rows else {}
         return [
             SampledToken(token_id, *logprobs.get(row, ()))
             if finite[row]
-            else InternalError(f"the model's logits are not finite at output position {chunk.output_position}")
-            for row, (chunk, token_id) in enumerate(zip(chunks, token_ids, strict=True))
+            else InternalError(f"the model's logits are not finite at output position {positions[row]}")
+            for row, token_id in enumerate(token_ids)
         ]
 
     def forget(self, request_id: RequestId) -> None:
@@ -66,10 +69,12 @@ class Sampler:
             self._rows = RowParameters.build(params, device)
         return self._rows
 
-    def _adjusted(self, chunks: Sequence[ScheduledChunk], logits: torch.Tensor, rows: RowParameters) -> torch.Tensor:
+    def _adjusted(
+        self, chunks: Sequence[ScheduledChunk], positions: list[int], logits: torch.Tensor, rows: RowParameters
+    ) -> torch.Tensor:
         adjusted = logits.clone()
         add_logit_bias(adjusted, rows)
-        forbid_early_stop(adjusted, rows, [chunk.output_position for chunk in chunks])
+        forbid_early_stop(adjusted, rows, positions)
         if rows.penalised_rows:
             apply_penalties(adjusted, rows, [self._observed(chunks[row]) for row in rows.penalised_rows])
         return adjusted

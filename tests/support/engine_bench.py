@@ -23,6 +23,7 @@ from engine.kv_event_log import KVEventLog
 from engine.request import EngineRequest, Mode
 from engine.runner import ScheduledChunk, StepPlan, StepResult
 from engine.simulated_runner import SimulatedCost, SimulatedRunner, next_token
+from engine.speculation import Drafter
 from protocol.errors import HeadraceError
 from protocol.ids import Incarnation, RequestId
 from protocol.kv_layout import KVLayout
@@ -91,21 +92,22 @@ class CheckedRunner(SimulatedRunner):
             cost=SimulatedCost(step_s=1.0),
             sleep=clock.advance,
             memory=self.memory,
+            asynchronous=config.async_scheduling == "on",
         )
         self._config = config
         self.plans: list[tuple[ScheduledChunk, ...]] = []
         self.forgotten: list[RequestId] = []
         self.fault: Callable[[StepPlan], StepResult | None] | None = None
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def compute(self, plan: StepPlan) -> StepResult:
         assert 1 <= plan.num_tokens <= self._config.max_num_batched_tokens
         assert len(plan.chunks) <= self._config.max_num_seqs
         for chunk in plan.chunks:
-            assert len(chunk.token_ids) <= (self._config.max_prefill_chunk or plan.num_tokens)
+            assert len(chunk.token_ids) - chunk.num_drafts <= (self._config.max_prefill_chunk or plan.num_tokens)
             assert len(chunk.block_ids) == LAYOUT.num_blocks_for(chunk.start + len(chunk.token_ids))
         self.plans.append(plan.chunks)
         faulty = self.fault(plan) if self.fault is not None else None
-        return faulty if faulty is not None else super().run(plan)
+        return faulty if faulty is not None else super().compute(plan)
 
     def forget(self, request_id: RequestId) -> None:
         self.forgotten.append(request_id)
@@ -134,12 +136,16 @@ class Heard:
 
 
 class Bench:
-    def __init__(self, num_blocks: int = 64, *, max_model_len: int = 10_000, **settings: object) -> None:
+    """With `async_scheduling="on"` the runner is asynchronous too: it touches memory only when a step is collected."""
+
+    def __init__(
+        self, num_blocks: int = 64, *, max_model_len: int = 10_000, drafter: Drafter | None = None, **settings: object
+    ) -> None:
         self.config = EngineConfig(**({"watermark": 0.0} | settings))  # type: ignore[arg-type]
         self.clock = ManualClock(100.0)
         self.runner = CheckedRunner(self.clock, num_blocks, self.config, max_model_len)
         self.kv_events = KVEventLog(Incarnation("bench"))
-        self.core = EngineCore(self.runner, self.config, self.clock, self.kv_events)
+        self.core = EngineCore(self.runner, self.config, self.clock, self.kv_events, drafter)
         self.heard: dict[str, Heard] = {}
         self.requests: dict[str, EngineRequest] = {}
 
@@ -168,11 +174,12 @@ class Bench:
         """One turn of the engine. False if there was nothing to run."""
         schedule = self.core.schedule()
         self.listen()
-        if schedule is not None:
-            self.core.run(schedule)
-            self.listen()
-        assert schedule is not None or self.core.load().running == 0, "something runs, but nothing was scheduled"
-        return schedule is not None
+        if schedule is None and not self.core.in_flight:
+            assert self.core.load().running == 0, "something runs, but nothing was scheduled"
+            return False
+        self.core.run(schedule)
+        self.listen()
+        return True
 
     def run(self, max_steps: int = 10_000) -> None:
         """Step until nothing can run."""

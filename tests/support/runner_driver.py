@@ -55,11 +55,16 @@ class Driver:
 
     def step(self, *scheduled: tuple[Sequence, int]) -> list[SampledToken | HeadraceError | None]:
         """Run one step of (sequence, number of its tokens); tokens are appended to their sequences."""
-        result = self.runner.run(StepPlan(tuple(self.chunk(*each) for each in scheduled)))
+        result = self.runner.launch(StepPlan(tuple(self.chunk(*each) for each in scheduled))).result()
+        drawn: list[SampledToken | HeadraceError | None] = []
         for (sequence, _), sampled in zip(scheduled, result.sampled, strict=True):
-            if isinstance(sampled, SampledToken):
-                sequence.tokens.append(sampled)
-        return list(result.sampled)
+            if isinstance(sampled, HeadraceError):
+                drawn.append(sampled)
+                continue
+            assert len(sampled) <= 1, "nothing was guessed"
+            sequence.tokens += sampled
+            drawn.append(sampled[0] if sampled else None)
+        return drawn
 
     def generate(self, prompt: list[int], num_tokens: int, chunk: int = 1 << 20, **sampling: object) -> Sequence:
         """One sequence alone, its prompt in chunks of at most `chunk` tokens."""

@@ -381,9 +381,9 @@ def test_one_bad_sequence_does_not_take_the_others_along() -> None:
             return None
         sampled = SampledToken(continuation(range(100, 110), 1)[0])
         bench.runner.fault = None
-        computed = bench.runner.run(StepPlan(plan.chunks))
-        assert computed.sampled[1] == sampled
-        return StepResult((InternalError("not finite"), sampled))
+        computed = bench.runner.compute(StepPlan(plan.chunks))
+        assert computed.sampled[1] == (sampled,)
+        return StepResult((InternalError("not finite"), (sampled,)))
 
     bench.runner.fault = fault
     bench.run()
@@ -392,8 +392,8 @@ def test_one_bad_sequence_does_not_take_the_others_along() -> None:
     assert bench.busy_blocks == 0
 
 
-@pytest.mark.parametrize("sampled", [(), (None,)])
-def test_a_runner_that_breaks_its_contract_is_an_internal_error(sampled: tuple[None, ...]) -> None:
+@pytest.mark.parametrize("sampled", [(), ((),), ((SampledToken(1), SampledToken(2)),)])
+def test_a_runner_that_breaks_its_contract_is_an_internal_error(sampled: tuple[tuple[SampledToken, ...], ...]) -> None:
     bench = Bench()
     bench.runner.fault = lambda plan: StepResult(sampled)
     assert isinstance(bench.generate(request("r", PROMPT)).error, InternalError)

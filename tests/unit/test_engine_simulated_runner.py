@@ -9,7 +9,7 @@ from engine_bench import BLOCK_SIZE, LAYOUT, VOCAB_SIZE, Bench, continuation, re
 
 from engine.runner import ScheduledChunk, StepPlan
 from engine.simulated_runner import SimulatedCost, SimulatedRunner, next_token
-from protocol.errors import ConfigError
+from protocol.errors import ConfigError, HeadraceError
 from protocol.ids import RequestId
 from protocol.kv_layout import KVLayout
 from protocol.sampling import SamplingParams
@@ -39,8 +39,9 @@ def runner(**options: object) -> SimulatedRunner:
 
 
 def sample(simulated: SimulatedRunner, *chunks: ScheduledChunk) -> list[int | None]:
-    sampled = simulated.run(StepPlan(chunks)).sampled
-    return [token.token_id if isinstance(token, SampledToken) else None for token in sampled]
+    sampled = simulated.launch(StepPlan(chunks)).result().sampled
+    assert not any(isinstance(tokens, HeadraceError) for tokens in sampled)
+    return [tokens[0].token_id if isinstance(tokens, tuple) and tokens else None for tokens in sampled]
 
 
 def test_the_rule_by_hand() -> None:
@@ -95,15 +96,15 @@ def test_log_probabilities_only_where_asked_for() -> None:
         (2, SampledToken(token, 0.0, ((token, 0.0),))),
     ):
         sampling = SamplingParams(max_tokens=9, seed=0, logprobs=logprobs)
-        assert runner().run(StepPlan((chunk(context, 0, 3, sampling),))).sampled == (expected,)
+        assert runner().launch(StepPlan((chunk(context, 0, 3, sampling),))).result().sampled == ((expected,),)
 
 
 def test_the_cost_model() -> None:
     slept: list[float] = []
     cost = SimulatedCost(step_s=1.0, prefill_token_s=0.25, decode_sequence_s=0.5)
     context = list(range(10))
-    runner(cost=cost, sleep=slept.append).run(StepPlan((chunk(context, 9, 10), chunk(context, 0, 8))))
-    runner(sleep=slept.append).run(StepPlan((chunk(context, 0, 8),)))
+    runner(cost=cost, sleep=slept.append).launch(StepPlan((chunk(context, 9, 10), chunk(context, 0, 8))))
+    runner(sleep=slept.append).launch(StepPlan((chunk(context, 0, 8),)))
     assert slept == [1.0 + 8 * 0.25 + 0.5]
 
 

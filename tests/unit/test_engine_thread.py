@@ -34,10 +34,10 @@ class GatedRunner(SimulatedRunner):
         self.gate.set()
         self.entered = threading.Event()
 
-    def run(self, plan: StepPlan) -> StepResult:
+    def compute(self, plan: StepPlan) -> StepResult:
         self.entered.set()
         assert self.gate.wait(WAIT_S)
-        return super().run(plan)
+        return super().compute(plan)
 
 
 class Listener:

@@ -1,0 +1,32 @@
+"""StepTimes: where the engine's thread has spent its steps. Sums since the start, so that a share is a quotient of two of them.
+
+    schedule   decide what a step computes
+    prepare    turn the plan into the model's inputs
+    compute    the rest of what the runner takes; while the device is ahead of the engine, waiting for it
+    sample     draw tokens and read them back
+    emit       turn results into events and hand them on
+
+The engine sleeps outside of all of them.
+"""
+
+from dataclasses import dataclass
+
+from engine.runner import StepResult
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Seconds. Changed by the engine's thread; others get copies."""
+
+    schedule: float = 0.0
+    prepare: float = 0.0
+    compute: float = 0.0
+    sample: float = 0.0
+    emit: float = 0.0
+
+    def waited(self, seconds: float, result: StepResult) -> None:
+        """The results of a step have come after so much waiting. What they say was not computing may have been spent at its
+        launch, which has been counted as computing."""
+        self.prepare += result.prepare_s
+        self.sample += result.sample_s
+        self.compute += seconds - result.prepare_s - result.sample_s
