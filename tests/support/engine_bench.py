@@ -6,6 +6,7 @@ held the right context.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from engine.config import EngineConfig
 from engine.core import EngineCore
@@ -79,6 +80,18 @@ def request(
     )
 
 
+class Oracle:
+    """A drafter that knows the simulated runner's rule, and is wrong from a place on that depends on the context."""
+
+    def propose(self, request_id: RequestId, token_ids: Sequence[int], max_drafts: int) -> list[int]:
+        guesses = continuation(token_ids, max_drafts)
+        wrong_from = sum(token_ids) % (max_drafts + 3)
+        return guesses[:wrong_from] + [(guess + 1) % VOCAB_SIZE for guess in guesses[wrong_from:]]
+
+    def forget(self, request_id: RequestId) -> None:
+        """It remembers nothing."""
+
+
 class CheckedRunner(SimulatedRunner):
     """Keeps every plan. `fault` may answer for the runner: raise, or return a result."""
 
@@ -138,10 +151,12 @@ class Heard:
 class Bench:
     """With `async_scheduling="on"` the runner is asynchronous too: it touches memory only when a step is collected."""
 
+    DEFAULTS: ClassVar[dict[str, object]] = {"watermark": 0.0, "async_scheduling": "off"}
+
     def __init__(
         self, num_blocks: int = 64, *, max_model_len: int = 10_000, drafter: Drafter | None = None, **settings: object
     ) -> None:
-        self.config = EngineConfig(**({"watermark": 0.0} | settings))  # type: ignore[arg-type]
+        self.config = EngineConfig(**(self.DEFAULTS | settings))  # type: ignore[arg-type]
         self.clock = ManualClock(100.0)
         self.runner = CheckedRunner(self.clock, num_blocks, self.config, max_model_len)
         self.kv_events = KVEventLog(Incarnation("bench"))

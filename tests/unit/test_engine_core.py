@@ -20,6 +20,12 @@ from protocol.tokens import SampledToken
 PROMPT = list(range(3, 17))  # 14 tokens: three full blocks and a half
 
 
+@pytest.fixture(autouse=True, params=["off", "on"])
+def with_and_without_running_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is true of requests is true either way. Tests of single steps ask for one at a time."""
+    monkeypatch.setitem(Bench.DEFAULTS, "async_scheduling", request.param)
+
+
 def hand_over(prefill: Bench, decode: Bench, request_id: str, skip: tuple[int, ...] = ()) -> None:
     """Copy the blocks that decode lacks, except `skip`."""
     exported, reserved = prefill.heard[request_id], decode.heard[request_id].reserved
@@ -91,7 +97,7 @@ def test_cached_blocks_last_until_they_are_needed() -> None:
 
 
 def test_clearing_the_cache_forgets_addresses_but_not_what_runs() -> None:
-    bench = Bench()
+    bench = Bench(async_scheduling="off")
     bench.submit(request("a", PROMPT, max_tokens=12))
     bench.step()
     bench.core.clear_prefix_cache()
@@ -145,7 +151,7 @@ def test_a_block_that_did_not_move_shows(missing: int) -> None:
 
 
 def test_blocks_are_announced_as_they_fill_and_those_of_the_cache_first() -> None:
-    bench = Bench(max_num_batched_tokens=5)
+    bench = Bench(max_num_batched_tokens=5, async_scheduling="off")
     bench.submit(request("a", PROMPT, Mode.PREFILL_ONLY))
     announced = []
     while bench.step():
@@ -310,7 +316,7 @@ def test_a_release_during_the_prefill_means_no_hold() -> None:
 
 @pytest.mark.parametrize("mode", [Mode.GENERATE, Mode.PREFILL_ONLY])
 def test_cancel_frees_at_once_whatever_the_request_is_doing(mode: Mode) -> None:
-    bench = Bench(max_num_batched_tokens=5)
+    bench = Bench(max_num_batched_tokens=5, async_scheduling="off")
     bench.submit(request("running", PROMPT, mode))
     bench.step()
     bench.submit(request("waiting", range(200, 210), mode))
@@ -330,7 +336,7 @@ def test_cancelling_a_held_prefill_is_silent() -> None:
 
 
 def test_deadlines_end_what_waits_runs_or_lands_but_not_what_is_held() -> None:
-    bench = Bench(num_blocks=16)
+    bench = Bench(num_blocks=16, async_scheduling="off")
     bench.generate(request("held", PROMPT, Mode.PREFILL_ONLY, deadline_s=10))
     bench.submit(request("landing", range(100, 116), Mode.IMPORT, deadline_s=20))
     bench.submit(request("running", range(200, 210), max_tokens=30, deadline_s=20))
@@ -351,7 +357,7 @@ def test_deadlines_end_what_waits_runs_or_lands_but_not_what_is_held() -> None:
 
 
 def test_a_failed_step_fails_its_sequences_and_no_others(caplog: pytest.LogCaptureFixture) -> None:
-    bench = Bench(num_blocks=8)
+    bench = Bench(num_blocks=8, async_scheduling="off")
     bench.submit(request("a", PROMPT, max_tokens=20))
     bench.submit(request("b", range(100, 112), max_tokens=2))
     bench.submit(request("waiting", range(200, 220), max_tokens=2))

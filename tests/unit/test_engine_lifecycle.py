@@ -2,17 +2,22 @@
 
 The tokens come out of KV memory (see engine.simulated_runner), so a block that is shared wrongly, reused too early or
 indexed before it is computed shows as a wrong token. The bench checks the order of events and the shape of every step.
+
+With and without a step in flight while the next one is planned, with and without guesses, with stop tokens that nobody sees
+coming and with steps that raise.
 """
 
 from typing import Any
 
-from engine_bench import BLOCK_SIZE, VOCAB_SIZE, Bench, continuation, request
+from engine_bench import BLOCK_SIZE, VOCAB_SIZE, Bench, Oracle, continuation, request
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
+from engine.config import SpeculationConfig
 from engine.request import Mode
-from protocol.errors import DeadlineExceeded, Draining, PeerLost
+from engine.runner import StepPlan, StepResult
+from protocol.errors import DeadlineExceeded, Draining, InternalError, PeerLost
 from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored
 
 NUM_BLOCKS = 12
@@ -26,9 +31,11 @@ class EngineMachine(RuleBasedStateMachine):
         max_prefill_chunk=st.none() | st.integers(1, 9),
         enable_prefix_cache=st.booleans(),
         watermark=st.sampled_from([0.0, 0.1, 0.5]),
+        async_scheduling=st.sampled_from(["off", "on"]),
+        speculation=st.none() | st.builds(SpeculationConfig, num_draft_tokens=st.integers(1, 6)),
     )
     def start(self, **config: Any) -> None:
-        self.bench = Bench(NUM_BLOCKS, **config)
+        self.bench = Bench(NUM_BLOCKS, drafter=Oracle(), **config)
         self.noticed: set[str] = set()
         self.landing: set[str] = set()
         self.given_back: set[str] = set()
@@ -41,20 +48,31 @@ class EngineMachine(RuleBasedStateMachine):
         length=st.integers(1, 20) | st.integers(1, MAX_TOKENS - 4),
         num_emitted=st.integers(0, 3),
         max_tokens=st.integers(4, 30),
+        stops_after=st.none() | st.integers(0, 9),
         deadline_s=st.sampled_from([5.0, 1e6, 1e6, 1e6]),
     )
     def submit(
-        self, modes: list[Mode], family: int, length: int, num_emitted: int, max_tokens: int, deadline_s: float
+        self,
+        modes: list[Mode],
+        family: int,
+        length: int,
+        num_emitted: int,
+        max_tokens: int,
+        stops_after: int | None,
+        deadline_s: float,
     ) -> None:
         """Prompts of one family share their beginning."""
         for mode in modes:
             self.count += 1
             prompt = [(family * 100 + position) % VOCAB_SIZE for position in range(length)]
+            whole = continuation(prompt, num_emitted + 10)
+            stops = () if stops_after is None else (whole[num_emitted + stops_after],)
             candidate = request(
                 f"r{self.count}",
                 prompt,
                 mode,
-                emitted=continuation(prompt, num_emitted),
+                emitted=whole[:num_emitted],
+                stop_token_ids=stops,
                 max_tokens=max_tokens,
                 deadline_s=deadline_s,
             )
@@ -66,6 +84,22 @@ class EngineMachine(RuleBasedStateMachine):
         for _ in range(steps):
             self.bench.step()
         self.notice_reservations()
+
+    @rule(calls=st.integers(1, 3))
+    def step_with_a_fault(self, calls: int) -> None:
+        """The runner raises, `calls` times in a row: a step, and maybe some of its sequences when they are tried alone."""
+        left = calls
+
+        def fault(_: StepPlan) -> StepResult | None:
+            nonlocal left
+            left -= 1
+            if left >= 0:
+                raise RuntimeError("the device hiccups")
+            return None
+
+        self.bench.runner.fault = fault
+        self.step(1)
+        self.bench.runner.fault = None
 
     @precondition(lambda self: self.count)
     @rule(data=st.data())
@@ -113,11 +147,7 @@ class EngineMachine(RuleBasedStateMachine):
             if heard.tokens and (heard.over or len(heard.tokens) < 4):
                 assert heard.tokens == continuation(self.context(name), len(heard.tokens))
             if heard.finished is not None:
-                limit = min(
-                    self.bench.requests[name].sampling.max_tokens - len(self.bench.requests[name].emitted_token_ids),
-                    MAX_TOKENS - len(self.context(name)),
-                )
-                assert len(heard.tokens) == limit
+                assert heard.tokens == self.all_tokens(name)
 
     @invariant()
     def what_is_exported_stays_as_it_is(self) -> None:
@@ -163,12 +193,21 @@ class EngineMachine(RuleBasedStateMachine):
         for heard in self.bench.heard.values():
             assert heard.over
             assert not isinstance(heard.error, Draining), "it could have come to its end"
-            assert isinstance(heard.error, DeadlineExceeded) or heard.error is None or heard.error.status in (499, 503)
+            expected = (DeadlineExceeded, InternalError, type(None))
+            assert isinstance(heard.error, expected) or heard.error.status in (499, 503)
         load = self.bench.core.load()
         assert (load.free_blocks, load.running, load.waiting, load.waiting_tokens) == (NUM_BLOCKS, 0, 0, 0)
         assert (load.num_held, load.num_importing) == (0, 0)
         assert sorted(self.bench.runner.forgotten) == sorted(self.bench.heard)
         assert sorted(self.bench.core.take_departed()) == sorted(self.bench.heard)
+
+    def all_tokens(self, name: str) -> list[int]:
+        """What a request gets if nothing comes between: up to its length, or to the first stop token."""
+        request, context = self.bench.requests[name], self.context(name)
+        limit = min(request.sampling.max_tokens - len(request.emitted_token_ids), MAX_TOKENS - len(context))
+        tokens = continuation(context, limit)
+        ends = [place for place, token in enumerate(tokens, 1) if token in request.sampling.stop_token_ids]
+        return tokens[: ends[0]] if ends else tokens
 
     def context(self, name: str) -> list[int]:
         request = self.bench.requests[name]

@@ -13,6 +13,12 @@ def shape(bench: Bench, step: int = -1) -> list[tuple[str, int, int]]:
     return [(chunk.request_id, chunk.start, len(chunk.token_ids)) for chunk in bench.runner.plans[step]]
 
 
+@pytest.fixture(autouse=True, params=["off", "on"])
+def with_and_without_running_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is true of requests is true either way. Tests of single steps ask for one at a time."""
+    monkeypatch.setitem(Bench.DEFAULTS, "async_scheduling", request.param)
+
+
 def test_a_long_prompt_is_cut_to_the_budget() -> None:
     bench = Bench(max_num_batched_tokens=8)
     prompt = range(19)
@@ -28,7 +34,7 @@ def test_a_long_prompt_is_cut_to_the_budget() -> None:
 
 
 def test_chunks_are_cut_to_their_own_limit_so_that_others_fit_beside() -> None:
-    bench = Bench(max_num_batched_tokens=10, max_prefill_chunk=4)
+    bench = Bench(max_num_batched_tokens=10, max_prefill_chunk=4, async_scheduling="off")
     for name in "abc":
         bench.submit(request(name, range(10)))
     bench.step()
@@ -36,7 +42,7 @@ def test_chunks_are_cut_to_their_own_limit_so_that_others_fit_beside() -> None:
 
 
 def test_decodes_come_first_and_prefill_gets_the_rest() -> None:
-    bench = Bench(max_num_batched_tokens=8)
+    bench = Bench(max_num_batched_tokens=8, async_scheduling="off")
     bench.submit(request("a", range(3)))
     bench.submit(request("b", range(100, 104)))
     bench.step()
@@ -60,7 +66,7 @@ def test_rows_never_take_the_whole_budget_from_prefill() -> None:
 
 
 def test_first_come_first_served_even_if_a_later_one_would_fit() -> None:
-    bench = Bench(num_blocks=6)
+    bench = Bench(num_blocks=6, async_scheduling="off")
     bench.submit(request("running", range(8), max_tokens=8))
     bench.step()
     bench.submit(request("large", range(100, 116), max_tokens=1))
@@ -95,7 +101,7 @@ def test_an_import_passes_prompts_that_wait_for_compute_but_not_one_that_waits_f
 
 
 def test_watermark_leaves_room_for_what_runs_but_lets_a_lone_request_in() -> None:
-    bench = Bench(num_blocks=10, watermark=0.2)
+    bench = Bench(num_blocks=10, watermark=0.2, async_scheduling="off")
     bench.submit(request("a", range(12), max_tokens=3))
     bench.step()
     bench.submit(request("b", range(100, 124), max_tokens=1))

@@ -1,0 +1,173 @@
+"""Guesses: what prompt lookup finds, when it is asked, and that nobody can tell from the tokens."""
+
+import random
+
+import pytest
+from engine_bench import VOCAB_SIZE, Bench, Oracle, continuation, request
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.config import EngineConfig, SpeculationConfig
+from engine.request import EngineRequest, Mode
+from engine.speculation import MAX_PAUSE, NgramDrafter
+from protocol.errors import ConfigError
+from protocol.ids import RequestId
+from protocol.sampling import SamplingParams
+
+R = RequestId("r")
+PROMPT = list(range(3, 17))
+
+
+def lookup(token_ids: list[int], count: int, min_n: int, max_n: int) -> list[int]:
+    """The rule, by scanning."""
+    for size in range(max_n, min_n - 1, -1):
+        for place in range(len(token_ids) - 1, size - 1, -1):
+            if token_ids[place - size : place] == token_ids[-size:]:
+                return token_ids[place : place + count]
+    return []
+
+
+class Always:
+    """Guesses the same wrong thing each time, and counts how often it was asked."""
+
+    def __init__(self) -> None:
+        self.num_asked = 0
+
+    def propose(self, request_id: RequestId, token_ids: object, max_drafts: int) -> list[int]:
+        self.num_asked += 1
+        return [VOCAB_SIZE - 1] * max_drafts
+
+    def forget(self, request_id: RequestId) -> None:
+        """It remembers nothing of anybody."""
+
+
+def speculating(num_draft_tokens: int = 3, num_blocks: int = 64, **settings: object) -> Bench:
+    speculation = SpeculationConfig(num_draft_tokens=num_draft_tokens)
+    return Bench(num_blocks, **({"drafter": Oracle(), "speculation": speculation} | settings))
+
+
+# Prompt lookup.
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 3), st.integers(0, 2), st.integers(1, 5))
+def test_lookup_equals_a_scan_at_every_length(token_ids: list[int], min_n: int, more: int, count: int) -> None:
+    drafter = NgramDrafter(min_n, min_n + more)
+    for end in range(1, len(token_ids) + 1):
+        so_far = token_ids[:end]
+        assert drafter.propose(R, so_far, count) == lookup(so_far, count, min_n, min_n + more)
+
+
+def test_the_latest_occurrence_of_the_longest_match_wins() -> None:
+    drafter = NgramDrafter(1, 3)
+    assert drafter.propose(R, [1, 2, 3, 9, 2, 3, 8, 3, 7, 1, 2, 3], 2) == [9, 2]
+    assert drafter.propose(RequestId("s"), [5, 1, 6, 1, 7, 1], 1) == [7]
+    assert drafter.propose(RequestId("t"), [1, 2, 3], 4) == []
+
+
+def test_a_long_prompt_is_indexed_little_by_little() -> None:
+    generator = random.Random(1)
+    prompt = [generator.randrange(10_000) for _ in range(5000)]
+    prompt[4000:4002] = prompt[-2:] = [1, 2]
+    drafter = NgramDrafter(2, 2)
+    guesses = [drafter.propose(R, prompt, 2) for _ in range(5)]
+    assert guesses == [[], [], [], prompt[4002:4004], prompt[4002:4004]], "1024 tokens a call"
+
+
+def test_what_is_forgotten_is_looked_up_anew() -> None:
+    drafter = NgramDrafter(1, 1)
+    assert drafter.propose(R, [1, 2, 1], 1) == [2]
+    drafter.forget(R)
+    assert drafter.propose(R, [1, 3, 1], 1) == [3]
+
+
+# In the engine.
+
+
+@pytest.mark.parametrize("async_scheduling", ["off", "on"])
+@pytest.mark.parametrize("num_draft_tokens", [1, 3, 8])
+def test_tokens_are_those_without_guesses_in_fewer_steps(num_draft_tokens: int, async_scheduling: str) -> None:
+    bench = speculating(num_draft_tokens, async_scheduling=async_scheduling)
+    for name, prompt in (("a", PROMPT), ("b", range(200, 209))):
+        bench.submit(request(name, prompt, max_tokens=30))
+    bench.run()
+    for name, prompt in (("a", PROMPT), ("b", range(200, 209))):
+        assert bench.heard[name].tokens == continuation(prompt, 30)
+    load = bench.core.load()
+    accepted = sum(number * count for number, count in enumerate(load.accepted_drafts))
+    assert 0 < accepted < load.draft_tokens
+    assert len(bench.runner.plans) < 30
+    assert load.sampled_tokens == 60
+    assert bench.busy_blocks == 0
+
+
+def test_a_stop_token_among_right_guesses_is_the_last_token() -> None:
+    whole = continuation(PROMPT, 30)
+    for place in range(1, 12):
+        heard = speculating(8).generate(request("a", PROMPT, max_tokens=30, stop_token_ids=(whole[place],)))
+        assert heard.tokens == whole[: place + 1]
+        assert heard.finished is not None
+        assert heard.finished.stop_token_id == whole[place]
+
+
+def test_no_stop_token_before_the_minimum_length() -> None:
+    whole = continuation(PROMPT, 2)
+    plain, guessing = Bench(), speculating(8)
+    candidate = request("a", PROMPT, max_tokens=20, stop_token_ids=tuple(whole), min_tokens=6)
+    assert guessing.generate(candidate).tokens == plain.generate(candidate).tokens
+
+
+def test_lengths_are_kept_and_so_is_the_pool() -> None:
+    for max_tokens in range(1, 12):
+        heard = speculating(8).generate(request("a", PROMPT, max_tokens=max_tokens))
+        assert heard.tokens == continuation(PROMPT, max_tokens)
+    bench = speculating(8, num_blocks=5)
+    assert bench.generate(request("a", PROMPT, max_tokens=100)).tokens == continuation(PROMPT, 6)
+    assert bench.busy_blocks == 0
+
+
+def test_only_accepted_tokens_are_in_the_prefix_cache() -> None:
+    bench = speculating(6)
+    answer = bench.generate(request("a", PROMPT, max_tokens=20)).tokens
+    following = [*PROMPT, *answer, 5]
+    assert bench.generate(request("b", following, max_tokens=9)).tokens == continuation(following, 9)
+
+
+def test_guesses_stay_within_the_budget_and_give_way_to_prefill() -> None:
+    bench = speculating(6, max_num_batched_tokens=8)
+    bench.submit(request("a", PROMPT[:6], max_tokens=40))
+    bench.step()
+    bench.step()
+    assert len(bench.runner.plans[-1][0].token_ids) > 1
+    bench.submit(request("b", range(100, 140), max_tokens=1))
+    while not bench.heard["b"].over:
+        bench.step()
+        assert [chunk.num_drafts for chunk in bench.runner.plans[-1]] in ([0, 0], [1, 0])
+    bench.run()
+    assert bench.heard["a"].tokens == continuation(PROMPT[:6], 40)
+
+
+def test_nothing_is_guessed_for_a_prefill_or_under_penalties() -> None:
+    sampling = SamplingParams(max_tokens=9, seed=0, frequency_penalty=0.5)
+    bench = speculating(4)
+    bench.submit(request("prefill", PROMPT, Mode.PREFILL_ONLY, max_tokens=9))
+    bench.submit(EngineRequest(RequestId("penalised"), tuple(PROMPT), sampling))
+    bench.run()
+    assert bench.core.load().draft_tokens == 0
+    assert bench.heard["penalised"].tokens == continuation(PROMPT, 9)
+
+
+def test_wrong_guesses_become_rare_and_right_ones_long_again() -> None:
+    drafter = Always()
+    bench = speculating(8, num_blocks=128, drafter=drafter)
+    bench.generate(request("a", PROMPT, max_tokens=400))
+    assert drafter.num_asked < 20, f"at most every {MAX_PAUSE} tokens, in the long run"
+    load = bench.core.load()
+    assert load.draft_tokens < 40
+    assert load.accepted_drafts[1:] == (0,) * 8
+
+
+@pytest.mark.parametrize(("setting", "value"), [("num_draft_tokens", 0), ("ngram_min", 0), ("ngram_max", 1)])
+def test_a_setting_that_cannot_work_is_named(setting: str, value: int) -> None:
+    with pytest.raises(ConfigError) as caught:
+        EngineConfig(speculation=SpeculationConfig(**{setting: value}))
+    assert caught.value.param == setting
