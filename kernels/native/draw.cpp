@@ -15,10 +15,12 @@ namespace {
 
 constexpr float kLikeliest = 1073741824.0f;  // 2^30, the likeliest token's weight
 constexpr int kPowers = 31;
+constexpr int kTables = 4;
+constexpr float kHeavy = 65536.0f;
 constexpr int64_t kChunk = 1024;  // tokens whose sum is taken before it is known whether the drawn one is among them
 
 struct Candidate {
-    float score;
+    float score, weight;
     double measure;
 };
 
@@ -64,70 +66,112 @@ float score_reaching(std::vector<Candidate>& candidates, double before, double w
     return last;
 }
 
-// One row at a time; the memory serves all rows of a thread.
+// One row at a time; the memory serves all rows of a thread. Only tokens that can be drawn, of weight 1 or more, are kept.
 class Row {
   public:
-    explicit Row(int64_t vocab_size) : weights_(vocab_size) {}
+    explicit Row(int64_t vocab_size)
+        : vocab_size_(vocab_size), ids_(vocab_size + kLanes), scores_(vocab_size + kLanes), weights_(vocab_size + kLanes) {}
 
     int64_t draw(const float* logits, float temperature, const Cut& cut, double uniform) {
         weigh(logits, temperature);
-        const float floor = cut.any() ? floor_of(logits, cut) : -std::numeric_limits<float>::infinity();
-        return invert(logits, floor, uniform);
+        return ids_[invert(cut.any() ? floor_of(cut) : -std::numeric_limits<float>::infinity(), uniform)];
     }
 
   private:
-    int64_t size() const { return (int64_t)weights_.size(); }
-    float score(const float* logits, int64_t i) const { return (logits[i] - largest_) / temperature_; }
-
     void weigh(const float* logits, float temperature) {
-        temperature_ = temperature;
-        f32x16 largest = splat(-std::numeric_limits<float>::infinity());
+        f32x16 lanes = splat(-std::numeric_limits<float>::infinity());
         int64_t i = 0;
-        for (; i + kLanes <= size(); i += kLanes) largest = maximum(largest, load(logits + i));
-        largest_ = max_lane(largest);
-        for (; i < size(); ++i) largest_ = std::max(largest_, logits[i]);
-        for (i = 0; i < size(); i += kLanes) {
-            const f32x16 scores = (load(logits + i, size() - i) - largest_) / temperature;
+        for (; i + kLanes <= vocab_size_; i += kLanes) lanes = maximum(lanes, load(logits + i));
+        float largest = max_lane(lanes);
+        for (; i < vocab_size_; ++i) largest = std::max(largest, logits[i]);
+        count_ = 0;
+        for (i = 0; i < vocab_size_; i += kLanes) {
+            const f32x16 scores = (load(logits + i, vocab_size_ - i) - largest) / temperature;
             // At least 0 and below 2^31: conversion to an integer and back rounds down.
             const i32x16 whole = __builtin_convertvector(exp(scores) * kLikeliest, i32x16);
-            store(weights_.data() + i, __builtin_convertvector(whole, f32x16), size() - i);
+            append(i, scores, __builtin_convertvector(whole, f32x16));
         }
     }
 
-    // Counts and sums of the weights of each power of two.
-    void fill_table() {
-        counts_.fill(0);
-        sums_.fill(0);
-        for (const float weight : weights_) {
-            if (weight < 1.0f) continue;
-            const int power = power_of(weight);
-            ++counts_[power];
-            sums_[power] += weight;
+    // Keeps the tokens first, first + 1, ... that can be drawn; lanes beyond the vocabulary must not count.
+    void append(int64_t first, f32x16 scores, f32x16 weights) {
+        static constexpr i32x16 kLane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        const i32x16 ids = kLane + (int32_t)first;
+        const i32x16 live = (weights >= 1.0f) & (ids < (int32_t)vocab_size_);
+#ifdef __AVX512F__
+        const __mmask16 mask = _mm512_movepi32_mask((__m512i)live);
+        // In a register and stored whole: compressing stores take a hundred cycles on some processors.
+        _mm512_storeu_si512(ids_.data() + count_, _mm512_maskz_compress_epi32(mask, (__m512i)ids));
+        _mm512_storeu_ps(scores_.data() + count_, _mm512_maskz_compress_ps(mask, (__m512)scores));
+        _mm512_storeu_ps(weights_.data() + count_, _mm512_maskz_compress_ps(mask, (__m512)weights));
+        count_ += __builtin_popcount(mask);
+#else
+        for (int lane = 0; lane < kLanes; ++lane) {
+            ids_[count_] = ids[lane], scores_[count_] = scores[lane], weights_[count_] = weights[lane];
+            count_ += live[lane] != 0;
         }
+#endif
+    }
+
+    // Counts and sums of the weights of each power of two. Neighbours go to tables of their own: additions to one and the
+    // same place wait for each other.
+    void fill_table() {
+        std::array<int64_t, kPowers> counts[kTables] = {};
+        std::array<double, kPowers> sums[kTables] = {};
+        for (int64_t i = 0; i < count_; ++i) {
+            const int power = power_of(weights_[i]);
+            ++counts[i % kTables][power];
+            sums[i % kTables][power] += weights_[i];
+        }
+        for (int power = 0; power < kPowers; ++power) {
+            counts_[power] = 0, sums_[power] = 0;
+            for (int table = 0; table < kTables; ++table) {
+                counts_[power] += counts[table][power];
+                sums_[power] += sums[table][power];
+            }
+        }
+    }
+
+    // Forgets the tokens of weight below kHeavy where the cut falls above them; returns the weight of all. Most cuts keep few
+    // tokens, and the table is what takes time.
+    double drop_light(const Cut& cut) {
+        int64_t total = 0, heavy = 0, num_heavy = 0;
+        for (int64_t i = 0; i < count_; ++i) {
+            const int64_t weight = (int32_t)weights_[i];
+            const bool is_heavy = weights_[i] >= kHeavy;
+            total += weight, heavy += is_heavy ? weight : 0, num_heavy += is_heavy;
+        }
+        const bool is_top_k = cut.top_k > 0 && cut.top_k < count_;
+        const bool is_top_p = cut.top_p < 1.0 && (double)heavy >= cut.top_p * (double)total;
+        if (is_top_k ? num_heavy > cut.top_k : is_top_p) {
+            const int64_t before = count_;
+            count_ = 0;
+            for (int64_t i = 0; i < before; ++i) {
+                ids_[count_] = ids_[i], scores_[count_] = scores_[i], weights_[count_] = weights_[i];
+                count_ += weights_[i] >= kHeavy;
+            }
+        }
+        return (double)total;
     }
 
     // The least score that is kept.
-    float floor_of(const float* logits, const Cut& cut) {
+    float floor_of(const Cut& cut) {
+        double kept = drop_light(cut);
         fill_table();
-        float floor = (float)std::log(cut.min_p);
-        double kept = 0;
-        for (const double sum : sums_) kept += sum;
         float least = -std::numeric_limits<float>::infinity();
-        if (cut.top_k > 0) {
+        if (cut.top_k > 0 && cut.top_k < count_) {
             double before = 0;
             const int power = power_reaching(counts_, (double)cut.top_k, before);
-            gather(logits, power, least, [](float) { return 1.0; });
-            if (before + (double)candidates_.size() >= (double)cut.top_k) {
-                least = score_reaching(candidates_, before, (double)cut.top_k);
-                kept = kept_from(logits, power, least);
-            }
+            gather(power, least, [](float) { return 1.0; });
+            least = score_reaching(candidates_, before, (double)cut.top_k);
+            kept = kept_from(power, least);
         }
-        floor = std::max(floor, least);
+        float floor = std::max((float)std::log(cut.min_p), least);
         if (cut.top_p < 1.0) {
             double before = 0;
             const double wanted = cut.top_p * kept;
             const int power = power_reaching(sums_, wanted, before);
-            gather(logits, power, least, [](float weight) { return (double)weight; });
+            gather(power, least, [](float weight) { return (double)weight; });
             floor = std::max(floor, score_reaching(candidates_, before, wanted));
         }
         return floor;
@@ -149,35 +193,35 @@ class Row {
     }
 
     template <typename Measure>
-    void gather(const float* logits, int power, float least, Measure measure) {
+    void gather(int power, float least, Measure measure) {
         candidates_.clear();
-        for (int64_t i = 0; i < size(); ++i) {
-            if (weights_[i] < 1.0f || power_of(weights_[i]) != power) continue;
-            const float s = score(logits, i);
-            if (s >= least) candidates_.push_back({s, measure(weights_[i])});
+        for (int64_t i = 0; i < count_; ++i) {
+            if (power_of(weights_[i]) == power && scores_[i] >= least) {
+                candidates_.push_back({scores_[i], weights_[i], measure(weights_[i])});
+            }
         }
     }
 
     // The sum of the weights whose score is `least` or more; their powers of two are `power` or more.
-    double kept_from(const float* logits, int power, float least) {
+    double kept_from(int power, float least) const {
         double sum = 0;
         for (int above = power + 1; above < kPowers; ++above) sum += sums_[above];
-        for (int64_t i = 0; i < size(); ++i) {
-            if (weights_[i] >= 1.0f && power_of(weights_[i]) == power && score(logits, i) >= least) sum += weights_[i];
+        for (const Candidate& candidate : candidates_) {
+            if (candidate.score >= least) sum += candidate.weight;
         }
         return sum;
     }
 
-    // The first token whose running sum exceeds uniform * total.
-    int64_t invert(const float* logits, float floor, double uniform) {
+    // The place, among the tokens that can be drawn, of the first whose running sum exceeds uniform * total.
+    int64_t invert(float floor, double uniform) {
         chunk_sums_.clear();
         double total = 0;
-        for (int64_t begin = 0; begin < size(); begin += kChunk) {
-            const int64_t end = std::min(begin + kChunk, size());
+        for (int64_t begin = 0; begin < count_; begin += kChunk) {
+            const int64_t end = std::min(begin + kChunk, count_);
             uint64_t sum = 0;
             for (int64_t i = begin; i < end; ++i) {
-                if (!(score(logits, i) >= floor)) weights_[i] = 0;
-                sum += (uint64_t)(uint32_t)weights_[i];
+                weights_[i] = scores_[i] >= floor ? weights_[i] : 0.0f;
+                sum += (uint64_t)(int64_t)(int32_t)weights_[i];
             }
             total += (double)sum;
             chunk_sums_.push_back(total);
@@ -186,19 +230,20 @@ class Row {
         const auto chunk = std::upper_bound(chunk_sums_.begin(), chunk_sums_.end(), target);
         int64_t i = (chunk - chunk_sums_.begin()) * kChunk;
         double sum = chunk == chunk_sums_.begin() ? 0.0 : *(chunk - 1);
-        for (; i + 1 < size(); ++i) {
+        for (; i + 1 < count_; ++i) {
             sum += weights_[i];
             if (sum > target) break;
         }
         return i;
     }
 
-    std::vector<float> weights_;
+    int64_t vocab_size_, count_ = 0;
+    std::vector<int32_t> ids_;
+    std::vector<float> scores_, weights_;
     std::array<int64_t, kPowers> counts_{};
     std::array<double, kPowers> sums_{};
     std::vector<Candidate> candidates_;
     std::vector<double> chunk_sums_;
-    float largest_ = 0, temperature_ = 1;
 };
 
 }  // namespace
