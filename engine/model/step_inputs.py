@@ -22,13 +22,16 @@ def build_step_inputs(chunks: Sequence[ScheduledChunk], block_size: int, device:
     num_tokens = int(query_starts[-1])
     token_ids = np.fromiter(chain.from_iterable(chunk.token_ids for chunk in chunks), np.int64, num_tokens)
 
-    block_tables = np.zeros((len(chunks), -(-int(context_lens.max()) // block_size)), np.int32)
-    for row, chunk in enumerate(chunks):
-        used = -(-int(context_lens[row]) // block_size)
-        block_tables[row, :used] = chunk.block_ids[:used]
+    num_blocks = (-(-context_lens // block_size)).tolist()
+    block_tables = np.zeros((len(chunks), max(num_blocks)), np.int32)
+    for row, (chunk, used) in enumerate(zip(chunks, num_blocks, strict=True)):
+        block_tables[row, :used] = chunk.block_ids if len(chunk.block_ids) == used else chunk.block_ids[:used]
 
-    sequence_of = np.repeat(np.arange(len(chunks)), query_lens)
-    positions = np.arange(num_tokens) + (first_positions - query_starts[:-1])[sequence_of]
+    if num_tokens == len(chunks):  # a token each, as when nothing but decodes runs
+        sequence_of, positions = np.arange(num_tokens), first_positions
+    else:
+        sequence_of = np.repeat(np.arange(len(chunks)), query_lens)
+        positions = np.arange(num_tokens) + (first_positions - query_starts[:-1])[sequence_of]
     slots = block_tables[sequence_of, positions // block_size].astype(np.int64) * block_size + positions % block_size
     return StepInputs(
         token_ids=_on(device, token_ids),
