@@ -26,7 +26,7 @@ def int8_linear_reference(
     for first in range(0, weight.shape[1], SCALE_GROUP):
         group = x[:, first : first + SCALE_GROUP].float()
         limit = group.abs().amax(1, keepdim=True)
-        inverse = torch.where(limit > 0, _LARGEST / limit, 0.0)
+        inverse = torch.where(limit > 0, torch.full_like(limit, _LARGEST).div(limit), 0.0)  # `127 / limit` rounds twice
         rounded = (group.double() * inverse.double()).round().float()  # rounded once, as by a fused multiply-add
         # Integers below 2^24: their sums are exact in float32.
         total += rounded @ weight[:, first : first + SCALE_GROUP].float().T * (limit / _LARGEST)
