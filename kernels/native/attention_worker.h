@@ -47,7 +47,9 @@ class AttentionWorker {
 
     const float* output(int64_t row) const { return outputs_.data() + row * padded_dim_; }
     float maximum(int64_t row) const { return maxima_.data()[row]; }
-    float sum(int64_t row) const { return headrace::sum(load(sums_.data() + row * kLanes)); }
+    float sum(int64_t row) const {
+        return across_lanes(load(sums_.data() + row * kLanes), [](f32x16 a, f32x16 b) { return a + b; })[0];
+    }
     float* merge_buffer() { return merged_.data(); }
 
     int64_t runs() const { return runs_; }
@@ -132,8 +134,10 @@ class AttentionWorker {
             const Tiles& ahead = tile == 0 ? next : tiles;
             with_constant<kTileRows>(end - first, first, [&](auto num_rows, int64_t first_row) {
                 RowSpan span{head * rows + first_row, first_row, first_position, columns};
-                if (columns > 2 * kGroup) {
+                if (columns > 3 * kGroup) {
                     attend_tile<num_rows, 4>(call, piece, chunk, span, tiles, ahead);
+                } else if (columns > 2 * kGroup) {
+                    attend_tile<num_rows, 3>(call, piece, chunk, span, tiles, ahead);
                 } else if (columns > kGroup) {
                     attend_tile<num_rows, 2>(call, piece, chunk, span, tiles, ahead);
                 } else {
