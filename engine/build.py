@@ -55,9 +55,11 @@ def plan_engine(config: NodeConfig) -> EnginePlan:
     files = resolve_model(config.model.model, progress=log.info)
     options = RunnerOptions(
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
         device="cpu",  # transports move blocks between host memories
         load_format=config.model.load_format,
         block_size=config.cache.block_size,
+        page_format="plain" if config.model.runner == "simulated" else config.cache.page_format,
         max_model_len=config.model.max_model_len,
         threads=config.model.threads,
         seed=config.model.seed,

@@ -82,7 +82,7 @@ class TorchRunner:
         with torch.inference_mode():
             inputs = build_step_inputs(chunks, self._layout.block_size, self._kv_cache.device)
             prepared_at = time.perf_counter()
-            logits = self._model.forward(inputs, self._kv_cache)
+            logits = self._model.forward(inputs, self._kv_cache, self._layout.page_format)
             computed_at = time.perf_counter()
             sampled = self._sample(chunks, logits)
         sampled_at = time.perf_counter()
@@ -154,7 +154,7 @@ def build_torch_runner(
     kv_cache = _kv_cache(layout, options.num_blocks, kv_memory, device)
     source = _weight_source(files, options, TORCH_DTYPES[layout.dtype], device, progress or _silent)
     with torch.inference_mode():
-        model = LlamaModel.load(read_model_config(files.config_path), source, max_model_len)
+        model = LlamaModel.load(read_model_config(files.config_path), source, max_model_len, options.quantization)
     return TorchRunner(model, layout, kv_cache, max_model_len)
 
 

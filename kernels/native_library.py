@@ -30,7 +30,7 @@ _FLAGS = (
     *("-fopenmp", "-fPIC", "-shared", "-Wl,--as-needed"),
 )
 _BUILD_TIMEOUT_S = 300.0
-_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _CACHE_VIEW = ctypes.POINTER(CacheView)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # as native/ declares them; ctypes has no public type for its types
@@ -38,12 +38,15 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # as native/ declares them; ctypes 
     "silu_and_mul": (*[_POINTER] * 2, _INT64, _INT64, _INT),
     "rope_and_write_kv": (*[_POINTER] * 8, *[_INT64] * 6, _CACHE_VIEW, _INT),
     "paged_attention": (*[_POINTER] * 6, *[_INT64] * 5, _FLOAT, _INT64, _CACHE_VIEW, _INT),
-    "pack_weight": (*[_POINTER] * 2, _INT64, _INT64, _INT),
-    "linear": (*[_POINTER] * 4, *[_INT64] * 3, _INT),
-    "linear_wide": (*[_POINTER] * 4, *[_INT64] * 3, _INT),
+    "pack_weight": (*[_POINTER] * 3, _INT),
+    "linear": (*[_POINTER] * 3, _INT64, _INT),
+    "llama_scratch": (_POINTER, _INT64, _INT64, _POINTER),
+    "llama_step": (_POINTER, _POINTER, _INT),
+    "linear_wide": (*[_POINTER] * 3, _INT64, _INT),
     "draw": (*[_POINTER] * 7, *[_INT64] * 2, _INT),
 }
-_DTYPES = {"draw": (torch.float32,)}  # of functions that do not come in all of them
+_FLOATS = (torch.float32, torch.bfloat16)
+_DTYPES = {"draw": (torch.float32,), "pack_weight": (*_FLOATS, torch.int8)}  # the others come for _FLOATS
 _INDEX_OUT_OF_RANGE, _BAD_LENGTHS = 1, 2  # Status in native/api.h
 
 NativeFunction = Callable[..., int]
@@ -153,7 +156,7 @@ def _load() -> _Loaded:
     describe.restype = ctypes.c_char_p
     functions: dict[tuple[str, torch.dtype], NativeFunction] = {}
     for name, argument_types in _SIGNATURES.items():
-        for dtype in _DTYPES.get(name, tuple(_SUFFIXES)):
+        for dtype in _DTYPES.get(name, _FLOATS):
             symbol = library[f"headrace_{name}_{_SUFFIXES[dtype]}"]
             symbol.argtypes, symbol.restype = argument_types, ctypes.c_int
             functions[name, dtype] = symbol
@@ -172,6 +175,11 @@ def status() -> NativeStatus:
 def function(name: str, tensor: torch.Tensor) -> NativeFunction | None:
     """The C++ function of this name for the tensor's dtype; None where its device, dtype or the machine has none."""
     return _load().functions.get((name, tensor.dtype)) if tensor.is_cpu else None
+
+
+def packer(dtype: torch.dtype) -> NativeFunction:
+    """The C++ function that packs weights of this type; only where the library is available."""
+    return _load().functions["pack_weight", dtype]
 
 
 def raise_for_status(status_code: int) -> None:
