@@ -6,11 +6,14 @@ by step, from the engine's thread.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
 
 import torch
 
-from engine.model.config import read_model_config
-from engine.model.llama import LlamaModel
+from engine.model.choice import load_fallback
+from engine.model.config import is_native, read_model_config
+from engine.model.llama import LlamaModel, StepInputs
 from engine.model.options import (
     TORCH_DTYPES,
     RunnerOptions,
@@ -36,11 +39,21 @@ _WARM_UP_PREFILL = 256
 _WARM_UP_ROWS = (1, 4, 16)
 
 
+class Model(Protocol):
+    def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
+        """Write the step's keys and values into the cache; returns logits [num_rows, vocab_size] of the sampling rows,
+        float32."""
+        ...
+
+
 class TorchRunner:
     """Implements engine.runner.Runner. Not thread-safe: one step at a time."""
 
-    def __init__(self, model: LlamaModel, layout: KVLayout, kv_cache: torch.Tensor, max_model_len: int) -> None:
+    def __init__(
+        self, model: Model, vocab_size: int, layout: KVLayout, kv_cache: torch.Tensor, max_model_len: int
+    ) -> None:
         self._model = model
+        self._vocab_size = vocab_size
         self._layout = layout
         self._kv_cache = kv_cache  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self._max_model_len = max_model_len
@@ -56,7 +69,7 @@ class TorchRunner:
 
     @property
     def vocab_size(self) -> int:
-        return self._model.config.vocab_size
+        return self._vocab_size
 
     @property
     def max_model_len(self) -> int:
@@ -117,10 +130,17 @@ def build_torch_runner(
     device, layout = resolve_device(options), plan_layout(files, options)
     max_model_len = resolve_max_model_len(files, options)
     kv_cache = _kv_cache(layout, options.num_blocks, kv_memory, device)
-    source = _weight_source(files, options, TORCH_DTYPES[layout.dtype], device, progress or _silent)
+    dtype, report = TORCH_DTYPES[layout.dtype], progress or _silent
+    model: Model
     with torch.inference_mode():
-        model = LlamaModel.load(read_model_config(files.config_path), source, max_model_len)
-    return TorchRunner(model, layout, kv_cache, max_model_len)
+        if is_native(files.config_path):
+            source = _weight_source(files, options, dtype, device, report)
+            model = LlamaModel.load(read_model_config(files.config_path), source, max_model_len)
+        else:
+            seed = options.seed if options.load_format == "dummy" else None
+            scratch = partial(_kv_cache, layout, kv_memory=None, device=device)
+            model = load_fallback(files, max_model_len, dtype, device, seed, scratch, layout.block_size, report)
+    return TorchRunner(model, files.vocab_size, layout, kv_cache, max_model_len)
 
 
 def _weight_source(

@@ -6,7 +6,7 @@ from typing import Literal
 
 import torch
 
-from engine.model.config import read_model_config
+from engine.model.choice import cache_shape
 from protocol.errors import ConfigError
 from protocol.kv_layout import KVDtype, KVLayout
 from runtime.models.model_digest import config_digest, model_digest
@@ -73,17 +73,17 @@ def plan_layout(files: ModelFiles, options: RunnerOptions) -> KVLayout:
 
     Raises ConfigError where the model or an option is not supported.
     """
-    config = read_model_config(files.config_path)
+    shape = cache_shape(files, resolve_max_model_len(files, options))
     dummy = options.load_format == "dummy"
     return KVLayout(
         model=config_digest(files) if dummy else model_digest(files),
         revision=f"dummy weights of seed {options.seed}" if dummy else "",
         dtype=resolve_dtype(options),
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
         block_size=options.block_size,
-        rope=config.rope.canonical_text(),
+        rope=shape.rope,
     )
 
 
