@@ -1,10 +1,14 @@
 """Models that only the transformers library knows, over our paged cache: equal to the library token for token, in fp32."""
 
 import random
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from queue import SimpleQueue
 
 import pytest
+import torch
 from runner_driver import Driver, Sequence
 from tiny_models import BOS, EOS, SHAPE, VOCAB_SIZE, greedy_reference, load_reference, write_model
 from transformers import (
@@ -29,13 +33,19 @@ from transformers import (
     Starcoder2Config,
 )
 
+from engine.build import build_engine, plan_engine
+from engine.events import EngineEvent, Failed, Finished, TokensSampled
+from engine.request import EngineRequest
 from engine.torch_runner import RunnerOptions, TorchRunner, build_torch_runner
-from protocol.ids import RequestId
+from protocol.ids import Incarnation, RequestId
+from protocol.sampling import SamplingParams
 from runtime.models.resolve import resolve_model
+from runtime.node_config import CacheOptions, ModelOptions, NodeConfig, SchedulerOptions
 
 NUM_TOKENS = 10
 BLOCK_SIZE = 8
 CHUNK = 13
+WAIT_S = 20.0
 OPTIONS = RunnerOptions(dtype="float32", device="cpu", block_size=BLOCK_SIZE, num_blocks=48)
 
 LAYERS = 2
@@ -113,3 +123,61 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     assert (runner.layout.num_kv_heads, runner.layout.head_dim) == KV_SHAPES.get(name, (2, 16))
     for sequence in serve(Driver(runner), prompts()):
         assert sequence.output[:NUM_TOKENS] == greedy_reference(reference, sequence.prompt, NUM_TOKENS)
+
+
+@pytest.fixture(scope="module")
+def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_model(CONFIGS["gemma3"], tmp_path_factory.mktemp("model") / "gemma3")
+
+
+def test_bfloat16_stays_close_to_float32(gemma3: Path) -> None:
+    prompt = prompts()[1]
+    exact = Driver(build(gemma3)).generate(prompt, 1, logprobs=5).tokens[0]
+    options = RunnerOptions(dtype="bfloat16", device="cpu", num_blocks=40)
+    rounded = Driver(build(gemma3, options)).generate(prompt, 1, logprobs=5).tokens[0]
+    assert dict(rounded.top)[exact.token_id] == pytest.approx(exact.logprob, abs=0.25)
+
+
+def test_dummy_weights_need_no_checkpoint_and_repeat(gemma3: Path, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json"):
+        (tmp_path / name).write_bytes((gemma3 / name).read_bytes())
+    runners = [build(tmp_path, replace(OPTIONS, load_format="dummy", seed=seed)) for seed in (3, 3, 4)]
+    first, second, other = (Driver(runner).generate(prompts()[1], 8, logprobs=0).tokens for runner in runners)
+    assert first == second != other
+
+
+def test_two_models_share_a_process(gemma3: Path, tmp_path: Path) -> None:
+    """The attention function is registered once for all of them; what it works on belongs to the step."""
+    falcon = write_model(CONFIGS["falcon-multi-query"], tmp_path / "falcon")
+    drivers = [Driver(build(folder)) for folder in (gemma3, falcon)]
+    sequences = [Sequence(RequestId("one"), prompts()[1]) for _ in drivers]
+    for driver, sequence in zip(drivers, sequences, strict=True):
+        driver.step((sequence, len(sequence.prompt)))
+    for _ in range(NUM_TOKENS - 1):
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(lambda each: each[0].step((each[1], 1)), zip(drivers, sequences, strict=True)))
+    for folder, sequence in zip((gemma3, falcon), sequences, strict=True):
+        assert sequence.output == greedy_reference(load_reference(folder), sequence.prompt, NUM_TOKENS)
+
+
+def test_a_node_s_configuration_builds_an_engine_that_generates(gemma3: Path) -> None:
+    config = NodeConfig(
+        model=ModelOptions(model=str(gemma3), dtype="float32"),
+        cache=CacheOptions(block_size=BLOCK_SIZE, memory="1MiB"),
+        scheduler=SchedulerOptions(max_num_batched_tokens=CHUNK),
+    )
+    plan = plan_engine(config)
+    assert plan.model.vocab_size == VOCAB_SIZE
+    memory = torch.zeros(plan.num_blocks * plan.layout.block_bytes, dtype=torch.uint8)
+    engine = build_engine(config, plan, Incarnation("test"), memory)
+    heard: SimpleQueue[EngineEvent] = SimpleQueue()
+    engine.start(lambda events: [heard.put(event) for event in events])
+    prompt = prompts()[1]
+    greedy = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)
+    engine.submit(EngineRequest(RequestId("one"), tuple(prompt), greedy))
+    output: list[int] = []
+    while not isinstance(event := heard.get(timeout=WAIT_S), Finished):
+        assert not isinstance(event, Failed)
+        output += [token.token_id for token in event.tokens] if isinstance(event, TokensSampled) else []
+    assert engine.stop(WAIT_S)
+    assert output == greedy_reference(load_reference(gemma3), prompt, NUM_TOKENS)

@@ -46,7 +46,7 @@ _FEATURES = {
     "softcap": "soft-capping of attention logits",
     "s_aux": "attention sinks",
     "sinks": "attention sinks",
-    "position_bias": "a position bias on attention scores",
+    "position_bias": "bias on attention scores by position",
 }
 
 
@@ -117,7 +117,7 @@ def _interface_attention(
 ) -> tuple[torch.Tensor, None]:
     """The signature that the registry asks for. Raises ConfigError on what paged attention does not do."""
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
-        raise ConfigError("attention that is not causal is not supported")
+        raise ConfigError("paged attention is causal, and its own is not")
     _refuse_features(dropout, features)
     layer = getattr(module, "layer_idx", None)
     if not isinstance(layer, int):
@@ -129,10 +129,10 @@ def _interface_attention(
 
 def _refuse_features(dropout: float, features: Mapping[str, object]) -> None:
     if dropout:
-        raise ConfigError("attention dropout at inference is not supported")
+        raise ConfigError("paged attention has no dropout")
     for name, setting in features.items():
         if name not in _HARMLESS and setting is not None:
-            raise ConfigError(f"{_FEATURES.get(name, f'attention with {name!r}')} is not supported")
+            raise ConfigError(f"paged attention has no {_FEATURES.get(name, repr(name))}")
 
 
 def _rule_of_mask(
@@ -175,9 +175,9 @@ class _TorchAttentionMode(TorchFunctionMode):
     ) -> torch.Tensor:
         """[1, num_heads, num_tokens, head_dim], as torch's own."""
         if attn_mask is not None and attn_mask.dtype != torch.bool:
-            raise ConfigError("a bias on attention scores (ALiBi) is not supported")
+            raise ConfigError("paged attention has no bias on attention scores (ALiBi)")
         if attn_mask is None and not is_causal and query.shape[2] > 1:
-            raise ConfigError("attention that is not causal is not supported")
+            raise ConfigError("paged attention is causal, and its own is not")
         _refuse_features(dropout_p, {})
         scaling = query.shape[-1] ** -0.5 if scale is None else scale
         call = AttentionCall(self._layer, query, key, value, scaling, attn_mask)

@@ -54,11 +54,12 @@ def load_checkpoint(
             local_files_only=True,
             trust_remote_code=False,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below by name
         )
     except LIBRARY_ERRORS as error:
         raise refusal(config, f"its weights in {folder} cannot be loaded: {first_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
-        found = sorted(map(str, report[kind]))
+        found = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[kind])
         if found:
             raise ConfigError(f"{folder}: {kind.replace('_keys', '')} tensor {found[0]} ({len(found)} in all)")
     loaded: PreTrainedModel = model.to(device).eval()

@@ -40,19 +40,19 @@ class _CallRecorder:
 def probe_shape(config: PretrainedConfig) -> ModelShape:
     """Takes about a second and next to no memory. Raises ConfigError, naming the model type and the reason, where paged
     attention cannot stand in for the model's own."""
-    reasons = []
+    errors = []
     for route in Route:
         try:
             model = bare_model(config, route.ours)
         except ConfigError as error:
-            reasons.append(error.message)
+            errors.append(error)
             continue
         recorder = _CallRecorder()
         vocab_size = _run(model, config, route, recorder)
         if recorder.calls:
             return _shape(config, route, recorder.calls, vocab_size)
-        reasons.append(f"{type(model).__name__} calls no attention function that could be replaced")
-    raise refusal(config, reasons[0])
+        errors.append(refusal(config, f"{type(model).__name__} calls no attention function that could be replaced"))
+    raise errors[0]
 
 
 def _run(model: PreTrainedModel, config: PretrainedConfig, route: Route, recorder: _CallRecorder) -> int:

@@ -151,13 +151,13 @@ class SelfCheck:
         rule = getattr(mask, "rule", None) if isinstance(mask, RuledMask) else None
         if rule is None:
             raise refusal(self._settings, "it makes attention masks of its own")
-        window = _window_of(rule, max_model_len)
+        window = window_of(rule, max_model_len)
         if window is None:
             raise refusal(self._settings, "its attention mask is neither causal nor a sliding window (chunks, say)")
         return window
 
 
-def _window_of(rule: MaskRule, num_positions: int) -> int | None:
+def window_of(rule: MaskRule, num_positions: int) -> int | None:
     """The sliding window that a mask's rule is equal to, 0 for plain causality; None where it is neither.
 
     The window is what the last position sees. The rule is compared at the edges of windows and around powers of two.

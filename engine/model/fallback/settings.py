@@ -19,7 +19,6 @@ LIBRARY_ERRORS = (
 )
 """What the library's code raises on a configuration that it cannot work with: it has no error type of its own."""
 
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 _ROPE_TEXT_CHARS = 900
 _DECODER_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
@@ -56,7 +55,9 @@ def bare_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
                 config, dtype=torch.float32, attn_implementation=attention, trust_remote_code=False
             )
     except LIBRARY_ERRORS as error:
-        raise refusal(config, f"transformers cannot build it: {first_line(error)}") from error
+        raise refusal(
+            config, f"transformers cannot build it with attention {attention!r}: {first_line(error)}"
+        ) from error
     if model._is_stateful:
         raise refusal(config, "it keeps a recurrent state beside or instead of attention")
     accepted = inspect.signature(model.forward).parameters
@@ -90,17 +91,18 @@ def _reason_against(config: PretrainedConfig, max_model_len: int) -> str | None:
 
 
 def _reason_against_rope(config: PretrainedConfig, max_model_len: int) -> str | None:
-    """The frequencies of these types follow the longest context in the batch. Up to the original length they are constant."""
+    """The frequencies of two types follow the longest context in the batch, which mixes sequences here. Those of longrope
+    are constant up to the original length."""
     parameters = _rope_parameters(config)
     per_layer_type = [each for each in parameters.values() if isinstance(each, Mapping)]
     for settings in per_layer_type or [parameters]:
         rope_type = settings.get("rope_type", "default")
-        if rope_type not in _LENGTH_DEPENDENT:
-            continue
+        if rope_type == "dynamic":
+            return "rope_type 'dynamic' turns keys by the length of the whole batch"
         original = settings.get("original_max_position_embeddings") or config.max_position_embeddings
-        if max_model_len > original:
+        if rope_type == "longrope" and max_model_len > original:
             return (
-                f"rope_type {rope_type!r} turns keys by the length of the whole batch above {original} tokens;"
+                f"rope_type 'longrope' turns keys by the length of the whole batch above {original} tokens;"
                 f" set max_model_len to {original} or less"
             )
     return None
