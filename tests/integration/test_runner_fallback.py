@@ -27,6 +27,7 @@ from transformers import (
     Phi3Config,
     PhiConfig,
     PretrainedConfig,
+    PreTrainedModel,
     Qwen2MoeConfig,
     Qwen3MoeConfig,
     StableLmConfig,
@@ -46,6 +47,7 @@ NUM_TOKENS = 10
 BLOCK_SIZE = 8
 CHUNK = 13
 WAIT_S = 20.0
+GREEDY = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0, logprobs=0)
 OPTIONS = RunnerOptions(dtype="float32", device="cpu", block_size=BLOCK_SIZE, num_blocks=48)
 
 LAYERS = 2
@@ -103,7 +105,7 @@ def prompts() -> list[list[int]]:
 
 def serve(driver: Driver, texts: list[list[int]]) -> list[Sequence]:
     """As an engine would: prompts in chunks beside the decodes of those that came before, a cached prefix, one batch."""
-    sequences = [Sequence(RequestId(f"{number}"), text) for number, text in enumerate(texts)]
+    sequences = [Sequence(RequestId(f"{number}"), text, GREEDY) for number, text in enumerate(texts)]
     for before, joining in pairwise([None, *sequences]):
         if before is not None and before.prompt[: 4 * BLOCK_SIZE] == joining.prompt[: 4 * BLOCK_SIZE]:
             joining.block_ids, joining.num_computed = before.block_ids[:4], 4 * BLOCK_SIZE
@@ -116,13 +118,23 @@ def serve(driver: Driver, texts: list[list[int]]) -> list[Sequence]:
     return sequences
 
 
+def reference_logprobs(model: PreTrainedModel, prompt: list[int], output: list[int]) -> list[float]:
+    """Of each output token. Some random models repeat one token for ever: these numbers still tell right from wrong."""
+    with torch.inference_mode():
+        logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+    return logits.log_softmax(-1)[range(len(output)), output].tolist()
+
+
 @pytest.mark.parametrize("name", list(CONFIGS))
 def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
     folder = write_model(CONFIGS[name], tmp_path / name)
     reference, runner = load_reference(folder), build(folder)
     assert (runner.layout.num_kv_heads, runner.layout.head_dim) == KV_SHAPES.get(name, (2, 16))
     for sequence in serve(Driver(runner), prompts()):
-        assert sequence.output[:NUM_TOKENS] == greedy_reference(reference, sequence.prompt, NUM_TOKENS)
+        expected = greedy_reference(reference, sequence.prompt, NUM_TOKENS)
+        assert sequence.output[:NUM_TOKENS] == expected
+        logprobs = [token.logprob for token in sequence.tokens[:NUM_TOKENS]]
+        assert logprobs == pytest.approx(reference_logprobs(reference, sequence.prompt, expected), abs=1e-3)
 
 
 @pytest.fixture(scope="module")
@@ -173,8 +185,7 @@ def test_a_node_s_configuration_builds_an_engine_that_generates(gemma3: Path) ->
     heard: SimpleQueue[EngineEvent] = SimpleQueue()
     engine.start(lambda events: [heard.put(event) for event in events])
     prompt = prompts()[1]
-    greedy = SamplingParams(max_tokens=NUM_TOKENS, seed=0, temperature=0.0)
-    engine.submit(EngineRequest(RequestId("one"), tuple(prompt), greedy))
+    engine.submit(EngineRequest(RequestId("one"), tuple(prompt), GREEDY))
     output: list[int] = []
     while not isinstance(event := heard.get(timeout=WAIT_S), Finished):
         assert not isinstance(event, Failed)

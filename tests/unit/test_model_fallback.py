@@ -26,6 +26,7 @@ from transformers import (
     JambaConfig,
     Llama4TextConfig,
     MambaConfig,
+    MoshiConfig,
     MptConfig,
     Olmo2Config,
     PretrainedConfig,
@@ -129,6 +130,13 @@ def test_chunks_of_attention_are_no_window(describe: Callable[..., Path]) -> Non
     config = Llama4TextConfig(**GQA, num_local_experts=2, attention_chunk_size=100, head_dim=16)
     files = resolve_model(str(describe(config)))
     with pytest.raises(ConfigError, match=r"'llama4_text' .* neither causal nor a sliding window"):
+        build_torch_runner(files, DUMMY)
+
+
+def test_a_window_that_only_the_library_s_cache_has_is_refused(describe: Callable[..., Path]) -> None:
+    settings = {"sliding_window": 9, "num_codebooks": 2, "head_dim": 16, "hidden_act": "silu", "rms_norm_eps": 1e-6}
+    files = resolve_model(str(describe(MoshiConfig(**GQA, **settings), architectures=["MoshiForCausalLM"])))
+    with pytest.raises(ConfigError, match=r"'moshi' .* cache forgets tokens"):
         build_torch_runner(files, DUMMY)
 
 

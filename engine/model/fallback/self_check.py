@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from engine.model.fallback.attention import MASKED, AttentionCall, MaskRule, Route, RuledMask, attention_by
 from engine.model.fallback.probe import ModelShape
@@ -81,7 +81,9 @@ class SelfCheck:
         for mask in recorder.masks:
             if id(mask) not in known:
                 known[id(mask)] = self._window(mask, max_model_len)
-        return tuple(known[id(mask)] for mask in recorder.masks)
+        windows = tuple(known[id(mask)] for mask in recorder.masks)
+        self._check_cache(windows, max_model_len)
+        return windows
 
     def compare(self, model: _Model, kv_cache: torch.Tensor) -> None:
         """Raises ConfigError unless the model's logits are those of the library."""
@@ -140,6 +142,18 @@ class SelfCheck:
                 f"over a paged cache its logits are off by {error:.0%}: it does more than attend to tokens",
             )
         self.largest_error = max(self.largest_error, error)
+
+    def _check_cache(self, windows: tuple[int, ...], max_model_len: int) -> None:
+        """A few models have masks that see all and leave it to the library's cache to forget: there the library itself gives
+        one answer with a cache and another without."""
+        try:
+            layers = DynamicCache(config=self._settings).layers
+        except LIBRARY_ERRORS as error:
+            raise refusal(self._settings, f"the library has no cache for it: {first_line(error)}") from error
+        kept = [getattr(layer, "sliding_window", None) or max_model_len for layer in layers]
+        seen = [window or max_model_len for window in windows]
+        if len(kept) != len(seen) or any(kept < needed for kept, needed in zip(kept, seen, strict=True)):
+            raise refusal(self._settings, "the library's cache forgets tokens that its attention mask sees")
 
     def _window(self, mask: torch.Tensor | None, max_model_len: int) -> int:
         if self._shape.route is Route.TORCH:

@@ -1,5 +1,6 @@
 """The transformers library's configuration of a model folder, and what of it cannot work here, refused by name."""
 
+import contextlib
 import copy
 import inspect
 import json
@@ -48,7 +49,8 @@ def bare_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     """The model in float32 without any weights, on torch's meta device. Raises ConfigError where there is none, or where
     it lacks what a flattened step needs."""
     config = copy.deepcopy(config)
-    config.pad_token_id = None  # some models would look for padding among the tokens, which have no values here
+    with contextlib.suppress(StrictDataclassError):  # a few insist on having one
+        config.pad_token_id = None  # a few would look for padding among the tokens, which have no values here
     try:
         with torch.device("meta"):
             model: PreTrainedModel = AutoModelForCausalLM.from_config(
