@@ -1,5 +1,5 @@
-"""Which of two ways a model is run: our own forward pass (engine.model.llama), or the transformers library's modelling code
-over our cache (engine.model.fallback), for every family that we do not have ourselves.
+"""Which of two ways a model is run: our own forward pass (engine.model.llama), or, for every family that we do not have
+ourselves, the transformers library's modelling code over our cache (engine.model.fallback).
 
 The library is an optional dependency and takes seconds to import: nothing of it is touched until a model asks for it.
 """

@@ -159,7 +159,7 @@ def _max_model_len(config: _Config) -> int:
     length = config.max_position_embeddings or config.n_positions
     if length is None:
         raise ConfigError(
-            f"config.json: a model of type {config.model_type!r} that has neither max_position_embeddings nor n_positions"
+            f"config.json: model type {config.model_type!r} has neither max_position_embeddings nor n_positions"
         )
     rope = config.rope_parameters or config.rope_scaling
     if rope is None or (rope.rope_type or rope.type) != "yarn" or rope.factor is None:

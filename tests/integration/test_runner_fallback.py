@@ -1,4 +1,4 @@
-"""Models that only the transformers library knows, over our paged cache: equal to the library token for token, in fp32."""
+"""Models that only the transformers library knows, over our paged cache: equal to its own greedy output in fp32."""
 
 import random
 from concurrent.futures import ThreadPoolExecutor
@@ -104,7 +104,7 @@ def prompts() -> list[list[int]]:
 
 
 def serve(driver: Driver, texts: list[list[int]]) -> list[Sequence]:
-    """As an engine would: prompts in chunks beside the decodes of those that came before, a cached prefix, one batch."""
+    """As an engine would: prompts in chunks beside the decodes of those before them, a cached prefix, one batch."""
     sequences = [Sequence(RequestId(f"{number}"), text, GREEDY) for number, text in enumerate(texts)]
     for before, joining in pairwise([None, *sequences]):
         if before is not None and before.prompt[: 4 * BLOCK_SIZE] == joining.prompt[: 4 * BLOCK_SIZE]:

@@ -1,9 +1,9 @@
-"""How the attention of a transformers model reaches us: every call becomes one AttentionCall, given to the handler in charge.
+"""How the attention of a transformers model reaches us: every call becomes an AttentionCall for the handler in charge.
 
-There are two routes. Most models look their attention function up by name in the library's registry; we register ours once
-for the process, and it has no state. A few models of an older make call torch's scaled_dot_product_attention themselves;
-a torch function mode, which holds for one forward pass of one thread, takes those calls. Either way the handler is found in a
-context variable, so that engines in one process do not meet.
+There are two routes. Most models look their attention function up by name in the library's registry: we register ours
+once for the process, and it has no state; it finds the handler in a context variable. A few older models call torch's
+scaled_dot_product_attention themselves: a torch function mode takes those calls. Both hold for one forward pass of one
+thread, so that engines in one process do not meet.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -51,7 +51,7 @@ _FEATURES = {
 
 
 class Route(Enum):
-    """How a model calls attention. The value is the `attn_implementation` it is built with to be run by the library alone."""
+    """How a model calls attention. The value is the `attn_implementation` under which the library runs it alone."""
 
     INTERFACE = "eager"
     TORCH = "sdpa"
@@ -91,8 +91,8 @@ _handler: ContextVar[AttentionHandler] = ContextVar("headrace_attention_handler"
 
 @contextmanager
 def attention_by(handler: AttentionHandler, route: Route) -> Iterator[None]:
-    """Within, in this thread, attention of models of this route is computed by `handler`. The model must have been set to
-    `route.ours`, or to MASKED."""
+    """Within, in this thread, attention of models of this route is computed by `handler`. The model must have been set
+    to `route.ours`, or to MASKED."""
     token = _handler.set(handler)
     try:
         if route is Route.TORCH:

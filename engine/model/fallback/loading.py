@@ -73,7 +73,7 @@ def make_up_weights(
     model: PreTrainedModel = AutoModelForCausalLM.from_config(
         config, dtype=dtype, attn_implementation=route.value, trust_remote_code=False
     )
-    source = DummySource(seed, dtype, device)
+    source = DummySource(seed, dtype, torch.device("cpu"))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and name.endswith("weight"):

@@ -50,7 +50,8 @@ class TransformersModel:
         self._windows = windows
 
     def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Write the step's keys and values into the cache; returns logits [num_rows, vocab_size] of the sampling rows, float32.
+        """Write the step's keys and values into the cache; returns logits [num_rows, vocab_size] of the sampling rows,
+        float32.
 
         kv_cache is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim].
         """
@@ -75,10 +76,10 @@ def load_transformers_model(
     block_size: int,
     progress: Callable[[str], None],
 ) -> TransformersModel:
-    """Load weights (or, with a seed, make them up) and prove on a few tokens that our path computes what the library's does.
+    """Load weights (or, with a seed, make them up), then prove on a few tokens that our path computes what the
+    library's does; `scratch(n)` gives a KV cache of n blocks for that.
 
-    `scratch(n)` gives a KV cache of n blocks for that. Raises ConfigError, naming the model type and the reason, where the
-    model cannot be served.
+    Raises ConfigError, naming the model type and the reason, where the model cannot be served.
     """
     settings = read_settings(files.folder, max_model_len)
     shape = probe_shape(settings)

@@ -1,9 +1,9 @@
 """SelfCheck: proof at load that a model computes the same over our paged cache as by the library alone.
 
-Two short prompts go through the library, each by itself, and then through our path as a server would run them: flattened
-into one batch, in two chunks. A model that mixes tokens outside of attention, keeps a state, ignores our attention or its
-positions does not survive it. Which positions a token sees is beyond what a short prompt can show: that is read off
-the rule that the library would have made each layer's mask by.
+Two short prompts go through the library, each by itself, and then through our path as a server would run them:
+flattened into one batch, in two chunks. A model that mixes tokens outside of attention, keeps a state, ignores our
+attention or its positions does not survive it. Which positions a token sees is beyond what a short prompt can show:
+that is read off the rule that the library would have made each layer's mask by.
 """
 
 from dataclasses import replace
@@ -25,8 +25,8 @@ from protocol.sampling import SamplingParams
 _CHUNKS = ((6, 4), (4, 2))
 """Tokens of each prompt in the first and in the second step."""
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
-"""Norm of the difference of two rows of logits, relative to the norm of the row, at most, in the median of a chunk. Rounding
-stays far below; attention that sees the wrong tokens is beyond 0.5."""
+"""Norm of the difference of two rows of logits, relative to the norm of the row, at most, in the median of a chunk.
+Rounding stays far below; attention that sees the wrong tokens is beyond 0.5."""
 
 
 class _Model(Protocol):
@@ -144,8 +144,8 @@ class SelfCheck:
         self.largest_error = max(self.largest_error, error)
 
     def _check_cache(self, windows: tuple[int, ...], max_model_len: int) -> None:
-        """A few models have masks that see all and leave it to the library's cache to forget: there the library itself gives
-        one answer with a cache and another without."""
+        """A few models have masks that see all and leave it to the library's cache to forget: there the library itself
+        gives one answer with a cache and another without."""
         try:
             layers = DynamicCache(config=self._settings).layers
         except LIBRARY_ERRORS as error:

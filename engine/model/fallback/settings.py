@@ -25,7 +25,7 @@ _DECODER_SUFFIXES = ("ForCausalLM", "LMHeadModel")
 
 
 def read_settings(folder: Path, max_model_len: int) -> PretrainedConfig:
-    """Raises ConfigError, naming the model type and the reason, where a model cannot be served. Runs no code of the folder."""
+    """Runs no code of the folder. Raises ConfigError, naming model type and reason, where it cannot be served."""
     try:
         config: PretrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except LIBRARY_ERRORS as error:
@@ -46,8 +46,8 @@ def first_line(error: BaseException) -> str:
 
 
 def bare_model(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """The model in float32 without any weights, on torch's meta device. Raises ConfigError where there is none, or where
-    it lacks what a flattened step needs."""
+    """The model in float32 without any weights, on torch's meta device. Raises ConfigError where there is none, or
+    where it lacks what a flattened step needs."""
     config = copy.deepcopy(config)
     with contextlib.suppress(StrictDataclassError):  # a few insist on having one
         config.pad_token_id = None  # a few would look for padding among the tokens, which have no values here
@@ -93,8 +93,8 @@ def _reason_against(config: PretrainedConfig, max_model_len: int) -> str | None:
 
 
 def _reason_against_rope(config: PretrainedConfig, max_model_len: int) -> str | None:
-    """The frequencies of two types follow the longest context in the batch, which mixes sequences here. Those of longrope
-    are constant up to the original length."""
+    """The frequencies of two types follow the longest context in the batch, which mixes sequences here. Those of
+    longrope are constant up to the original length."""
     parameters = _rope_parameters(config)
     per_layer_type = [each for each in parameters.values() if isinstance(each, Mapping)]
     for settings in per_layer_type or [parameters]:
