@@ -65,6 +65,11 @@ _ARCHITECTURES = {
 }
 
 
+class _Architecture(msgspec.Struct):
+    model_type: str
+    architectures: list[str] | None = None
+
+
 class _ConfigJson(msgspec.Struct):
     """The fields of config.json that the four families read; defaults are those that Hugging Face's classes share."""
 
@@ -91,6 +96,14 @@ class _ConfigJson(msgspec.Struct):
     max_window_layers: int | None = None
     layer_types: list[str] | None = None
     quantization_config: dict[str, Any] | None = None
+
+
+def is_native(path: Path) -> bool:
+    """Whether config.json names an architecture that `read_model_config` knows, be its settings supported or not."""
+    raw = read_json(path, _Architecture)
+    if raw.architectures:
+        return raw.architectures[0] in _ARCHITECTURES
+    return raw.model_type in _FAMILIES
 
 
 def read_model_config(path: Path) -> ModelConfig:

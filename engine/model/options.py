@@ -6,7 +6,8 @@ from typing import Literal
 
 import torch
 
-from engine.model.config import read_model_config
+from engine.model.choice import cache_shape
+from engine.model.config import is_native
 from kernels import native_library
 from kernels.kv_cache import can_be_tiled
 from kernels.linear import Quantization
@@ -68,10 +69,19 @@ def resolve_dtype(options: RunnerOptions) -> KVDtype:
     return "bfloat16" if _cpu_multiplies_bf16() else "float32"
 
 
-def check_quantization(options: RunnerOptions) -> None:
-    """Raises ConfigError for int8 on CUDA, which has no kernels for it."""
-    if options.quantization != "none" and resolve_device(options).type == "cuda":
+def check_quantization(files: ModelFiles, options: RunnerOptions) -> None:
+    """Raises ConfigError where the weights cannot be quantised: on CUDA, which has no kernels for it, and in models that
+    the transformers library runs."""
+    if options.quantization == "none":
+        return
+    if resolve_device(options).type == "cuda":
         raise ConfigError(f"quantization {options.quantization} needs device cpu", param="quantization")
+    if not is_native(files.config_path):
+        raise ConfigError(
+            f"{files.config_path}: quantization {options.quantization} is for the models that Headrace runs itself, not for"
+            " those that the transformers library runs",
+            param="quantization",
+        )
 
 
 def resolve_max_model_len(files: ModelFiles, options: RunnerOptions) -> int:
@@ -86,20 +96,20 @@ def plan_layout(files: ModelFiles, options: RunnerOptions) -> KVLayout:
 
     Raises ConfigError where the model or an option is not supported.
     """
-    check_quantization(options)
-    config, dtype = read_model_config(files.config_path), resolve_dtype(options)
+    check_quantization(files, options)
+    shape, dtype = cache_shape(files, resolve_max_model_len(files, options)), resolve_dtype(options)
     dummy = options.load_format == "dummy"
     return KVLayout(
         model=config_digest(files) if dummy else model_digest(files),
         revision=f"dummy weights of seed {options.seed}" if dummy else "",
         dtype=dtype,
-        num_layers=config.num_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
+        num_layers=shape.num_layers,
+        num_kv_heads=shape.num_kv_heads,
+        head_dim=shape.head_dim,
         block_size=options.block_size,
-        rope=config.rope.canonical_text(),
+        rope=shape.rope,
         quantization=options.quantization,
-        page_format=_resolve_page_format(options, dtype, config.head_dim),
+        page_format=_resolve_page_format(options, dtype, shape.head_dim),
     )
 
 

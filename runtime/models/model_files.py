@@ -11,6 +11,7 @@ from runtime.models.json_files import MAX_JSON_BYTES, read_json
 
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 TokenIds = TokenId | list[TokenId] | None
+ContextLength = Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
 
 T = TypeVar("T")
 
@@ -61,7 +62,9 @@ class _Rope(msgspec.Struct):
 
 class _Config(msgspec.Struct):
     vocab_size: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
-    max_position_embeddings: Annotated[int, msgspec.Meta(ge=1, le=1 << 30)]
+    model_type: str | None = None
+    max_position_embeddings: ContextLength | None = None
+    n_positions: ContextLength | None = None  # what GPT-2 and its descendants call it
     eos_token_id: TokenIds = None
     bos_token_id: TokenIds = None
     rope_scaling: _Rope | None = None
@@ -153,11 +156,16 @@ def _ids(token_ids: TokenIds) -> tuple[int, ...]:
 
 def _max_model_len(config: _Config) -> int:
     """YaRN is switched on by hand, beside a max_position_embeddings that still tells the length before it."""
+    length = config.max_position_embeddings or config.n_positions
+    if length is None:
+        raise ConfigError(
+            f"config.json: model type {config.model_type!r} has neither max_position_embeddings nor n_positions"
+        )
     rope = config.rope_parameters or config.rope_scaling
     if rope is None or (rope.rope_type or rope.type) != "yarn" or rope.factor is None:
-        return config.max_position_embeddings
-    original = rope.original_max_position_embeddings or config.max_position_embeddings
-    return max(config.max_position_embeddings, int(original * rope.factor))
+        return length
+    original = rope.original_max_position_embeddings or length
+    return max(length, int(original * rope.factor))
 
 
 def _chat_template(folder: Path, tokenizer: _TokenizerConfig) -> str | None:

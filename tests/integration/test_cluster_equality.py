@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 from cluster import Cluster
 from completions import complete_all
-from tiny_models import CONFIGS, greedy_reference, load_reference, make_model
+from tiny_models import CONFIGS, EOS, SHAPE, greedy_reference, load_reference, make_model, write_model
 from tokenizers import Tokenizer
+from transformers import Gemma3TextConfig
 
 from runtime.models.resolve import DEFAULT_MODEL, resolve_model
 
@@ -49,6 +50,18 @@ def test_every_transport(transport: str, tmp_path: Path) -> None:
     expected = [greedy_reference(reference, prompt, NUM_TOKENS) for prompt in prompts(2)]
     with Cluster(tmp_path, str(model), transport=transport, settings=SETTINGS) as cluster:
         assert asyncio.run(complete_all(cluster.url, prompts(2), NUM_TOKENS)) == expected
+        cluster.wait_idle()
+
+
+def test_a_model_of_the_transformers_library(tmp_path: Path) -> None:
+    """Of a family that only the fallback runs; its odd layers see a window that ends within the blocks that move."""
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = Gemma3TextConfig(**SHAPE, pad_token_id=EOS, head_dim=32, sliding_window=21, layer_types=kinds)
+    model = write_model(config, tmp_path / "gemma3")
+    reference = load_reference(model)
+    expected = [greedy_reference(reference, prompt, NUM_TOKENS) for prompt in prompts(4)]
+    with Cluster(tmp_path, str(model), settings=SETTINGS, router_settings=REMOTE) as cluster:
+        assert asyncio.run(complete_all(cluster.url, prompts(4), NUM_TOKENS)) == expected
         cluster.wait_idle()
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import CONFIGS, make_model
 
-from engine.model.config import ModelConfig, read_model_config
+from engine.model.config import ModelConfig, is_native, read_model_config
 from engine.model.options import resolve_max_model_len
 from engine.model.rope import parse_rope, rope_tables
 from engine.torch_runner import RunnerOptions, build_torch_runner, num_blocks_for_memory, plan_layout
@@ -45,6 +45,18 @@ def test_what_is_derived(tmp_path: Path) -> None:
     assert (config.head_dim, config.num_kv_heads, config.sliding_windows) == (16, 4, (0, 0, 0, 0))
     assert not any((config.tied_embeddings, config.qkv_bias, config.output_bias, config.mlp_bias, config.qk_norm))
     assert parse(tmp_path, architectures=None) == parse(tmp_path)
+
+
+def test_the_fallback_takes_what_is_not_ours_and_nothing_else(tmp_path: Path) -> None:
+    def native(**fields: object) -> bool:
+        (path := tmp_path / "config.json").write_text(json.dumps({**BASE, **fields}))
+        return is_native(path)
+
+    assert native()
+    assert native(hidden_act="gelu")  # ours, and refused
+    assert native(architectures=None, model_type="qwen3")
+    assert not native(architectures=["MixtralForCausalLM"])
+    assert not native(architectures=None, model_type="mixtral")
 
 
 def test_biases_and_norms_of_each_family(tmp_path: Path) -> None:

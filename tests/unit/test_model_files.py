@@ -67,6 +67,11 @@ def test_chat_templates(folder: Path) -> None:
     assert resolve_model(str(folder)).chat_template is None
 
 
+def test_gpt_2_calls_its_context_n_positions(folder: Path) -> None:
+    change(folder / "config.json", max_position_embeddings=None, n_positions=1024)
+    assert resolve_model(str(folder)).max_model_len == 1024
+
+
 def test_yarn_lengthens_the_context(folder: Path) -> None:
     yarn = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 1024}
     change(folder / "config.json", rope_parameters=None, rope_scaling=yarn)
