@@ -61,7 +61,11 @@ class CompileForSm90(Protocol):
 @contextmanager
 def sm90_compiler() -> Iterator[CompileForSm90]:
     """The compiler, as long as the context lasts."""
-    environment = {**os.environ, "TRITON_INTERPRET": "0", "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    environment = {
+        **os.environ,
+        "TRITON_INTERPRET": "0",
+        "PYTHONPATH": os.pathsep.join(path for path in sys.path if path),
+    }
     with (
         tempfile.TemporaryDirectory() as cache,
         subprocess.Popen(
