@@ -7,6 +7,7 @@ import torch
 
 from kernels import native_library
 from kernels.kv_cache import check_cache, layer_pointer, native_view
+from kernels.kv_scales import UNSCALED, KVScales
 
 
 def check_key_value(
@@ -22,8 +23,21 @@ def check_key_value(
         raise ValueError(f"slots must be int64, one for each token; got {slots.dtype} {tuple(slots.shape)}")
 
 
+def as_cached(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """x / scale in the cache's dtype; what an 8-bit float cannot hold becomes the largest number that it can."""
+    if x.dtype == dtype and scale == 1.0:
+        return x
+    wide = x.float() / scale
+    return (wide.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max) if dtype.itemsize == 1 else wide).to(dtype)
+
+
 def write_kv_reference(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, layer: int, slots: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layer: int,
+    slots: torch.Tensor,
+    scales: KVScales = UNSCALED,
 ) -> None:
     """Specification of `write_kv`."""
     check_key_value(key, value, kv_cache, layer, slots)
@@ -32,18 +46,32 @@ def write_kv_reference(
         raise IndexError("a slot lies outside the KV cache")  # on a device, asking would wait for it
     blocks, offsets = slots // block_size, slots % block_size
     plane = kv_cache[:, layer]  # [num_blocks, 2, num_kv_heads, block_size, head_dim]
-    plane[blocks, 0, :, offsets] = key.to(kv_cache.dtype)
-    plane[blocks, 1, :, offsets] = value.to(kv_cache.dtype)
+    plane[blocks, 0, :, offsets] = as_cached(key, scales.key, kv_cache.dtype)
+    plane[blocks, 1, :, offsets] = as_cached(value, scales.value, kv_cache.dtype)
 
 
-def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, layer: int, slots: torch.Tensor) -> None:
+def write_kv(
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layer: int,
+    slots: torch.Tensor,
+    scales: KVScales = UNSCALED,
+) -> None:
     """Write key and value ([num_tokens, num_kv_heads, head_dim]) of one layer into their slots ([num_tokens], int64).
 
-    Slots of one call must differ. Raises ValueError where shapes disagree, IndexError for a slot outside the cache.
+    Slots of one call must differ. Raises ValueError where shapes disagree, IndexError for a slot outside the cache. On a
+    GPU, which cannot report it, such a slot is not written: slot -1 is that of a padding token.
     """
+    if key.is_cuda:
+        from kernels.gpu import rope_kv_write  # needs Triton, which a machine without a GPU need not have
+
+        check_key_value(key, value, kv_cache, layer, slots)
+        rope_kv_write.write_kv(dense_heads(key), dense_heads(value), kv_cache, layer, slots, scales)
+        return
     native = native_library.function("rope_and_write_kv", key)
-    if native is None or kv_cache.dtype != key.dtype or value.dtype != key.dtype:
-        write_kv_reference(key, value, kv_cache, layer, slots)
+    if native is None or kv_cache.dtype != key.dtype or value.dtype != key.dtype or scales != UNSCALED:
+        write_kv_reference(key, value, kv_cache, layer, slots, scales)
         return
     check_key_value(key, value, kv_cache, layer, slots)
     key, value, slots = dense_heads(key), dense_heads(value), slots.contiguous()
