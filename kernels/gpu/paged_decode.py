@@ -17,7 +17,8 @@ import triton.language as tl
 from kernels.attention_batch import AttentionBatch
 from kernels.gpu.attention_tile import fold_tile
 from kernels.gpu.device import LOG2_E, multiprocessors, next_power_of_two
-from kernels.kv_scales import UNSCALED, KVScales
+from kernels.gpu.tuning import LaunchConfig, launch_config
+from kernels.kv_scales import KVScales
 
 MIN_SPLIT_TOKENS = 256
 """A split costs a program, and its output a write and a read: shorter ones do not pay."""
@@ -32,6 +33,13 @@ RESIDENT_PROGRAMS = 4
 shared memory leave room for three (head_dim 256) to five."""
 
 _MERGED_AT_ONCE = 16  # splits
+
+
+def default_config(head_dim: int, rows: int) -> LaunchConfig:
+    """Tiles of 16 KiB in 16-bit elements, of which each program has one or two under way, in 40 KiB of shared memory."""
+    width = next_power_of_two(head_dim)
+    num_warps = 4 if rows * width < 128 * 128 else 8
+    return LaunchConfig(num_warps, num_stages=3, sizes={"TILE": min(max(8192 // width, 16), 128)})
 
 
 def num_splits(num_programs: int, max_context_len: int, num_multiprocessors: int) -> int:
@@ -211,20 +219,23 @@ def paged_decode(
     Shapes are those of `kernels.paged_attention.paged_attention`, checked there. `splits` overrides `num_splits`.
     """
     num_heads, head_dim = query.shape[1:]
-    num_blocks, _, _, num_kv_heads, block_size, _ = kv_cache.shape
+    _, _, _, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_heads // num_kv_heads
     if splits is None:
         splits = num_splits(batch.num_seqs * num_kv_heads, batch.max_context_len, multiprocessors(query.device))
     keys = kv_cache.select(1, layer)
-    width = next_power_of_two(head_dim)
-    rows = max(16, next_power_of_two(max_queries * group))
-    tile = min(max(8192 // width, 16), 128)
+    rows = max(16, next_power_of_two(max_queries * group))  # the smallest product has 16
+    config = launch_config(
+        *("paged_decode", query.device, default_config(head_dim, rows)),
+        **{"rows": rows, "head_dim": head_dim, "block_size": block_size, "element_bytes": kv_cache.element_size()},
+    )
+    tile = config.sizes["TILE"]
     numbers = {
         "QUERIES": max_queries,
         "HEAD_DIM": head_dim,
-        "WIDTH": width,
+        "WIDTH": next_power_of_two(head_dim),
         "TILE": tile,
-        "MIN_TILES": MIN_SPLIT_TOKENS // tile,
+        "MIN_TILES": max(1, MIN_SPLIT_TOKENS // tile),
         "SLIDING": sliding_window > 0,
     }
     places = batch.num_seqs * max_queries if splits > 1 else 0
@@ -240,8 +251,8 @@ def paged_decode(
         ROWS=rows,
         BLOCK_SIZE=block_size,
         SPLIT=splits > 1,
-        num_warps=4 if rows * width < 128 * 128 else 8,
-        num_stages=3,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
     if splits > 1:
         merge_splits_kernel[(places, num_heads)](

@@ -17,7 +17,14 @@ import triton.language as tl
 from kernels.attention_batch import AttentionBatch
 from kernels.gpu.attention_tile import fold_tile
 from kernels.gpu.device import LOG2_E, next_power_of_two
+from kernels.gpu.tuning import LaunchConfig, launch_config
 from kernels.kv_scales import KVScales
+
+
+def default_config(head_dim: int) -> LaunchConfig:
+    """The largest tiles of keys that leave the sums in registers: 128 rows of them are 64 to 128 registers of a thread."""
+    tile = min(max(8192 // next_power_of_two(head_dim), 16), 128)
+    return LaunchConfig(num_warps=8, num_stages=3, sizes={"ROWS": 128, "TILE": tile})
 
 
 @triton.jit
@@ -137,9 +144,11 @@ def paged_prefill(
     _, _, _, num_kv_heads, block_size, _ = kv_cache.shape
     group = num_heads // num_kv_heads
     keys = kv_cache.select(1, layer)
-    width = next_power_of_two(head_dim)
-    rows = max(128, next_power_of_two(group))
-    tile = min(max(8192 // width, 32), 128)
+    config = launch_config(
+        *("paged_prefill", query.device, default_config(head_dim)),
+        **{"group": group, "head_dim": head_dim, "block_size": block_size, "element_bytes": kv_cache.element_size()},
+    )
+    rows = max(config.sizes["ROWS"], next_power_of_two(group))
     paged_prefill_kernel[(num_tokens // (rows // group) + batch.num_seqs, num_kv_heads)](
         *(query, keys, output, batch.query_starts, batch.context_lens, batch.block_tables),
         *(query.stride(0), query.stride(1)),
@@ -149,9 +158,9 @@ def paged_prefill(
         ROWS=rows,
         BLOCK_SIZE=block_size,
         HEAD_DIM=head_dim,
-        WIDTH=width,
-        TILE=tile,
+        WIDTH=next_power_of_two(head_dim),
+        TILE=config.sizes["TILE"],
         SLIDING=sliding_window > 0,
-        num_warps=8,
-        num_stages=3,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )

@@ -14,6 +14,11 @@ _TILE = 1024
 """Elements of a program at the least: short rows (the norm of a head) share one."""
 
 
+def num_warps(width: int) -> int:
+    """Of a program: up to 16 elements a thread, until a row is longer than the largest program has threads for."""
+    return min(max(width // 512, 4), 16)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def rms_norm_kernel(
     x_ptr: tl.tensor,
@@ -86,6 +91,6 @@ def _launch(
         WIDTH=width,
         ROWS=rows,
         ADD=residual is not None,
-        num_warps=min(max(width // 512, 4), 16),
+        num_warps=num_warps(width),
     )
     return normed, total

@@ -17,6 +17,11 @@ from kernels.gpu.device import next_power_of_two
 from kernels.kv_scales import UNSCALED, KVScales
 
 
+def num_warps(group: int, head_dim: int) -> int:
+    """Of a program: 16 bytes of queries a thread."""
+    return min(max(next_power_of_two(max(group, 1) * head_dim) // 512, 1), 4)
+
+
 @triton.jit
 def _rotated(
     source: tl.tensor,
@@ -181,5 +186,5 @@ def _launch(
         HALF_WIDTH=next_power_of_two(max(half, 1)),
         BLOCK_SIZE=block_size,
         LIMIT=int(torch.finfo(kv_cache.dtype).max) if kv_cache.dtype.itemsize == 1 else 0,
-        num_warps=1 if group * head_dim <= 256 else 4,
+        num_warps=num_warps(group, head_dim),
     )

@@ -7,7 +7,8 @@ import torch
 import triton
 import triton.language as tl
 
-_COLUMNS = 1024
+COLUMNS = 1024
+"""Of a program: 8 of each half for each of 128 threads, which are 16 bytes."""
 
 
 @triton.jit
@@ -37,7 +38,7 @@ def silu_and_mul(gate_up: torch.Tensor) -> torch.Tensor:
     num_tokens, intermediate = gate_up.shape[0], gate_up.shape[1] // 2
     out = gate_up.new_empty((num_tokens, intermediate))
     if out.numel():
-        silu_and_mul_kernel[(num_tokens, -(-intermediate // _COLUMNS))](
-            gate_up, out, intermediate, gate_up.stride(0), COLUMNS=_COLUMNS, num_warps=4
+        silu_and_mul_kernel[(num_tokens, -(-intermediate // COLUMNS))](
+            gate_up, out, intermediate, gate_up.stride(0), COLUMNS=COLUMNS, num_warps=4
         )
     return out
