@@ -80,7 +80,7 @@ def rope_and_write_kv_kernel(
     LIMIT: tl.constexpr,
 ) -> None:
     """Program (token, KV head). GROUP 0: there are no queries; HALF 0: nothing is rotated."""
-    token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    token, kv_head = tl.program_id(0).to(tl.int64), tl.program_id(1).to(tl.int64)
     half, columns = tl.arange(0, HALF_WIDTH), tl.arange(0, WIDTH)
     in_half, beyond = half < HALF, (columns >= 2 * HALF) & (columns < HEAD_DIM)
     cos, sin = tl.zeros((HALF_WIDTH,), tl.float32), tl.zeros((HALF_WIDTH,), tl.float32)
