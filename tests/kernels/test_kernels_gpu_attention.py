@@ -130,7 +130,7 @@ def test_quantised_cache(kernel_device: torch.device) -> None:
     cached = torch.stack((small[:, :, 0].double() * scales.key, small[:, :, 1].double() * scales.value), dim=2)
     expected = oracle(query, cached, batch, 0.125)
     assert_close(run(query, small, batch, 0.125, device=kernel_device, scales=scales), expected, torch.float16)
-    reference = paged_attention_reference(query, small, LAYER, batch, 0.125, 0, scales)
+    reference = paged_attention_reference(query, small, LAYER, batch, 0.125, scales=scales)
     assert_close(reference, expected, torch.float16)
 
 

@@ -75,7 +75,7 @@ def test_quantised_cache_holds_what_was_divided_and_cut(kernel_device: torch.dev
     scales = KVScales(key=0.25, value=4.0)
     expected = cache.to(torch.float8_e4m3fn)
     actual = expected.to(kernel_device, copy=True)
-    write_kv_reference(key, value, expected, LAYER, slots, scales)
+    write_kv_reference(key, value, expected, LAYER, slots, scales=scales)
     gpu.write_kv(key.to(kernel_device), value.to(kernel_device), actual, LAYER, slots.to(kernel_device), scales)
     assert torch.equal(actual.cpu().view(torch.uint8), expected.view(torch.uint8))
     stored = expected[slots // BLOCK_SIZE, LAYER, :, :, slots % BLOCK_SIZE].float()  # [tokens, 2, kv_heads, head_dim]
