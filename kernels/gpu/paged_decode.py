@@ -226,8 +226,13 @@ def paged_decode(
     keys = kv_cache.select(1, layer)
     rows = max(16, next_power_of_two(max_queries * group))  # the smallest product has 16
     config = launch_config(
-        *("paged_decode", query.device, default_config(head_dim, rows)),
-        **{"rows": rows, "head_dim": head_dim, "block_size": block_size, "element_bytes": kv_cache.element_size()},
+        "paged_decode",
+        query.device,
+        default_config(head_dim, rows),
+        rows=rows,
+        head_dim=head_dim,
+        block_size=block_size,
+        element_bytes=kv_cache.element_size(),
     )
     tile = config.sizes["TILE"]
     numbers = {

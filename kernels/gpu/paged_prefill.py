@@ -145,8 +145,13 @@ def paged_prefill(
     group = num_heads // num_kv_heads
     keys = kv_cache.select(1, layer)
     config = launch_config(
-        *("paged_prefill", query.device, default_config(head_dim)),
-        **{"group": group, "head_dim": head_dim, "block_size": block_size, "element_bytes": kv_cache.element_size()},
+        "paged_prefill",
+        query.device,
+        default_config(head_dim),
+        group=group,
+        head_dim=head_dim,
+        block_size=block_size,
+        element_bytes=kv_cache.element_size(),
     )
     rows = max(config.sizes["ROWS"], next_power_of_two(group))
     paged_prefill_kernel[(num_tokens // (rows // group) + batch.num_seqs, num_kv_heads)](
