@@ -91,14 +91,14 @@ def _adjusted(
     return torch.where(observed != 0, repeated - frequency * times - presence * (times > 0), adjusted)
 
 
-def _drawn(
-    scores: torch.Tensor, params: SamplingTensors, rows: torch.Tensor, positions: torch.Tensor
-) -> torch.Tensor:
+def _drawn(scores: torch.Tensor, params: SamplingTensors, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """The floor of a row's kept scores is the greatest of three: each cut keeps all that are at least its own."""
     weights = (scores.exp() * _LIKELIEST).floor().double()
     ordered = scores.sort(dim=-1, descending=True).values
     top_k, top_p = params.top_k[rows].long(), params.top_p[rows][:, None]
-    kth = ordered.gather(1, (top_k.clamp(1, scores.shape[1]) - 1)[:, None]).masked_fill_((top_k == 0)[:, None], -torch.inf)
+    kth = ordered.gather(1, (top_k.clamp(1, scores.shape[1]) - 1)[:, None]).masked_fill_(
+        (top_k == 0)[:, None], -torch.inf
+    )
     sums = (ordered.exp() * _LIKELIEST).floor().double().masked_fill_(ordered < kth, 0.0).cumsum(-1)
     reached = torch.searchsorted(sums, top_p * sums[:, -1:])
     nucleus = ordered.gather(1, reached.clamp(max=scores.shape[1] - 1)).masked_fill_(top_p >= 1.0, -torch.inf)

@@ -18,7 +18,7 @@ def _penalised(logits: tl.tensor, observed: tl.tensor, penalties_ptr: tl.tensor)
     """logits of tokens that were observed this often (2 * times in the output + 1 if in the prompt)."""
     repetition, presence = tl.load(penalties_ptr), tl.load(penalties_ptr + 1)
     times = (observed >> 1).to(tl.float32)
-    repeated = tl.where(logits > 0.0, tl.div_rn(logits, logits * 0.0 + repetition), logits * repetition)
+    repeated = tl.where(logits > 0.0, tl.div_rn(logits, repetition), logits * repetition)
     penalised = repeated - tl.load(penalties_ptr + 2) * times - tl.where(times > 0.0, presence, 0.0)
     return tl.where(observed != 0, penalised, logits)
 

@@ -75,10 +75,7 @@ def _row_sum(
     sums = tl.zeros((TILE,), tl.int64)
     for start in range(0, vocab_size, TILE):
         magnitudes = _tile(source_ptr, start, vocab_size, best, temperature, TILE)
-        if WEIGH:
-            amounts = _weights(magnitudes)
-        else:
-            amounts = tl.full((TILE,), 1, tl.int32)
+        amounts = _weights(magnitudes) if WEIGH else tl.full((TILE,), 1, tl.int32)
         sums += tl.where(magnitudes <= most, amounts, 0)
     return tl.sum(sums)
 
@@ -207,7 +204,9 @@ def _draw_cut(
 ) -> tl.tensor:
     """A token of those that top-k, then top-p, then min-p keep."""
     limit, count, mass = _gather_likeliest(source_ptr, candidates_ptr, vocab_size, best, temperature, TILE)
-    held = tl.minimum(count, TILE) * (count <= TILE).to(tl.int32)  # tokens in registers: all that were gathered, or none
+    held = tl.minimum(count, TILE) * (count <= TILE).to(
+        tl.int32
+    )  # tokens in registers: all that were gathered, or none
     lanes = tl.arange(0, TILE)
     magnitudes = tl.load(candidates_ptr + lanes, mask=lanes < held, other=_BEYOND)
     weights = tl.where(lanes < held, _weights(magnitudes), 0).to(tl.int64)
@@ -296,7 +295,7 @@ def draw_kernel(
             token = _draw_in_row(source_ptr, vocab_size, best, temperature, everything, seed, position, TILE)
     tl.store(token_ids_ptr + place, token)
     tl.store(finite_ptr + place, finite.to(tl.uint8))
-    if RECORD:
+    if RECORD:  # noqa: SIM102 - known when compiling, the other when running
         if (adjusts & _HAS_PENALTIES) * finite > 0:
             counter_ptr = observed_ptr + row * vocab_size + token
             tl.store(counter_ptr, tl.load(counter_ptr) + 2)

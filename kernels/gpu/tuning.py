@@ -33,7 +33,8 @@ import torch
 VERSION = 1
 """Of the files' format and of the kernels' sizes: entries of another version do not count."""
 
-_SHIPPED = Path(__file__).with_name("tuning_table.json")
+SHIPPED = Path(__file__).with_name("tuning_table.json")
+"""Measurements that come with the package."""
 _LARGEST_WARPS, _LARGEST_STAGES = 32, 8
 
 _logger = logging.getLogger(__name__)
@@ -75,8 +76,8 @@ def launch_config(kernel: str, device: torch.device, default: LaunchConfig, **sh
         return forced[1]
     if device.type != "cuda":
         return default
-    measured = _measured(device_name(device)).get(shape_class(kernel, **shape))
-    return measured if measured is not None and measured.sizes.keys() == default.sizes.keys() else default
+    best = measured(device_name(device)).get(shape_class(kernel, **shape))
+    return best if best is not None and best.sizes.keys() == default.sizes.keys() else default
 
 
 @contextmanager
@@ -118,8 +119,9 @@ def write_user_file(device_name: str, configs: Mapping[str, LaunchConfig]) -> Pa
 
 
 @functools.cache
-def _measured(device_name: str) -> Mapping[str, LaunchConfig]:
-    return {**_read(_SHIPPED, device_name), **_read(user_file(device_name), device_name)}
+def measured(device_name: str) -> Mapping[str, LaunchConfig]:
+    """All that was measured of a device, by shape class."""
+    return {**_read(SHIPPED, device_name), **_read(user_file(device_name), device_name)}
 
 
 def _read(path: Path, device_name: str) -> dict[str, LaunchConfig]:
