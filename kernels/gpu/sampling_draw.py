@@ -267,8 +267,7 @@ def draw_kernel(
     if adjusts != 0:
         source_ptr = adjusted_ptr + place * vocab_size
     largest = tl.full((TILE,), float("-inf"), tl.float32)
-    largest_ids = tl.zeros((TILE,), tl.int32)
-    damaged = tl.zeros((TILE,), tl.int32)
+    largest_ids, damaged = tl.zeros((TILE,), tl.int32), tl.zeros((TILE,), tl.int32)
     for start in range(0, vocab_size, TILE):
         token_ids = start + tl.arange(0, TILE)
         raw = tl.load(raw_ptr + token_ids, mask=token_ids < vocab_size, other=0.0)

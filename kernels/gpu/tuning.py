@@ -66,14 +66,24 @@ class LaunchConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "sizes": dict(self.sizes)}
 
 
-_forced: ContextVar[tuple[str, LaunchConfig] | None] = ContextVar("forced", default=None)
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One kernel under measurement: what it is launched with instead, and for which shapes it was launched."""
+
+    kernel: str
+    config: LaunchConfig | None  # None: the default
+    asked: dict[str, LaunchConfig]  # shape class: its default
 
 
-def launch_config(kernel: str, device: torch.device, default: LaunchConfig, **shape: int) -> LaunchConfig:
+_trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
+
+
+def launch_config(kernel: str, device: torch.device, default: LaunchConfig, /, **shape: int) -> LaunchConfig:
     """What to launch `kernel` with for this shape on this device: measured, or the default."""
-    forced = _forced.get()
-    if forced is not None and forced[0] == kernel:
-        return forced[1]
+    trial = _trial.get()
+    if trial is not None and trial.kernel == kernel:
+        trial.asked[shape_class(kernel, **shape)] = default
+        return trial.config or default
     if device.type != "cuda":
         return default
     best = measured(device_name(device)).get(shape_class(kernel, **shape))
@@ -81,16 +91,17 @@ def launch_config(kernel: str, device: torch.device, default: LaunchConfig, **sh
 
 
 @contextmanager
-def forced(kernel: str, config: LaunchConfig) -> Iterator[None]:
-    """Launch `kernel` with `config` inside of this context, whatever the tables say: for measuring it."""
-    token = _forced.set((kernel, config))
+def forced(kernel: str, config: LaunchConfig | None) -> Iterator[Trial]:
+    """Launch `kernel` with `config` (None: its default) inside of this context, whatever the tables say."""
+    trial = Trial(kernel, config, {})
+    token = _trial.set(trial)
     try:
-        yield
+        yield trial
     finally:
-        _forced.reset(token)
+        _trial.reset(token)
 
 
-def shape_class(kernel: str, **shape: int) -> str:
+def shape_class(kernel: str, /, **shape: int) -> str:
     """The key of an entry: "paged_decode block_size=16 group=4 head_dim=128"."""
     return " ".join((kernel, *(f"{name}={_class_size(size)}" for name, size in sorted(shape.items()))))
 

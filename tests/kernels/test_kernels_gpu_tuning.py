@@ -87,6 +87,13 @@ def test_forcing_one_kernel() -> None:
     assert launch_config("copy", DEVICE, DEFAULT) is DEFAULT
 
 
+def test_a_trial_tells_what_was_asked() -> None:
+    with forced("copy", None) as trial:
+        assert launch_config("copy", DEVICE, DEFAULT, size=100, width=3) is DEFAULT
+        launch_config("other", DEVICE, DEFAULT, size=100)
+    assert trial.asked == {"copy size=128 width=4": DEFAULT}
+
+
 def test_the_shipped_table_can_be_read() -> None:
     content = json.loads(tuning.SHIPPED.read_text())
     assert content["version"] == tuning.VERSION
