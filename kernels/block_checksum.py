@@ -11,7 +11,7 @@ def block_checksums_reference(cache: torch.Tensor, block_ids: torch.Tensor) -> t
     """Specification of `block_checksums`."""
     _check(cache, block_ids)
     blocks = cache.view(len(cache), -1).view(torch.uint8)
-    digests = [xxhash.xxh3_64_intdigest(blocks[block_id].cpu().numpy()) for block_id in block_ids.tolist()]
+    digests = [xxhash.xxh3_64_intdigest(blocks[block_id].cpu().numpy().data) for block_id in block_ids.tolist()]
     signed = [digest - (1 << 64) if digest >> 63 else digest for digest in digests]
     return torch.tensor(signed, dtype=torch.int64, device=cache.device)
 

@@ -33,7 +33,8 @@ import torch
 VERSION = 1
 """Of the files' format and of the kernels' sizes: entries of another version do not count."""
 
-_SHIPPED = Path(__file__).with_name("tuning_table.json")
+SHIPPED = Path(__file__).with_name("tuning_table.json")
+"""Measurements that come with the package."""
 _LARGEST_WARPS, _LARGEST_STAGES = 32, 8
 
 _logger = logging.getLogger(__name__)
@@ -65,31 +66,42 @@ class LaunchConfig:
         return {"num_warps": self.num_warps, "num_stages": self.num_stages, "sizes": dict(self.sizes)}
 
 
-_forced: ContextVar[tuple[str, LaunchConfig] | None] = ContextVar("forced", default=None)
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One kernel under measurement: what it is launched with instead, and for which shapes it was launched."""
+
+    kernel: str
+    config: LaunchConfig | None  # None: the default
+    asked: dict[str, LaunchConfig]  # shape class: its default
 
 
-def launch_config(kernel: str, device: torch.device, default: LaunchConfig, **shape: int) -> LaunchConfig:
+_trial: ContextVar[Trial | None] = ContextVar("trial", default=None)
+
+
+def launch_config(kernel: str, device: torch.device, default: LaunchConfig, /, **shape: int) -> LaunchConfig:
     """What to launch `kernel` with for this shape on this device: measured, or the default."""
-    forced = _forced.get()
-    if forced is not None and forced[0] == kernel:
-        return forced[1]
+    trial = _trial.get()
+    if trial is not None and trial.kernel == kernel:
+        trial.asked[shape_class(kernel, **shape)] = default
+        return trial.config or default
     if device.type != "cuda":
         return default
-    measured = _measured(device_name(device)).get(shape_class(kernel, **shape))
-    return measured if measured is not None and measured.sizes.keys() == default.sizes.keys() else default
+    best = measured(device_name(device)).get(shape_class(kernel, **shape))
+    return best if best is not None and best.sizes.keys() == default.sizes.keys() else default
 
 
 @contextmanager
-def forced(kernel: str, config: LaunchConfig) -> Iterator[None]:
-    """Launch `kernel` with `config` inside of this context, whatever the tables say: for measuring it."""
-    token = _forced.set((kernel, config))
+def forced(kernel: str, config: LaunchConfig | None) -> Iterator[Trial]:
+    """Launch `kernel` with `config` (None: its default) inside of this context, whatever the tables say."""
+    trial = Trial(kernel, config, {})
+    token = _trial.set(trial)
     try:
-        yield
+        yield trial
     finally:
-        _forced.reset(token)
+        _trial.reset(token)
 
 
-def shape_class(kernel: str, **shape: int) -> str:
+def shape_class(kernel: str, /, **shape: int) -> str:
     """The key of an entry: "paged_decode block_size=16 group=4 head_dim=128"."""
     return " ".join((kernel, *(f"{name}={_class_size(size)}" for name, size in sorted(shape.items()))))
 
@@ -118,8 +130,9 @@ def write_user_file(device_name: str, configs: Mapping[str, LaunchConfig]) -> Pa
 
 
 @functools.cache
-def _measured(device_name: str) -> Mapping[str, LaunchConfig]:
-    return {**_read(_SHIPPED, device_name), **_read(user_file(device_name), device_name)}
+def measured(device_name: str) -> Mapping[str, LaunchConfig]:
+    """All that was measured of a device, by shape class."""
+    return {**_read(SHIPPED, device_name), **_read(user_file(device_name), device_name)}
 
 
 def _read(path: Path, device_name: str) -> dict[str, LaunchConfig]:

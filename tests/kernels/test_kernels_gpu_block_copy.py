@@ -89,7 +89,7 @@ def test_a_block_of_no_whole_number_of_vectors_is_refused(kernel_device: torch.d
 def test_what_does_not_fit_is_refused(
     staging: torch.Tensor, ids: torch.Tensor, operation: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], None]
 ) -> None:
-    with pytest.raises(ValueError, match="block ids|staging"):
+    with pytest.raises(ValueError, match=r"block ids|staging"):
         operation(torch.zeros(4, 8), ids, staging)
 
 

@@ -49,7 +49,7 @@ def test_no_blocks(kernel_device: torch.device) -> None:
 
 @pytest.mark.parametrize("cache", [torch.zeros(2, 240, dtype=torch.uint8), torch.zeros(600, 2).T])
 def test_what_cannot_be_checksummed_is_refused(cache: torch.Tensor) -> None:
-    with pytest.raises(ValueError, match="at least 241 bytes|contiguous"):
+    with pytest.raises(ValueError, match=r"at least 241 bytes|contiguous"):
         block_checksums_on(cache, torch.tensor([0]))
 
 
