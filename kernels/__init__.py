@@ -1,8 +1,8 @@
 """The arithmetic of a transformer step: one operation a file, torch tensors in, torch tensors out.
 
 Every operation has a plain torch reference, which is its specification and runs on any device, and, where it pays, a
-native CPU path in C++ (`native/`, built and loaded by `native_library`) and a Triton one for GPUs (`gpu/`). Operations are for inference: they record no
-gradients.
+native CPU path in C++ (`native/`, built and loaded by `native_library`) and a Triton one for GPUs (`gpu/`). Operations are
+for inference: they record no gradients.
 
 | file | operation |
 | --- | --- |

@@ -14,5 +14,12 @@ into a CUDA graph. With TRITON_INTERPRET=1, set before this package is imported,
 | rope_kv_write | rotary embedding, and keys and values into the block-major cache |
 | rms_norm | RMSNorm, with the addition of the residual |
 | silu_mul | the gate of a SwiGLU feed-forward |
+| block_copy | gathers, scatters and moves whole KV blocks |
+| xxh3 | the checksum of KV blocks, equal to the host's |
+| sampling | draws a token for each row of logits, with the next three |
+| sampling_adjust | penalties, biases and masks |
+| sampling_draw | temperature, top-k, top-p, min-p, and the draw |
+| sampling_logprobs | the logarithms of probabilities that a client asked for |
+| tuning | launch configurations by device and shape |
 | device | what launchers ask of the device |
 """

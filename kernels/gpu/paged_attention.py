@@ -3,16 +3,19 @@
 import torch
 
 from kernels.attention_batch import AttentionBatch
+from kernels.gpu.device import next_power_of_two
 from kernels.gpu.paged_decode import paged_decode
 from kernels.gpu.paged_prefill import paged_prefill
 from kernels.kv_scales import UNSCALED, KVScales
 
 _FEW_QUERIES = 8
-"""With no more than this for any sequence (decode, drafts of speculation) the whole batch goes to the split kernel."""
+_FEW_ROWS = 64
+"""With no more query tokens for any sequence (decode, drafts of speculation), and no more rows when they are multiplied with
+the heads of a group, the whole batch goes to the split kernel."""
 
 _SHARED_ROWS = 16
-"""Query tokens times heads of a group that the smallest matrix product has room for: in a mixed batch, the split kernel
-takes sequences with no more, since rows beyond would slow down those with one token."""
+"""Rows that the smallest matrix product has room for: in a larger batch, the split kernel takes the sequences with no more,
+since rows beyond would slow down those with one token."""
 
 
 def paged_attention(
@@ -40,7 +43,11 @@ def paged_attention(
 
 
 def _few_queries(batch: AttentionBatch, group: int) -> int:
-    """Sequences with 1 to this many query tokens go to the split kernel; 0 where the batch cannot have one."""
-    if batch.max_query_len <= _FEW_QUERIES:
-        return batch.max_query_len
+    """Sequences with 1 to this many query tokens go to the split kernel; 0 where the batch cannot have one.
+
+    A kernel is compiled for each answer: they are few.
+    """
+    rounded = next_power_of_two(max(batch.max_query_len, 1))
+    if rounded == 1 or (rounded <= _FEW_QUERIES and rounded * group <= _FEW_ROWS):
+        return rounded
     return max(1, _SHARED_ROWS // group) if batch.num_seqs > 1 else 0

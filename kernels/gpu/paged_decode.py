@@ -38,8 +38,9 @@ _MERGED_AT_ONCE = 16  # splits
 def default_config(head_dim: int, rows: int) -> LaunchConfig:
     """Tiles of 16 KiB in 16-bit elements, of which each program has one or two under way, in 40 KiB of shared memory."""
     width = next_power_of_two(head_dim)
-    num_warps = 4 if rows * width < 128 * 128 else 8
-    return LaunchConfig(num_warps, num_stages=3, sizes={"TILE": min(max(8192 // width, 16), 128)})
+    tile = min(max(8192 // width, 16), 128)
+    num_warps = 4 if rows * max(width, tile) < 128 * 128 else 8  # sums and scores stay in registers
+    return LaunchConfig(num_warps, num_stages=3, sizes={"TILE": tile})
 
 
 def num_splits(num_programs: int, max_context_len: int, num_multiprocessors: int) -> int:
@@ -263,7 +264,7 @@ def paged_decode(
         merge_splits_kernel[(places, num_heads)](
             *(partial, weight, output, batch.query_starts, batch.context_lens, sliding_window, splits),
             **numbers,
-            MAX_SPLITS=next_power_of_two(splits),
+            MAX_SPLITS=MAX_SPLITS,
             AT_ONCE=_MERGED_AT_ONCE,
             num_warps=4,
         )

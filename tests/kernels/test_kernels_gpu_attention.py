@@ -76,6 +76,13 @@ def test_query_heads_per_kv_head(kernel_device: torch.device, group: int) -> Non
     assert_close(actual, oracle(query, cache, batch, 0.125), torch.float32)
 
 
+@pytest.mark.parametrize("group", [1, 3, 13])
+def test_drafts_beside_single_tokens(kernel_device: torch.device, group: int) -> None:
+    query, cache, batch = make_case([(5, 40), (1, 3), (3, 33), (0, 7), (2, 2)], num_kv_heads=1, group=group)
+    actual = run(query, cache, batch, 0.125, device=kernel_device)
+    assert_close(actual, oracle(query, cache, batch, 0.125), torch.float32)
+
+
 @pytest.mark.parametrize(("splits", "window"), [(1, 0), (3, 0), (40, 0), (1, 300), (3, 300)])
 def test_context_cut_into_splits(kernel_device: torch.device, splits: int, window: int) -> None:
     """Drafts beside single tokens; some sequences are too short for all the splits, or for any."""
@@ -207,6 +214,22 @@ def test_merge_compiles(compile_for_sm90: CompileForSm90) -> None:
         | {"MAX_SPLITS": 256, "AT_ONCE": 16},
     )
     assert resources.spill_bytes == 0
+
+
+@pytest.mark.parametrize(("head_dim", "rows"), [(64, 128), (256, 64)])
+def test_decode_of_many_rows_does_not_spill(compile_for_sm90: CompileForSm90, head_dim: int, rows: int) -> None:
+    config = decode.default_config(head_dim, rows)
+    resources = compile_for_sm90(
+        decode.paged_decode_kernel,
+        {**ATTENTION_SIGNATURE, "partial_ptr": "*fp32", "weight_ptr": "*fp32"},
+        {"QUERIES": 1, "GROUP": rows - 1, "ROWS": rows, "BLOCK_SIZE": 16, "HEAD_DIM": head_dim, "WIDTH": head_dim}
+        | {**config.sizes, "MIN_TILES": 2, "SLIDING": False, "SPLIT": False},
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        divisible=DIVISIBLE,
+    )
+    assert resources.spill_bytes == 0
+    assert resources.shared_bytes <= SHARED_BYTES
 
 
 @pytest.mark.parametrize(("head_dim", "cached"), [(64, "*bf16"), (128, "*bf16"), (256, "*bf16"), (128, "*fp8e4nv")])
