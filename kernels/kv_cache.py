@@ -81,9 +81,11 @@ def check_cache(kv_cache: torch.Tensor, layer: int, page_format: PageFormat = "p
         raise ValueError(f"layer {layer} is not in a cache of {shape[1]} layers")
     if page_format == "plain":
         return
-    if not can_be_tiled(kv_cache.dtype, shape[4], shape[5]) or kv_cache.stride(4) != shape[5]:
+    tileable = can_be_tiled(kv_cache.dtype, shape[4], shape[5])
+    if not tileable or kv_cache.stride(4) != shape[5] or kv_cache.is_cuda:
         raise ValueError(
-            f"pages of {kv_cache.dtype} {tuple(shape[4:])} with strides {kv_cache.stride()[4:]} cannot be {page_format}"
+            f"{kv_cache.device} pages of {kv_cache.dtype} {tuple(shape[4:])} with strides {kv_cache.stride()[4:]}"
+            f" cannot be {page_format}"
         )
 
 

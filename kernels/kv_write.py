@@ -7,6 +7,7 @@ import torch
 
 from kernels import native_library
 from kernels.kv_cache import PageFormat, check_cache, layer_pointer, native_view, tile_pages, untile_pages
+from kernels.kv_scales import UNSCALED, KVScales
 
 
 def check_key_value(
@@ -27,6 +28,14 @@ def check_key_value(
         raise ValueError(f"slots must be int64, one for each token; got {slots.dtype} {tuple(slots.shape)}")
 
 
+def as_cached(x: torch.Tensor, scale: float, dtype: torch.dtype) -> torch.Tensor:
+    """x / scale in the cache's dtype; what an 8-bit float cannot hold becomes the largest number that it can."""
+    if x.dtype == dtype and scale == 1.0:
+        return x
+    wide = x.float() / scale
+    return (wide.clamp(-torch.finfo(dtype).max, torch.finfo(dtype).max) if dtype.itemsize == 1 else wide).to(dtype)
+
+
 def write_kv_reference(
     key: torch.Tensor,
     value: torch.Tensor,
@@ -34,6 +43,7 @@ def write_kv_reference(
     layer: int,
     slots: torch.Tensor,
     page_format: PageFormat = "plain",
+    scales: KVScales = UNSCALED,
 ) -> None:
     """Specification of `write_kv`."""
     check_key_value(key, value, kv_cache, layer, slots, page_format)
@@ -45,8 +55,8 @@ def write_kv_reference(
     if page_format == "bf16-tiled":
         touched, blocks = torch.unique(blocks, return_inverse=True)
         plane, tiled_plane = untile_pages(plane[touched]), plane
-    plane[blocks, 0, :, offsets] = key.to(kv_cache.dtype)
-    plane[blocks, 1, :, offsets] = value.to(kv_cache.dtype)
+    plane[blocks, 0, :, offsets] = as_cached(key, scales.key, kv_cache.dtype)
+    plane[blocks, 1, :, offsets] = as_cached(value, scales.value, kv_cache.dtype)
     if page_format == "bf16-tiled":
         tiled_plane[touched] = tile_pages(plane)
 
@@ -58,14 +68,22 @@ def write_kv(
     layer: int,
     slots: torch.Tensor,
     page_format: PageFormat = "plain",
+    scales: KVScales = UNSCALED,
 ) -> None:
     """Write key and value ([num_tokens, num_kv_heads, head_dim]) of one layer into their slots ([num_tokens], int64).
 
-    Slots of one call must differ. Raises ValueError where shapes disagree, IndexError for a slot outside the cache.
+    Slots of one call must differ. Raises ValueError where shapes disagree, IndexError for a slot outside the cache. On a
+    GPU, which cannot report it, such a slot is not written: slot -1 is that of a padding token.
     """
+    if key.is_cuda:
+        from kernels.gpu import rope_kv_write  # needs Triton, which a machine without a GPU need not have
+
+        check_key_value(key, value, kv_cache, layer, slots, page_format)
+        rope_kv_write.write_kv(dense_heads(key), dense_heads(value), kv_cache, layer, slots, scales)
+        return
     native = native_library.function("rope_and_write_kv", key)
-    if native is None or kv_cache.dtype != key.dtype or value.dtype != key.dtype:
-        write_kv_reference(key, value, kv_cache, layer, slots, page_format)
+    if native is None or kv_cache.dtype != key.dtype or value.dtype != key.dtype or scales != UNSCALED:
+        write_kv_reference(key, value, kv_cache, layer, slots, page_format, scales)
         return
     check_key_value(key, value, kv_cache, layer, slots, page_format)
     key, value, slots = dense_heads(key), dense_heads(value), slots.contiguous()
