@@ -1,4 +1,4 @@
-"""TorchRunner: a model of the Llama family behind the Runner seam.
+"""TorchRunner: a model behind the Runner seam.
 
 Life: `plan_layout` tells how large a KV block is; the node allocates (and registers) memory for some number of them;
 `build_torch_runner` loads the weights over it; `warm_up` runs the shapes that serving will; then `run` is called, step
@@ -7,13 +7,12 @@ by step, from the engine's thread.
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Protocol
 
 import torch
 
-from engine.model.choice import load_fallback
+from engine.model.choice import Model, load_fallback
 from engine.model.config import is_native, read_model_config
-from engine.model.llama import LlamaModel, StepInputs
+from engine.model.llama import LlamaModel
 from engine.model.options import (
     TORCH_DTYPES,
     RunnerOptions,
@@ -39,21 +38,11 @@ _WARM_UP_PREFILL = 256
 _WARM_UP_ROWS = (1, 4, 16)
 
 
-class Model(Protocol):
-    def forward(self, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
-        """Write the step's keys and values into the cache; returns logits [num_rows, vocab_size] of the sampling rows,
-        float32."""
-        ...
-
-
 class TorchRunner:
     """Implements engine.runner.Runner. Not thread-safe: one step at a time."""
 
-    def __init__(
-        self, model: Model, vocab_size: int, layout: KVLayout, kv_cache: torch.Tensor, max_model_len: int
-    ) -> None:
+    def __init__(self, model: Model, layout: KVLayout, kv_cache: torch.Tensor, max_model_len: int) -> None:
         self._model = model
-        self._vocab_size = vocab_size
         self._layout = layout
         self._kv_cache = kv_cache  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self._max_model_len = max_model_len
@@ -69,7 +58,7 @@ class TorchRunner:
 
     @property
     def vocab_size(self) -> int:
-        return self._vocab_size
+        return self._model.config.vocab_size
 
     @property
     def max_model_len(self) -> int:
@@ -140,7 +129,7 @@ def build_torch_runner(
             seed = options.seed if options.load_format == "dummy" else None
             scratch = partial(_kv_cache, layout, kv_memory=None, device=device)
             model = load_fallback(files, max_model_len, dtype, device, seed, scratch, layout.block_size, report)
-    return TorchRunner(model, files.vocab_size, layout, kv_cache, max_model_len)
+    return TorchRunner(model, layout, kv_cache, max_model_len)
 
 
 def _weight_source(
