@@ -1,7 +1,10 @@
 """Which cores each process gets. Nodes that share cores rob each other, so each gets its own where there are enough."""
 
 import argparse
-from collections.abc import Sequence
+import os
+from collections.abc import Collection, Sequence
+
+from protocol.errors import ConfigError
 
 
 def divide_cores(cores: Sequence[int], num_nodes: int, threads: int = 0) -> list[tuple[int, ...]]:
@@ -21,6 +24,23 @@ def divide_cores(cores: Sequence[int], num_nodes: int, threads: int = 0) -> list
         runs.append(tuple(cores[start : start + (min(length, threads) if threads else length)]))
         start += length
     return runs
+
+
+def available_cores() -> list[int]:
+    """Those that this process may use, as a container or a service manager has left them."""
+    return sorted(os.sched_getaffinity(0))
+
+
+def stay_on(cpus: Collection[int]) -> None:
+    """Confine this process, and what it starts from now on, to these cores. Raises ConfigError for one that it may not
+    use."""
+    available = available_cores()
+    if missing := sorted(set(cpus) - set(available)):
+        raise ConfigError(
+            f"--cpu-affinity asks for cores {format_cpus(missing)}; this process may use {format_cpus(available)}",
+            param="--cpu-affinity",
+        )
+    os.sched_setaffinity(0, cpus)
 
 
 def parse_cpus(text: str) -> tuple[int, ...]:

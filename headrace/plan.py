@@ -54,7 +54,7 @@ class ChildSpec:
         """What follows `headrace`. `late_settings` are known only once other processes run."""
         command = ["serve", self.role]
         if self.cpus:
-            command += ["--cpus", format_cpus(self.cpus)]
+            command += ["--cpu-affinity", format_cpus(self.cpus)]
         for key, value in {**self.settings, **late_settings}.items():
             command += ["--set", f"{key}={_as_text(value)}"]
         return command

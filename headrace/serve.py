@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, get_args
 
-from headrace.cores import parse_cpus
+from headrace.cores import available_cores, parse_cpus, stay_on
 from headrace.settings import add_set_flag, given, parse_settings
 from protocol.transfer import TransportKind
 from router.config import RouterConfig
@@ -56,7 +56,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser.add_argument("--model", help="built-in name, Hugging Face folder, .gguf file or hub id")
     parser.add_argument("--served-name", help="what clients call the model")
     parser.add_argument("--log-level", help="debug, info, warning or error")
-    parser.add_argument("--cpus", type=parse_cpus, metavar="LIST", help='pin to these cores, such as "0-3,8"')
+    parser.add_argument(
+        "--cpu-affinity", type=parse_cpus, metavar="LIST", help='run on these cores only, such as "0-3,8"'
+    )
     nodes = parser.add_argument_group("nodes")
     nodes.add_argument("--router", action="append", metavar="URL", help="a router's control URL; may be repeated")
     nodes.add_argument("--transport", choices=get_args(TransportKind), help="how KV blocks move")
@@ -76,13 +78,13 @@ def run(options: argparse.Namespace) -> int:
         print(format_config(config))
         return 0
     watch_parent()
-    if options.cpus:
-        os.sched_setaffinity(0, options.cpus)
+    if options.cpu_affinity:
+        stay_on(options.cpu_affinity)
     if isinstance(config, RouterConfig):
         configure_logging(role, config.log_level, (config.cluster_key, config.api_key))
     else:
         configure_logging(config.worker_id or role, config.log_level, (config.cluster_key,))
-        threads = config.model.threads or len(os.sched_getaffinity(0))
+        threads = config.model.threads or len(available_cores())
         os.environ.setdefault("OMP_NUM_THREADS", str(threads))  # read once, when torch is imported
     # Late, because a role's imports are its own: the router must not load torch, nor a node the router's tokenizers.
     return int(importlib.import_module(_MODULES[role]).run(config))

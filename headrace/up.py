@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from headrace.cores import available_cores, parse_cpus, stay_on
 from headrace.plan import UpOptions, make_plan
 from headrace.prepare import PreparedModel, prepare_model, run_probe
 from headrace.settings import add_set_flag, parse_settings
@@ -27,13 +28,15 @@ examples:
   headrace up                                            the built-in model, one prefill and one decode node
   headrace up --model ./my-model --prefill 1 --decode 2  a local Hugging Face folder
   headrace up --model owner/name --dtype bfloat16 --kv-memory 4GiB
+  headrace up --cpu-affinity 0-7 --threads 4             on eight cores, four for each of the two nodes
   headrace up --prefill 0                                no disaggregation: the decode node does it all
   headrace up --set prefill.scheduler.max_num_batched_tokens=1024 --set router.retries=2
 
 --set names a process (router, prefill, decode, or node for both kinds) and one of its settings, as
 `headrace serve ROLE --print-config` lists them.
-The machine's cores are divided between the nodes. Ctrl-C finishes running requests and ends the
-cluster; a second Ctrl-C ends it at once. HEADRACE_API_KEY, if set, is what clients must show.
+The cores are divided between the nodes, so that no node's threads disturb another's. Ctrl-C finishes
+running requests and ends the cluster; a second Ctrl-C ends it at once. HEADRACE_API_KEY, if set, is
+what clients must show.
 """
 
 _HINT = """
@@ -81,6 +84,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     how.add_argument(
         "--threads", type=int, default=0, metavar="N", help="compute threads of each node (default: its cores)"
     )
+    how.add_argument(
+        "--cpu-affinity",
+        type=parse_cpus,
+        metavar="LIST",
+        help='cores for the whole cluster, such as "0-3,8" (default: all that this process may use)',
+    )
     how.add_argument("--kv-memory", metavar="SIZE", help='KV cache of each node, such as "2GiB"')
     how.add_argument("--log-dir", type=Path, metavar="DIR", help="write each process's log to a file there")
     how.add_argument("--no-restart", action="store_true", help="do not start again what dies")
@@ -89,7 +98,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
 
 def run(arguments: argparse.Namespace) -> int:
     options = _options(arguments)
-    make_plan(options, _cores(), os.environ)
+    if arguments.cpu_affinity:
+        stay_on(arguments.cpu_affinity)
+    make_plan(options, available_cores(), os.environ)
     _check_port(options)
     if options.log_dir is not None:
         options.log_dir.mkdir(parents=True, exist_ok=True)
@@ -107,7 +118,7 @@ async def _up(options: UpOptions) -> int:
             return INTERRUPTED_STATUS
         name = options.served_name or model.name
         ready_options = dataclasses.replace(options, model=str(model.folder), served_name=name)
-        plan = make_plan(ready_options, _cores(), os.environ)
+        plan = make_plan(ready_options, available_cores(), os.environ)
 
         def on_ready(url: str) -> None:
             view.settle()
@@ -167,10 +178,6 @@ def _options(arguments: argparse.Namespace) -> UpOptions:
         restart=not arguments.no_restart,
         settings=parse_settings(arguments.settings),
     )
-
-
-def _cores() -> list[int]:
-    return sorted(os.sched_getaffinity(0))
 
 
 def _check_port(options: UpOptions) -> None:

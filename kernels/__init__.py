@@ -14,5 +14,6 @@ gradients.
 | rms_norm | `rms_norm`, and `fused_add_rms_norm`, which adds the residual first |
 | silu_mul | `silu_and_mul`: the gate of a SwiGLU feed-forward |
 | linear | `PackedLinear`: a matrix product whose weight is packed once, at load |
+| draw | `draw`: a token for each row of logits, by temperature, top-k, top-p and min-p |
 | native_library | builds, loads and describes the C++ library |
 """

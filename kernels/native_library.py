@@ -41,7 +41,9 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # as native/ declares them; ctypes 
     "pack_weight": (*[_POINTER] * 2, _INT64, _INT64, _INT),
     "linear": (*[_POINTER] * 4, *[_INT64] * 3, _INT),
     "linear_wide": (*[_POINTER] * 4, *[_INT64] * 3, _INT),
+    "draw": (*[_POINTER] * 7, *[_INT64] * 2, _INT),
 }
+_DTYPES = {"draw": (torch.float32,)}  # of functions that do not come in all of them
 _INDEX_OUT_OF_RANGE, _BAD_LENGTHS = 1, 2  # Status in native/api.h
 
 NativeFunction = Callable[..., int]
@@ -151,8 +153,8 @@ def _load() -> _Loaded:
     describe.restype = ctypes.c_char_p
     functions: dict[tuple[str, torch.dtype], NativeFunction] = {}
     for name, argument_types in _SIGNATURES.items():
-        for dtype, suffix in _SUFFIXES.items():
-            symbol = library[f"headrace_{name}_{suffix}"]
+        for dtype in _DTYPES.get(name, tuple(_SUFFIXES)):
+            symbol = library[f"headrace_{name}_{_SUFFIXES[dtype]}"]
             symbol.argtypes, symbol.restype = argument_types, ctypes.c_int
             functions[name, dtype] = symbol
     return _Loaded(NativeStatus(True, f"loaded {path}", describe().decode()), functions)

@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from engine.sampling.draw import Cuts
+from kernels.draw import Cuts
 from protocol.sampling import SamplingParams
 
 _COLDEST = 1e-37  # float32 still divides by it; anything colder is as greedy

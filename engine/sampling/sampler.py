@@ -12,10 +12,10 @@ import torch
 
 from engine.runner import ScheduledChunk
 from engine.sampling.adjust import add_logit_bias, apply_penalties, forbid_early_stop
-from engine.sampling.draw import draw
 from engine.sampling.parameters import Drawing, RowParameters
 from engine.sampling.randomness import uniforms
 from engine.sampling.token_counts import TokenCounts
+from kernels.draw import draw
 from protocol.errors import InternalError
 from protocol.ids import RequestId
 from protocol.sampling import SamplingParams

@@ -190,7 +190,6 @@ async def test_a_silent_node_is_given_up(monkeypatch: pytest.MonkeyPatch) -> Non
             async with nodes(second):
                 first.frozen = True
                 status, answer = await running
-                first.frozen = False
                 assert (status, answer["choices"][0]["token_ids"]) == (200, SCRIPT)  # type: ignore[index]
 
 

@@ -161,8 +161,8 @@ class FakeNode:
 
     async def _frames(self, frames: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
         async for frame in frames:
-            while self.frozen:
-                await asyncio.sleep(0.02)
+            if self.frozen:
+                await asyncio.Event().wait()
             yield frame
 
     async def _cancel(self, message: CancelRequest) -> None:

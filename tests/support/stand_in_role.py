@@ -1,6 +1,6 @@
 """A stand-in for `headrace serve`, for tests of whoever starts and watches processes: same announcement, same routes.
 
-    stand_in_role.py FOLDER serve ROLE [--cpus LIST] [--set KEY=VALUE]...
+    stand_in_role.py FOLDER serve ROLE [--cpu-affinity LIST] [--set KEY=VALUE]...
 
 It writes its arguments and its end to FOLDER/<name>-<pid>, where tests read them. The setting `worker_id` gives its name;
 the file FOLDER/<name>.behaviour, if there is one, says what goes wrong: "dies" at once, "refuses" its settings,

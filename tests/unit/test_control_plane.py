@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 
+import aiohttp
 import pytest
 import uvicorn
 from starlette.applications import Starlette
@@ -129,6 +130,35 @@ def test_no_open_control_plane_without_a_key() -> None:
     for host, key in [("0.0.0.0", None), ("10.0.0.1", None), ("127.0.0.1", "short")]:  # noqa: S104
         with pytest.raises(ConfigError, match="cluster_key"):
             check_bind(host, key)
+
+
+async def test_a_cancel_that_comes_with_the_answer_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Swallowed, it left whoever reads the stream reading for ever, and its process unable to end."""
+    answered = asyncio.Event()
+
+    class Response:
+        status = 200
+
+        def close(self) -> None:
+            """Nothing was opened."""
+
+    async def post(*_: object, **__: object) -> Response:
+        await answered.wait()
+        return Response()
+
+    async def read(client: RpcClient) -> None:
+        async with client.stream("http://127.0.0.1:1", LOAD, 5):
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(aiohttp.ClientSession, "post", post)
+    async with RpcClient(KEY) as client:
+        reading = asyncio.create_task(read(client))
+        await asyncio.sleep(0.01)
+        answered.set()
+        await asyncio.sleep(0)
+        reading.cancel()
+        await asyncio.wait([reading], timeout=5)
+        assert reading.cancelled()
 
 
 async def test_a_dead_or_silent_peer_is_node_lost() -> None:

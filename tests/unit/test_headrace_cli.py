@@ -26,6 +26,8 @@ def test_every_command_teaches_by_example(capsys: pytest.CaptureFixture[str]) ->
         (["serve", "prefill", "--config", "/no/such/file.toml"], "cannot read"),
         (["up", "--decode", "0"], "at least one decode node"),
         (["up", "--port", "0", "--set", "x=1"], "begin with whose setting"),
+        (["up", "--cpu-affinity", "0,9999"], "asks for cores 9999; this process may use"),
+        (["serve", "decode", "--cpu-affinity", "9999"], "asks for cores 9999"),
         (["model", "/no/such/model"], "/no/such/model"),
     ],
 )

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from engine.runner import ScheduledChunk
-from engine.sampling.draw import Cuts, draw
 from engine.sampling.randomness import uniforms
 from engine.sampling.sampler import Sampler, first_argmax
 from engine.sampling.token_counts import TokenCounts
+from kernels.draw import Cuts, draw
 from protocol.errors import InternalError
 from protocol.ids import RequestId
 from protocol.sampling import SamplingParams

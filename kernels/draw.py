@@ -8,8 +8,9 @@ is a function of its logits, parameters and uniform number, whatever else is in 
 - weights are whole numbers, the likeliest token's being 2**30, so that float64 sums are exact in whatever order they are
   taken. A token 2**30 times less likely than the likeliest is never drawn.
 
-A full sort of the vocabulary costs several times more than finding its best few, so cuts are looked for among the best
-tokens first.
+A full sort of the vocabulary costs several times more than finding its best few. The reference looks for cuts among the
+best tokens first; C++ (native/draw.cpp) needs no sort at all. The two may differ in the last bit of an exponential, and
+so, once in many millions of draws, in a token.
 """
 
 import math
@@ -17,6 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+
+from kernels import native_library
 
 _LIKELIEST = 2.0**30
 _PREFIX_WIDTH = 128
@@ -26,7 +29,7 @@ _ELEMENTS_AT_ONCE_ON_CPU = 1 << 19
 
 @dataclass(frozen=True, slots=True)
 class Cuts:
-    """Of each row, which tokens are kept. 0, 1.0 and 0.0 keep all."""
+    """Of each row, which tokens are kept. 0, 1.0 and 0.0 keep all. The tensors are contiguous."""
 
     top_k: torch.Tensor  # [num_rows], int64
     top_p: torch.Tensor  # [num_rows], float64
@@ -42,10 +45,27 @@ class Cuts:
 
 
 def draw(logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor) -> torch.Tensor:
-    """Tokens, [num_rows] int64. `logits` ([num_rows, vocab_size], float32, finite or -inf) is overwritten.
+    """Tokens, [num_rows] int64. `logits` ([num_rows, vocab_size], float32, finite or -inf) may be overwritten.
 
     temperatures [num_rows] float32, positive; uniforms [num_rows] float64 in [0, 1).
     """
+    native = native_library.function("draw", logits)
+    if native is None:
+        return draw_reference(logits, temperatures, cuts, uniforms)
+    logits, temperatures, uniforms = logits.contiguous(), temperatures.contiguous(), uniforms.contiguous()
+    tokens = torch.empty(len(logits), dtype=torch.int64)
+    native(
+        *(logits.data_ptr(), temperatures.data_ptr()),
+        *(cuts.top_k.data_ptr(), cuts.top_p.data_ptr(), cuts.min_p.data_ptr()),
+        *(uniforms.data_ptr(), tokens.data_ptr(), *logits.shape, torch.get_num_threads()),
+    )
+    return tokens
+
+
+def draw_reference(
+    logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor
+) -> torch.Tensor:
+    """Specification of `draw`; overwrites logits."""
     rows_at_once = max(1, _ELEMENTS_AT_ONCE_ON_CPU // logits.shape[1]) if logits.is_cpu else max(1, len(logits))
     groups = [slice(start, start + rows_at_once) for start in range(0, len(logits), rows_at_once)]
     return torch.cat(
@@ -72,7 +92,7 @@ def _draw_group(logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, un
         part = scores[pending]
         floors, _ = _floors(_sorted_descending(part), mass[pending], cuts.take(pending), scores.shape[1])
         weights[pending] = weights[pending].masked_fill_(part < floors[:, None], 0.0)
-    rest = torch.cat(((~is_cut).nonzero().squeeze(1), pending))
+    rest = torch.cat(((~is_cut).nonzero().squeeze(1), pending)).sort().values
     if len(rest):
         tokens[rest] = _invert(_rows(weights, rest), uniforms[rest])
     return tokens
