@@ -1,4 +1,4 @@
-"""TorchRunner: a model of the Llama family behind the Runner seam.
+"""TorchRunner: a model behind the Runner seam.
 
 Life: `plan_layout` tells how large a KV block is; the node allocates (and registers) memory for some number of them;
 `build_torch_runner` loads the weights over it; `warm_up` runs the shapes that serving will; then `launch` is called, step
@@ -12,13 +12,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import islice
-from typing import Protocol
 
 import torch
 
-from engine.model.choice import load_fallback
+from engine.model.choice import Model, load_fallback
 from engine.model.config import is_native, read_model_config
-from engine.model.llama import LlamaModel, StepInputs
+from engine.model.llama import LlamaModel
 from engine.model.options import (
     TORCH_DTYPES,
     RunnerOptions,
@@ -33,7 +32,7 @@ from engine.runner import PENDING, ReadyStep, ScheduledChunk, StepPlan, StepResu
 from engine.sampling.sampler import Sampler
 from protocol.errors import ConfigError, HeadraceError
 from protocol.ids import RequestId
-from protocol.kv_layout import KVLayout, PageFormat
+from protocol.kv_layout import KVLayout
 from protocol.sampling import SamplingParams
 from protocol.tokens import SampledToken
 from runtime.models.model_files import ModelFiles
@@ -45,21 +44,11 @@ _WARM_UP_PREFILL = 256
 _WARM_UP_ROWS = (1, 4, 16)
 
 
-class Model(Protocol):
-    def forward(self, inputs: StepInputs, kv_cache: torch.Tensor, page_format: PageFormat) -> torch.Tensor:
-        """Write the step's keys and values into the cache; returns logits [num_rows, vocab_size] of the sampling rows,
-        float32."""
-        ...
-
-
 class TorchRunner:
     """Implements engine.runner.Runner. Not thread-safe: one step at a time."""
 
-    def __init__(
-        self, model: Model, vocab_size: int, layout: KVLayout, kv_cache: torch.Tensor, max_model_len: int
-    ) -> None:
+    def __init__(self, model: Model, layout: KVLayout, kv_cache: torch.Tensor, max_model_len: int) -> None:
         self._model = model
-        self._vocab_size = vocab_size
         self._layout = layout
         self._kv_cache = kv_cache  # [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]
         self._max_model_len = max_model_len
@@ -76,7 +65,7 @@ class TorchRunner:
 
     @property
     def vocab_size(self) -> int:
-        return self._vocab_size
+        return self._model.config.vocab_size
 
     @property
     def max_model_len(self) -> int:
@@ -175,7 +164,7 @@ def build_torch_runner(
             seed = options.seed if options.load_format == "dummy" else None
             scratch = partial(_kv_cache, layout, kv_memory=None, device=device)
             model = load_fallback(files, layout, max_model_len, device, seed, scratch, report)
-    return TorchRunner(model, files.vocab_size, layout, kv_cache, max_model_len)
+    return TorchRunner(model, layout, kv_cache, max_model_len)
 
 
 def _weight_source(

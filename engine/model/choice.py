@@ -7,19 +7,37 @@ The library is an optional dependency and takes seconds to import: nothing of it
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from engine.model.config import is_native, read_model_config
+from engine.model.llama import StepInputs
 from protocol.errors import ConfigError
-from protocol.kv_layout import KVLayout
+from protocol.kv_layout import KVLayout, PageFormat
 from runtime.models.model_files import ModelFiles
 
 if TYPE_CHECKING:
     from engine.model.fallback.model import TransformersModel
 
 _LIBRARY = "transformers"
+
+
+class _Vocabulary(Protocol):
+    @property
+    def vocab_size(self) -> int: ...
+
+
+class Model(Protocol):
+    """What a runner needs of either."""
+
+    @property
+    def config(self) -> _Vocabulary: ...
+
+    def forward(self, inputs: StepInputs, kv_cache: torch.Tensor, page_format: PageFormat) -> torch.Tensor:
+        """Write the step's keys and values into the cache; returns logits [num_rows, vocab_size] of the sampling rows,
+        float32. kv_cache is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim]."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

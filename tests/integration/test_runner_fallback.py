@@ -137,6 +137,15 @@ def test_greedy_equals_transformers(name: str, tmp_path: Path) -> None:
         assert logprobs == pytest.approx(reference_logprobs(reference, sequence.prompt, expected), abs=1e-3)
 
 
+def test_longrope_within_its_original_length(tmp_path: Path) -> None:
+    factors = {"short_factor": [1.0, 1.5] * 4, "long_factor": [2.0] * 8, "original_max_position_embeddings": 128}
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, **factors}
+    folder = write_model(Phi3Config(**GQA, rope_parameters=longrope), tmp_path / "phi3")
+    driver = Driver(build(folder, replace(OPTIONS, max_model_len=128)))
+    expected = greedy_reference(load_reference(folder), prompts()[1], NUM_TOKENS)
+    assert driver.generate(prompts()[1], NUM_TOKENS, chunk=CHUNK).output == expected
+
+
 @pytest.fixture(scope="module")
 def gemma3(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_model(CONFIGS["gemma3"], tmp_path_factory.mktemp("model") / "gemma3")

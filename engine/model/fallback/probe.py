@@ -58,9 +58,7 @@ def probe_shape(config: PretrainedConfig) -> ModelShape:
 def _run(model: PreTrainedModel, config: PretrainedConfig, route: Route, recorder: _CallRecorder) -> int:
     """One forward pass; returns the width of the logits."""
     if model._can_set_experts_implementation():
-        model.set_experts_implementation(
-            "batched_mm"
-        )  # the only way through experts that asks no tensor for its values
+        model.set_experts_implementation("batched_mm")  # the one that asks no tensor for its values
     tokens = torch.zeros(1, _NUM_TOKENS, dtype=torch.int64, device="meta")
     try:
         with torch.inference_mode(), attention_by(recorder, route):
@@ -76,6 +74,8 @@ def _shape(config: PretrainedConfig, route: Route, calls: list[AttentionCall], v
     num_layers = int(config.num_hidden_layers)
     if [call.layer for call in calls] != list(range(num_layers)):
         raise refusal(config, f"{len(calls)} attention calls for {num_layers} layers: it must be one each, in order")
+    if vocab_size != config.vocab_size:
+        raise refusal(config, f"its logits are of {vocab_size} tokens, its vocabulary of {config.vocab_size}")
     shapes = {(call.key.shape[1], call.key.shape[3], call.value.shape[1], call.value.shape[3]) for call in calls}
     if len(shapes) > 1:
         raise refusal(config, "its layers differ in KV heads or head dimension")

@@ -7,20 +7,19 @@ that is read off the rule that the library would have made each layer's mask by.
 """
 
 from dataclasses import replace
-from typing import Protocol
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
+from engine.model.choice import Model
 from engine.model.fallback.attention import MASKED, AttentionCall, MaskRule, Route, RuledMask, attention_by
 from engine.model.fallback.probe import ModelShape
 from engine.model.fallback.settings import LIBRARY_ERRORS, first_line, refusal
-from engine.model.llama import StepInputs
 from engine.model.step_inputs import build_step_inputs
 from engine.runner import ScheduledChunk
 from protocol.errors import ConfigError
 from protocol.ids import RequestId
-from protocol.kv_layout import KVLayout, PageFormat
+from protocol.kv_layout import KVLayout
 from protocol.sampling import SamplingParams
 
 _CHUNKS = ((6, 4), (4, 2))
@@ -28,10 +27,6 @@ _CHUNKS = ((6, 4), (4, 2))
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 """Norm of the difference of two rows of logits, relative to the norm of the row, at most, in the median of a chunk.
 Rounding stays far below; attention that sees the wrong tokens is beyond 0.5."""
-
-
-class _Model(Protocol):
-    def forward(self, inputs: StepInputs, kv_cache: torch.Tensor, page_format: PageFormat) -> torch.Tensor: ...
 
 
 class _MaskRecorder:
@@ -87,7 +82,7 @@ class SelfCheck:
         self._check_cache(windows, max_model_len)
         return windows
 
-    def compare(self, model: _Model, kv_cache: torch.Tensor) -> None:
+    def compare(self, model: Model, kv_cache: torch.Tensor) -> None:
         """Raises ConfigError unless the model's logits are those of the library."""
         starts = [0] * len(self._prompts)
         for step in range(len(_CHUNKS[0])):
