@@ -55,6 +55,7 @@ def plan_engine(config: NodeConfig) -> EnginePlan:
     files = resolve_model(config.model.model, progress=log.info)
     options = RunnerOptions(
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
         device="cpu",  # transports move blocks between host memories
         load_format=config.model.load_format,
         block_size=config.cache.block_size,

@@ -154,7 +154,7 @@ def build_torch_runner(
     kv_cache = _kv_cache(layout, options.num_blocks, kv_memory, device)
     source = _weight_source(files, options, TORCH_DTYPES[layout.dtype], device, progress or _silent)
     with torch.inference_mode():
-        model = LlamaModel.load(read_model_config(files.config_path), source, max_model_len)
+        model = LlamaModel.load(read_model_config(files.config_path), source, max_model_len, options.quantization)
     return TorchRunner(model, layout, kv_cache, max_model_len)
 
 

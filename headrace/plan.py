@@ -29,6 +29,7 @@ class UpOptions:
     port: int = 8000
     transport: str | None = None
     dtype: str | None = None
+    quantization: str | None = None
     load_format: str | None = None
     threads: int = 0
     max_model_len: int | None = None
@@ -115,6 +116,7 @@ def _node_settings(name: str, threads: int, options: UpOptions) -> dict[str, obj
             "model.model": options.model,
             "model.served_name": options.served_name,
             "model.dtype": options.dtype,
+            "model.quantization": options.quantization,
             "model.load_format": options.load_format,
             "model.max_model_len": options.max_model_len,
             "cache.memory": options.kv_memory,

@@ -63,6 +63,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     nodes.add_argument("--router", action="append", metavar="URL", help="a router's control URL; may be repeated")
     nodes.add_argument("--transport", choices=get_args(TransportKind), help="how KV blocks move")
     nodes.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
+    nodes.add_argument("--quantization", help="none, or int8 for weights of a byte each (CPU)")
     nodes.add_argument("--threads", help="compute threads; 0: one for each core the process may use")
     nodes.add_argument("--kv-memory", metavar="SIZE", help='memory for the KV cache, such as "8GiB"')
     add_set_flag(parser, "cache.block_size=32")
@@ -102,6 +103,7 @@ def _overrides(options: argparse.Namespace) -> dict[str, object]:
         "routers": options.router,
         "transfer.transport": options.transport,
         "model.dtype": options.dtype,
+        "model.quantization": options.quantization,
         "model.threads": options.threads,
         "cache.memory": options.kv_memory,
     }

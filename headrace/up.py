@@ -70,6 +70,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     what.add_argument("--model", default=DEFAULT_MODEL, help="built-in name, Hugging Face folder, .gguf file or hub id")
     what.add_argument("--served-name", help="what clients call the model")
     what.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
+    what.add_argument("--quantization", help="none, or int8 for weights of a byte each (CPU)")
     what.add_argument("--load-format", help="auto, or dummy for random weights")
     what.add_argument("--max-model-len", type=int, metavar="TOKENS", help="longest prompt plus output")
     where = parser.add_argument_group("where")
@@ -170,6 +171,7 @@ def _options(arguments: argparse.Namespace) -> UpOptions:
         port=arguments.port,
         transport=arguments.transport,
         dtype=arguments.dtype,
+        quantization=arguments.quantization,
         load_format=arguments.load_format,
         threads=arguments.threads,
         max_model_len=arguments.max_model_len,

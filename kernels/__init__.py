@@ -1,14 +1,15 @@
 """The arithmetic of a transformer step: one operation a file, torch tensors in, torch tensors out.
 
 Every operation has a plain torch reference, which is its specification and runs on any device, and, where it pays, a
-native CPU path in C++ (`native/`, built and loaded by `native_library`). Operations are for inference: they record no
-gradients.
+native CPU path in C++ (`native/`, built and loaded by `native_library`) and a Triton one for GPUs (`gpu/`). Operations are
+for inference: they record no gradients.
 
 | file | operation |
 | --- | --- |
 | attention_batch | `AttentionBatch`: which query tokens belong to which sequence, and where its KV blocks lie |
 | paged_attention | `paged_attention`: decode rows and prefill chunks over the paged KV cache, in one call |
 | kv_cache | the shape of the paged KV cache, checked and described to C++ |
+| kv_scales | `KVScales`: what the keys and values of a quantised cache were divided by |
 | kv_write | `write_kv`: store this step's keys and values in their cache slots |
 | rotary | `apply_rotary`, and `rope_and_write_kv`, which rotates and stores in one pass |
 | rms_norm | `rms_norm`, and `fused_add_rms_norm`, which adds the residual first |

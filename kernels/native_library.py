@@ -31,6 +31,7 @@ _FLAGS = (
 )
 _BUILD_TIMEOUT_S = 300.0
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16"}
+_PACKED_ALSO = {torch.int8: "i8"}  # a type of weights only
 _POINTER, _INT64, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_float
 _CACHE_VIEW = ctypes.POINTER(CacheView)
 _SIGNATURES: dict[str, tuple[Any, ...]] = {  # as native/ declares them; ctypes has no public type for its types
@@ -38,9 +39,11 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # as native/ declares them; ctypes 
     "silu_and_mul": (*[_POINTER] * 2, _INT64, _INT64, _INT),
     "rope_and_write_kv": (*[_POINTER] * 8, *[_INT64] * 6, _CACHE_VIEW, _INT),
     "paged_attention": (*[_POINTER] * 6, *[_INT64] * 5, _FLOAT, _INT64, _CACHE_VIEW, _INT),
-    "pack_weight": (*[_POINTER] * 2, _INT64, _INT64, _INT),
-    "linear": (*[_POINTER] * 4, *[_INT64] * 3, _INT),
-    "linear_wide": (*[_POINTER] * 4, *[_INT64] * 3, _INT),
+    "pack_weight": (*[_POINTER] * 3, _INT),
+    "linear": (*[_POINTER] * 3, _INT64, _INT),
+    "llama_scratch": (_POINTER, _INT64, _INT64, _POINTER),
+    "llama_step": (_POINTER, _POINTER, _INT),
+    "linear_wide": (*[_POINTER] * 3, _INT64, _INT),
     "draw": (*[_POINTER] * 7, *[_INT64] * 2, _INT),
 }
 _DTYPES = {"draw": (torch.float32,)}  # of functions that do not come in all of them
@@ -153,8 +156,9 @@ def _load() -> _Loaded:
     describe.restype = ctypes.c_char_p
     functions: dict[tuple[str, torch.dtype], NativeFunction] = {}
     for name, argument_types in _SIGNATURES.items():
-        for dtype in _DTYPES.get(name, tuple(_SUFFIXES)):
-            symbol = library[f"headrace_{name}_{_SUFFIXES[dtype]}"]
+        suffixes = {**_SUFFIXES, **(_PACKED_ALSO if name == "pack_weight" else {})}
+        for dtype in _DTYPES.get(name, tuple(suffixes)):
+            symbol = library[f"headrace_{name}_{suffixes[dtype]}"]
             symbol.argtypes, symbol.restype = argument_types, ctypes.c_int
             functions[name, dtype] = symbol
     return _Loaded(NativeStatus(True, f"loaded {path}", describe().decode()), functions)
@@ -172,6 +176,11 @@ def status() -> NativeStatus:
 def function(name: str, tensor: torch.Tensor) -> NativeFunction | None:
     """The C++ function of this name for the tensor's dtype; None where its device, dtype or the machine has none."""
     return _load().functions.get((name, tensor.dtype)) if tensor.is_cpu else None
+
+
+def packer(dtype: torch.dtype) -> NativeFunction:
+    """The C++ function that packs weights of this type; only where the library is available."""
+    return _load().functions["pack_weight", dtype]
 
 
 def raise_for_status(status_code: int) -> None:

@@ -18,6 +18,10 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """Normalise x ([..., size]) over its last dimension and scale it with weight ([size])."""
+    if x.is_cuda and weight.dtype == x.dtype:
+        from kernels.gpu import rms_norm as gpu  # needs Triton, which a machine without a GPU need not have
+
+        return gpu.rms_norm(x, _checked_weight(x, weight), eps)
     native = native_library.function("rms_norm", x)
     if native is None or weight.dtype != x.dtype:
         return rms_norm_reference(x, weight, eps)
@@ -42,6 +46,10 @@ def fused_add_rms_norm(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Add x to the residual, then normalise: returns (normed, new_residual), both new tensors of x's shape."""
+    if x.is_cuda and weight.dtype == residual.dtype == x.dtype and residual.shape == x.shape:
+        from kernels.gpu import rms_norm as gpu  # needs Triton, which a machine without a GPU need not have
+
+        return gpu.fused_add_rms_norm(x, residual, _checked_weight(x, weight), eps)
     native = native_library.function("rms_norm", x)
     if native is None or not weight.dtype == residual.dtype == x.dtype:
         return fused_add_rms_norm_reference(x, residual, weight, eps)

@@ -9,7 +9,8 @@ the width of Hugging Face's, whose two halves are equal). The arithmetic is floa
 import torch
 
 from kernels import native_library
-from kernels.kv_cache import layer_pointer, native_view
+from kernels.kv_cache import PageFormat, layer_pointer, native_view
+from kernels.kv_scales import UNSCALED, KVScales
 from kernels.kv_write import check_key_value, dense_heads, write_kv
 
 
@@ -28,6 +29,23 @@ def _check(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> None:
         raise ValueError(f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit {tuple(x.shape)}")
 
 
+def _check_step(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    kv_cache: torch.Tensor,
+    layer: int,
+    slots: torch.Tensor,
+    page_format: PageFormat,
+) -> None:
+    _check(query, cos, sin)
+    check_key_value(key, value, kv_cache, layer, slots, page_format)
+    if query.shape[0] != key.shape[0] or query.shape[2] != key.shape[2]:
+        raise ValueError(f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}")
+
+
 def apply_rotary(
     query: torch.Tensor, key: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,10 +62,12 @@ def rope_and_write_kv_reference(
     kv_cache: torch.Tensor,
     layer: int,
     slots: torch.Tensor,
+    page_format: PageFormat = "plain",
+    scales: KVScales = UNSCALED,
 ) -> torch.Tensor:
     """Specification of `rope_and_write_kv`: `apply_rotary`, then `write_kv`."""
     rotated_query, rotated_key = apply_rotary(query, key, cos, sin)
-    write_kv(rotated_key, value, kv_cache, layer, slots)
+    write_kv(rotated_key, value, kv_cache, layer, slots, page_format, scales)
     return rotated_query
 
 
@@ -60,18 +80,23 @@ def rope_and_write_kv(
     kv_cache: torch.Tensor,
     layer: int,
     slots: torch.Tensor,
+    page_format: PageFormat = "plain",
+    scales: KVScales = UNSCALED,
 ) -> torch.Tensor:
     """Rotate query and key, store the rotated key and the value in their slots; returns the rotated query, contiguous.
 
     Query, key and value may be slices of one fused projection. Raises as `write_kv` does.
     """
+    if query.is_cuda:
+        from kernels.gpu import rope_kv_write  # needs Triton, which a machine without a GPU need not have
+
+        _check_step(query, key, value, cos, sin, kv_cache, layer, slots, page_format)
+        query, key, value = dense_heads(query), dense_heads(key), dense_heads(value)
+        return rope_kv_write.rope_and_write_kv(query, key, value, cos, sin, kv_cache, layer, slots, scales)
     native = native_library.function("rope_and_write_kv", query)
-    if native is None or not kv_cache.dtype == key.dtype == value.dtype == query.dtype:
-        return rope_and_write_kv_reference(query, key, value, cos, sin, kv_cache, layer, slots)
-    _check(query, cos, sin)
-    check_key_value(key, value, kv_cache, layer, slots)
-    if query.shape[0] != key.shape[0] or query.shape[2] != key.shape[2]:
-        raise ValueError(f"query {tuple(query.shape)} does not fit key {tuple(key.shape)}")
+    if native is None or not kv_cache.dtype == key.dtype == value.dtype == query.dtype or scales != UNSCALED:
+        return rope_and_write_kv_reference(query, key, value, cos, sin, kv_cache, layer, slots, page_format, scales)
+    _check_step(query, key, value, cos, sin, kv_cache, layer, slots, page_format)
     num_tokens, num_heads, head_dim = query.shape
     query, key, value, slots = dense_heads(query), dense_heads(key), dense_heads(value), slots.contiguous()
     cos, sin = cos.float().contiguous(), sin.float().contiguous()
@@ -80,7 +105,7 @@ def rope_and_write_kv(
         *(query.data_ptr(), key.data_ptr(), value.data_ptr(), cos.data_ptr(), sin.data_ptr(), rotated.data_ptr()),
         *(layer_pointer(kv_cache, layer), slots.data_ptr(), num_tokens, num_heads),
         *(query.stride(0), key.stride(0), value.stride(0), cos.shape[1]),
-        *(native_view(kv_cache), torch.get_num_threads()),
+        *(native_view(kv_cache, page_format), torch.get_num_threads()),
     )
     native_library.raise_for_status(status)
     return rotated

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 
 from engine.model.config import read_model_config
+from kernels.linear import Quantization
 from protocol.errors import ConfigError
 from protocol.kv_layout import KVDtype, KVLayout
 from runtime.models.model_digest import config_digest, model_digest
@@ -28,10 +29,12 @@ class RunnerOptions:
     holds that the runner is given. `seed` is of dummy weights.
 
     `dtype` "auto" is bfloat16 where the device multiplies it natively, else float32 (on CUDA: float16). The KV cache has
-    the same dtype, so nodes that exchange KV but differ here must be told one.
+    the same dtype, so nodes that exchange KV but differ here must be told one. `quantization` is of the weights; keys and
+    values depend on them, so such nodes must agree on it too.
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantization: Quantization = "none"
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     block_size: int = 16
@@ -61,6 +64,12 @@ def resolve_dtype(options: RunnerOptions) -> KVDtype:
     return "bfloat16" if _cpu_multiplies_bf16() else "float32"
 
 
+def check_quantization(options: RunnerOptions) -> None:
+    """Raises ConfigError for int8 on CUDA, which has no kernels for it."""
+    if options.quantization != "none" and resolve_device(options).type == "cuda":
+        raise ConfigError(f"quantization {options.quantization} needs device cpu", param="quantization")
+
+
 def resolve_max_model_len(files: ModelFiles, options: RunnerOptions) -> int:
     """Raises ConfigError for more than the model was made for: positions beyond were never trained."""
     if options.max_model_len > files.max_model_len:
@@ -73,6 +82,7 @@ def plan_layout(files: ModelFiles, options: RunnerOptions) -> KVLayout:
 
     Raises ConfigError where the model or an option is not supported.
     """
+    check_quantization(options)
     config = read_model_config(files.config_path)
     dummy = options.load_format == "dummy"
     return KVLayout(
@@ -84,6 +94,7 @@ def plan_layout(files: ModelFiles, options: RunnerOptions) -> KVLayout:
         head_dim=config.head_dim,
         block_size=options.block_size,
         rope=config.rope.canonical_text(),
+        quantization=options.quantization,
     )
 
 

@@ -18,14 +18,15 @@ inline int threads_for(int64_t elements, int threads) {
     return (int)std::clamp<int64_t>(elements / kElementsPerThread, 1, threads);
 }
 
-// Where one layer of the paged KV cache lies. Strides are in elements; a value stands value_offset after its key.
+// Where one layer of the paged KV cache lies, and how a page (the keys or the values of one block and head) stores its
+// tokens: plain or tiled (pages.h). Strides are in elements; a value page stands value_offset after its key page.
 struct CacheView {
     int64_t num_blocks, block_size, num_kv_heads, head_dim;
     int64_t block_stride, value_offset, head_stride, token_stride;
+    int64_t tiled;
 
-    int64_t token_offset(int64_t block, int64_t head, int64_t offset_in_block) const {
-        return block * block_stride + head * head_stride + offset_in_block * token_stride;
-    }
+    int64_t page_offset(int64_t block, int64_t head) const { return block * block_stride + head * head_stride; }
+    int64_t num_slots() const { return num_blocks * block_size; }
 };
 
 }  // namespace headrace

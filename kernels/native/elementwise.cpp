@@ -1,8 +1,6 @@
-// RMS normalisation and the SwiGLU gate: one pass over each row, rows shared among threads.
-#include <cmath>
-
+// RMS normalisation and the SwiGLU gate as calls of their own, rows shared among threads.
 #include "api.h"
-#include "simd.h"
+#include "rows.h"
 
 namespace headrace {
 namespace {
@@ -13,22 +11,14 @@ void rms_norm_rows(const T* x, const T* residual, const T* weight, T* normed, T*
 #pragma omp parallel for num_threads(threads_for(rows * size, threads)) schedule(static)
     for (int64_t row = 0; row < rows; ++row) {
         const T* source = x + row * size;
-        f32x16 squares = {};
-        for (int64_t i = 0; i < size; i += kLanes) {
-            f32x16 value = load(source + i, size - i);
-            if (residual) {
-                value = round_to<T>(value + load(residual + row * size + i, size - i));
-                store(new_residual + row * size + i, value, size - i);
+        if (residual) {
+            T* total = new_residual + row * size;
+            for (int64_t i = 0; i < size; i += kLanes) {
+                store(total + i, load(source + i, size - i) + load(residual + row * size + i, size - i), size - i);
             }
-            squares += value * value;
+            source = total;
         }
-        if (residual) source = new_residual + row * size;
-        const float factor = 1.0f / std::sqrt(sum(squares) / size + eps);
-        for (int64_t i = 0; i < size; i += kLanes) {
-            // Rounded before the weight is applied: the order of transformers' LlamaRMSNorm.
-            const f32x16 value = round_to<T>(load(source + i, size - i) * factor);
-            store(normed + row * size + i, value * load(weight + i, size - i), size - i);
-        }
+        rms_norm_row(source, weight, normed + row * size, size, eps);
     }
 }
 
@@ -39,9 +29,8 @@ void silu_and_mul_rows(const T* gate_up, T* out, int64_t rows, int64_t size, int
         const T* gate = gate_up + row * 2 * size;
         const T* up = gate + size;
         for (int64_t i = 0; i < size; i += kLanes) {
-            const f32x16 value = load(gate + i, size - i);
-            const f32x16 silu = round_to<T>(value / (1.0f + exp(-value)));
-            store(out + row * size + i, silu * load(up + i, size - i), size - i);
+            const f32x16 product = silu_times<T>(load(gate + i, size - i), load(up + i, size - i));
+            store(out + row * size + i, product, size - i);
         }
     }
 }

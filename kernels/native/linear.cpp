@@ -1,73 +1,82 @@
-// Linear layers over a weight packed once: [out_features / 32] panels of [in_features in words][32], zero-padded.
+// Packing of weights, and linear layers as calls of their own.
 #include <sys/mman.h>
 
-#include "api.h"
-#include "panel.h"
+#include <vector>
+
+#include "linear.h"
 
 namespace headrace {
 namespace {
 
-constexpr int64_t kRowBlockBytes = 256 << 10;  // rows of x that stay in a core's L2 while panels stream past
-
-template <typename T>
-void pack_weight(const T* weight, word* packed, int64_t out_features, int64_t in_features, int threads) {
-    const int64_t words = words_in<T>(in_features);
-    const int64_t panels = (out_features + kPanelColumns - 1) / kPanelColumns;
-    const int64_t bytes = panels * words * kPanelColumns * (int64_t)sizeof(word);
-    // One row streams the whole weight: huge pages spare the address translation. A hint, so its failure is none.
+// One row streams the whole weight: huge pages spare the address translation. A hint, so its failure is none.
+void advise_huge_pages(void* memory, int64_t bytes) {
     constexpr uintptr_t kHugePage = 2 << 20;
-    const uintptr_t first = ((uintptr_t)packed + kHugePage - 1) & ~(kHugePage - 1);
-    const uintptr_t last = ((uintptr_t)packed + bytes) & ~(kHugePage - 1);
+    const uintptr_t first = ((uintptr_t)memory + kHugePage - 1) & ~(kHugePage - 1);
+    const uintptr_t last = ((uintptr_t)memory + bytes) & ~(kHugePage - 1);
     if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
+}
+
+// One group of an int8 panel begins with what takes the activations' zero point out of the sums again.
+void write_corrections(const word* const* rows, int64_t words, word* target) {
+    for (int column = 0; column < kPanelColumns; ++column) {
+        const int8_t* weights = (const int8_t*)rows[column];
+        int32_t total = 0;
+        for (int64_t i = 0; i < words * (int64_t)sizeof(word); ++i) total += weights[i];
+        target[column] = (uint32_t)(-kZeroPoint * total);
+    }
+}
+
+// `weight` is [rows][words]: out_features rows, or with a gate twice as many. Columns beyond the last repeat it.
+template <typename W>
+void pack_weight(const word* weight, word* packed, const LinearWeight& shape, int threads) {
+    const int64_t words = words_in<W>(shape.in_features), size = panel_words<W>(shape.in_features);
+    const int64_t panels = shape.panels(), last = shape.out_features - 1;
+    advise_huge_pages(packed, panels * size * (int64_t)sizeof(word));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t panel = 0; panel < panels; ++panel) {
-        word* target = packed + panel * words * kPanelColumns;
         const word* rows[kPanelColumns];
-        const int64_t first_row = panel * kPanelColumns;
         for (int64_t i = 0; i < kPanelColumns; ++i) {
-            const int64_t row = first_row + i < out_features ? first_row + i : out_features - 1;
-            rows[i] = (const word*)(weight + row * in_features);
+            const int64_t in_gate = std::min(panel * kLanes + i % kLanes, last);
+            const int64_t row = shape.gated ? in_gate + (i < kLanes ? 0 : shape.out_features)
+                                            : std::min(panel * kPanelColumns + i, last);
+            rows[i] = weight + row * words;
         }
-        pack_panel(rows, words, target);
+        word* target = packed + panel * size;
+        const int64_t step = sizeof(W) == 1 ? words_in<W>(kScaleGroup) : words;
+        for (int64_t first = 0; first < words; first += step) {
+            const int64_t count = std::min(step, words - first);
+            if (sizeof(W) == 1) {
+                write_corrections(rows, count, target);
+                target += kPanelColumns;
+            }
+            pack_panel(rows, count, target);
+            target += count * kPanelColumns;
+            for (const word*& row : rows) row += count;
+        }
     }
 }
 
 template <typename T, typename Out>
-void linear_block(const T* x, const word* panel, const T* bias, Out* out, int64_t rows, int64_t in_features,
-                  int64_t out_features, int64_t column) {
-    const int64_t words = words_in<T>(in_features), columns = out_features - column;
-    f32x16 start[2] = {};
-    if (bias) {
-        start[0] = load(bias + column, columns);
-        if (columns > kLanes) start[1] = load(bias + column + kLanes, columns - kLanes);
+void linear(const T* x, const LinearWeight& weight, Out* out, int64_t rows, int threads) {
+    std::vector<uint8_t> bytes;
+    std::vector<float> scales;
+    if (weight.is_int8()) {
+        bytes.resize(rows * words_in<int8_t>(weight.in_features) * sizeof(word));
+        scales.resize(rows * groups_in(weight.in_features));
     }
-    for_row_tiles(rows, [&](auto tile_rows, int64_t first_row) {
-        f32x16 sums[tile_rows][2];
-        for (auto& row : sums) row[0] = start[0], row[1] = start[1];
-        multiply_panel<T>(sums, (const word*)(x + first_row * in_features), words, panel, words);
-        for (int row = 0; row < tile_rows; ++row) {
-            Out* target = out + (first_row + row) * out_features + column;
-            store(target, sums[row][0], columns);
-            if (columns > kLanes) store(target + kLanes, sums[row][1], columns - kLanes);
-        }
-    });
-}
-
-template <typename T, typename Out>
-void linear(const T* x, const word* packed, const T* bias, Out* out, int64_t rows, int64_t in_features,
-            int64_t out_features, int threads) {
-    const int64_t panels = (out_features + kPanelColumns - 1) / kPanelColumns;
-    const int64_t panel_words = words_in<T>(in_features) * kPanelColumns;
-    const int64_t fitting = kRowBlockBytes / (in_features * (int64_t)sizeof(T)) / kRowTile * kRowTile;
-    const int64_t block_rows = std::max<int64_t>(fitting, kRowTile);
-    const int64_t blocks = (rows + block_rows - 1) / block_rows;
-#pragma omp parallel for num_threads(threads) schedule(static) collapse(2)
-    for (int64_t block = 0; block < blocks; ++block) {
-        for (int64_t panel = 0; panel < panels; ++panel) {
-            const int64_t first_row = rows * block / blocks, end_row = rows * (block + 1) / blocks;  // equal shares
-            linear_block(x + first_row * in_features, packed + panel * panel_words, bias,
-                         out + first_row * out_features, end_row - first_row, in_features, out_features,
-                         panel * kPanelColumns);
+    const QuantizedRows room{bytes.data(), scales.data()};
+    Barrier barrier;
+#pragma omp parallel num_threads(threads)
+    {
+        const Team team = Team::of_region(&barrier);
+        if constexpr (std::is_same_v<T, Out>) {
+            if (weight.gated) {
+                apply_linear(team, weight, x, rows, room, GateTo<T>{out, weight.out_features});
+            } else {
+                apply_linear(team, weight, x, rows, room, StoreTo<T>{out, weight.out_features});
+            }
+        } else {
+            apply_linear(team, weight, x, rows, room, StoreTo<Out>{out, weight.out_features});
         }
     }
 }
@@ -75,20 +84,22 @@ void linear(const T* x, const word* packed, const T* bias, Out* out, int64_t row
 }  // namespace
 }  // namespace headrace
 
-#define DEFINE_LINEAR(NAME, T, OUT)                                                                                  \
-    extern "C" int headrace_##NAME(const void* x, const void* packed, const void* bias, void* out, int64_t rows,     \
-                                   int64_t in_features, int64_t out_features, int threads) {                         \
-        headrace::linear((const T*)x, (const headrace::word*)packed, (const T*)bias, (OUT*)out, rows, in_features,   \
-                         out_features, threads);                                                                     \
-        return headrace::kOk;                                                                                        \
+#define DEFINE_LINEAR(NAME, T, OUT)                                                                                 \
+    extern "C" int headrace_##NAME(const void* x, const headrace::LinearWeight* weight, void* out, int64_t rows,    \
+                                   int threads) {                                                                   \
+        headrace::linear((const T*)x, *weight, (OUT*)out, rows, threads);                                           \
+        return headrace::kOk;                                                                                       \
     }
-#define DEFINE(SUFFIX, T)                                                                                            \
-    extern "C" int headrace_pack_weight_##SUFFIX(const void* weight, void* packed, int64_t out_features,             \
-                                                 int64_t in_features, int threads) {                                 \
-        headrace::pack_weight((const T*)weight, (headrace::word*)packed, out_features, in_features, threads);        \
-        return headrace::kOk;                                                                                        \
-    }                                                                                                                \
-    DEFINE_LINEAR(linear_##SUFFIX, T, T)                                                                             \
-    DEFINE_LINEAR(linear_wide_##SUFFIX, T, float)
-DEFINE(f32, float)
-DEFINE(bf16, headrace::bf16)
+#define DEFINE_PACK(SUFFIX, W)                                                                                      \
+    extern "C" int headrace_pack_weight_##SUFFIX(const void* weight, void* packed,                                  \
+                                                 const headrace::LinearWeight* shape, int threads) {                \
+        headrace::pack_weight<W>((const headrace::word*)weight, (headrace::word*)packed, *shape, threads);          \
+        return headrace::kOk;                                                                                       \
+    }
+DEFINE_LINEAR(linear_f32, float, float)
+DEFINE_LINEAR(linear_wide_f32, float, float)
+DEFINE_LINEAR(linear_bf16, headrace::bf16, headrace::bf16)
+DEFINE_LINEAR(linear_wide_bf16, headrace::bf16, float)
+DEFINE_PACK(f32, float)
+DEFINE_PACK(bf16, headrace::bf16)
+DEFINE_PACK(i8, int8_t)

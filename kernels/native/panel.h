@@ -1,8 +1,9 @@
 // The one matrix-product kernel, behind linear layers and attention alike: rows of x times a packed panel.
 //
-// Everything is counted in *words* of 32 bits along the summed dimension: one float, or a pair of neighbouring
-// bfloat16 values, which AVX-512 multiplies and adds in one instruction. A panel is [words][32 columns] words. One
-// word of x, broadcast, meets 32 columns at a time, so no sum ever runs across lanes.
+// Everything is counted in *words* of 32 bits along the summed dimension: one float, a pair of neighbouring bfloat16
+// values or four int8, which AVX-512 multiplies and adds in one instruction. A panel is [words][32 columns] words. One
+// word of x, broadcast, meets 32 columns at a time, so no sum ever runs across lanes, and what a row's sums are does not
+// depend on the rows beside it.
 #pragma once
 
 #include <type_traits>
@@ -24,7 +25,7 @@ using word = uint32_t __attribute__((may_alias, aligned(2)));
 
 template <typename T>
 constexpr int64_t words_in(int64_t elements) {
-    return elements * (int64_t)sizeof(T) / (int64_t)sizeof(word);
+    return (elements * (int64_t)sizeof(T) + (int64_t)sizeof(word) - 1) / (int64_t)sizeof(word);
 }
 
 inline u32x16 load_words(const word* from) {
@@ -35,9 +36,18 @@ inline u32x16 load_words(const word* from) {
 
 inline void store_words(word* to, u32x16 value) { std::memcpy(to, &value, sizeof value); }
 
+template <typename T>
+struct SumOf {
+    using type = f32x16;
+};
+template <>
+struct SumOf<int8_t> {
+    using type = i32x16;
+};
+
 // sums + columns * x for each of 16 columns, where x is one word in all lanes.
 template <typename T>
-inline f32x16 multiply_add(f32x16 sums, u32x16 columns, u32x16 x);
+inline typename SumOf<T>::type multiply_add(typename SumOf<T>::type sums, u32x16 columns, u32x16 x);
 
 template <>
 inline f32x16 multiply_add<float>(f32x16 sums, u32x16 columns, u32x16 x) {
@@ -55,23 +65,59 @@ inline f32x16 multiply_add<bf16>(f32x16 sums, u32x16 columns, u32x16 x) {
 #endif
 }
 
-// sums[row][0..1] += x[row] * panel, for Rows rows of x that stand x_stride words apart. Summed in slices: one running
-// sum over thousands of products would lose two bits of float32 against a library's matrix product.
-template <typename T, int Rows>
-[[gnu::always_inline]] inline void multiply_panel(f32x16 (&sums)[Rows][2], const word* x, int64_t x_stride,
-                                                  const word* panel, int64_t words) {
-    for (int64_t first = 0; first < words; first += kSliceWords) {
-        const int64_t end = first + kSliceWords < words ? first + kSliceWords : words;
-        f32x16 slice[Rows][2] = {};
-        for (int64_t w = first; w < end; ++w, panel += kPanelColumns) {
-            const u32x16 left = load_words(panel), right = load_words(panel + kLanes);
+// Columns are signed bytes, x unsigned ones.
+template <>
+inline i32x16 multiply_add<int8_t>(i32x16 sums, u32x16 columns, u32x16 x) {
+#ifdef __AVX512VNNI__
+    return (i32x16)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)x, (__m512i)columns);
+#else
+    sums += ((i32x16)columns >> 24) * (i32x16)(x >> 24);
+    sums += ((i32x16)(columns << 8) >> 24) * (i32x16)(x >> 16 & 255);
+    sums += ((i32x16)(columns << 16) >> 24) * (i32x16)(x >> 8 & 255);
+    return sums + ((i32x16)(columns << 24) >> 24) * (i32x16)(x & 255);
+#endif
+}
+
+// Memory that will be read next, fetched into the L2 while a panel is multiplied: `step` bytes for each of its words.
+struct Ahead {
+    const char* next;
+    int64_t step;
+
+    void fetch() {
+        __builtin_prefetch(next, 0, 2);
+        next += step;
+    }
+};
+struct NothingAhead {
+    void fetch() {}
+};
+
+// sums[row][0..1] += x[row] * panel over some words, for Rows rows of x that stand x_stride words apart.
+template <typename T, int Rows, typename Prefetch>
+[[gnu::always_inline]] inline void multiply_slice(typename SumOf<T>::type (&sums)[Rows][2], const word* x,
+                                                  int64_t x_stride, const word* panel, int64_t words,
+                                                  Prefetch& prefetch) {
+    for (int64_t w = 0; w < words; ++w, panel += kPanelColumns) {
+        prefetch.fetch();
+        const u32x16 left = load_words(panel), right = load_words(panel + kLanes);
 #pragma GCC unroll 12
-            for (int row = 0; row < Rows; ++row) {
-                const u32x16 broadcast = u32x16{} + x[row * x_stride + w];
-                slice[row][0] = multiply_add<T>(slice[row][0], left, broadcast);
-                slice[row][1] = multiply_add<T>(slice[row][1], right, broadcast);
-            }
+        for (int row = 0; row < Rows; ++row) {
+            const u32x16 broadcast = u32x16{} + x[row * x_stride + w];
+            sums[row][0] = multiply_add<T>(sums[row][0], left, broadcast);
+            sums[row][1] = multiply_add<T>(sums[row][1], right, broadcast);
         }
+    }
+}
+
+// The same over a whole panel, in slices: one running sum over thousands of products would lose two bits of float32
+// against a library's matrix product.
+template <typename T, int Rows, typename Prefetch = NothingAhead>
+[[gnu::always_inline]] inline void multiply_panel(f32x16 (&sums)[Rows][2], const word* x, int64_t x_stride,
+                                                  const word* panel, int64_t words, Prefetch prefetch = {}) {
+    for (int64_t first = 0; first < words; first += kSliceWords) {
+        const int64_t count = words - first < kSliceWords ? words - first : kSliceWords;
+        f32x16 slice[Rows][2] = {};
+        multiply_slice<T>(slice, x + first, x_stride, panel + first * kPanelColumns, count, prefetch);
         for (int row = 0; row < Rows; ++row) sums[row][0] += slice[row][0], sums[row][1] += slice[row][1];
     }
 }

@@ -88,7 +88,13 @@ inline f32x16 round_to(f32x16 value) {
 template <>
 inline f32x16 round_to<float>(f32x16 value) { return value; }
 
-inline f32x16 maximum(f32x16 a, f32x16 b) { return a > b ? a : b; }
+inline f32x16 maximum(f32x16 a, f32x16 b) {
+#ifdef __AVX512F__
+    return (f32x16)_mm512_max_ps((__m512)a, (__m512)b);  // which GCC does not make of the comparison
+#else
+    return a > b ? a : b;
+#endif
+}
 
 inline float sum(f32x16 value) {
     float total = 0;

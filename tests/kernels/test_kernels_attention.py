@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from kernels.attention_batch import AttentionBatch
+from kernels.kv_cache import tile_pages, untile_pages
 from kernels.paged_attention import paged_attention, paged_attention_reference
 
 LAYER = 1
@@ -103,6 +104,27 @@ def test_query_heads_per_kv_head(dtype: torch.dtype, group: int) -> None:
     assert_close(paged_attention(query, cache, LAYER, batch, 0.125), oracle(query, cache, batch, 0.125), dtype)
 
 
+@pytest.mark.parametrize("window", [0, 1, 5, 100])
+def test_mixed_batch_over_tiled_pages(window: int) -> None:
+    query, cache, batch = make_case(MIXED, dtype=torch.bfloat16)
+    tiled, expected = tile_pages(cache), oracle(query, cache, batch, 0.125, window)
+    for attend in (paged_attention, paged_attention_reference):
+        assert_close(attend(query, tiled, LAYER, batch, 0.125, window, "bf16-tiled"), expected, torch.bfloat16)
+
+
+@pytest.mark.parametrize("head_dim", [16, 64, 80, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [16, 48, 128])
+@pytest.mark.parametrize("group", [1, 5, 16])
+def test_tiled_pages_of_many_sizes(head_dim: int, block_size: int, group: int) -> None:
+    lengths = [(1, 33), (19, 140), (2, 128), (17, 17)]
+    query, cache, batch = make_case(
+        lengths, head_dim=head_dim, block_size=block_size, group=group, dtype=torch.bfloat16
+    )
+    scale = head_dim**-0.5
+    actual = paged_attention(query, tile_pages(cache), LAYER, batch, scale, page_format="bf16-tiled")
+    assert_close(actual, oracle(query, cache, batch, scale), torch.bfloat16)
+
+
 @pytest.mark.parametrize("threads", [1, 2, 5])
 @pytest.mark.parametrize("window", [0, 700])
 def test_long_context_cut_into_spans(threads: int, window: int) -> None:
@@ -114,6 +136,40 @@ def test_long_context_cut_into_spans(threads: int, window: int) -> None:
     finally:
         torch.set_num_threads(before)
     assert_close(actual, oracle(query, cache, batch, 0.125, window), torch.float32)
+
+
+@pytest.mark.parametrize("window", [0, 300])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_decode_row_does_not_depend_on_its_company(window: int, threads: int) -> None:
+    """Bitwise: alone, among others, and with drafts behind it."""
+    query, cache, batch = make_case([(1, 700), (8, 300), (40, 40), (1, 1)], dtype=torch.bfloat16)
+    tiled = tile_pages(cache)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        together = paged_attention(query, tiled, LAYER, batch, 0.125, window, "bf16-tiled")
+        for sequence, row, context in [(0, 0, 700), (1, 1, 293), (1, 5, 297), (1, 8, 300), (3, 49, 1)]:
+            alone = AttentionBatch(
+                torch.tensor([0, 1], dtype=torch.int32),
+                torch.tensor([context], dtype=torch.int32),
+                batch.block_tables[sequence : sequence + 1].contiguous(),
+                1,
+                context,
+            )
+            single = paged_attention(query[row : row + 1], tiled, LAYER, alone, 0.125, window, "bf16-tiled")
+            assert torch.equal(single[0], together[row])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_tiling_is_undone_by_untiling() -> None:
+    pages = torch.arange(3 * 2 * 2 * 32 * 48).to(torch.int16).view(torch.bfloat16).view(3, 2, 2, 32, 48)
+    tiled = tile_pages(pages)
+    assert torch.equal(untile_pages(tiled).view(torch.int16), pages.view(torch.int16))
+    keys, values = tiled[1, 0, 1].flatten(), tiled[1, 1, 1].flatten()
+    token, dim = 21, 7
+    assert torch.equal(keys[(1 * 24 + 3) * 32 + 5 * 2 + 1], pages[1, 0, 1, token, dim])
+    assert torch.equal(values[(10 * 48 + 7) * 2 + 1], pages[1, 1, 1, token, dim])
 
 
 def test_chunked_prefill_equals_whole_prefill() -> None:
@@ -168,6 +224,8 @@ def test_shapes_are_checked() -> None:
         paged_attention(query[..., :32], cache, LAYER, batch, 1.0)
     with pytest.raises(ValueError, match="sliding_window"):
         paged_attention(query, cache, LAYER, batch, 1.0, -1)
+    with pytest.raises(ValueError, match="cannot be bf16-tiled"):
+        paged_attention(query, cache, LAYER, batch, 1.0, page_format="bf16-tiled")
     with pytest.raises(ValueError, match="int32"):
         AttentionBatch(batch.query_starts.long(), batch.context_lens, batch.block_tables, 2, 40)
     with pytest.raises(ValueError, match="one entry more"):

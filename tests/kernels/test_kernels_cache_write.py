@@ -4,6 +4,7 @@ import pytest
 import torch
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from kernels.kv_cache import tile_pages
 from kernels.kv_write import write_kv, write_kv_reference
 from kernels.rotary import apply_rotary, rope_and_write_kv, rope_and_write_kv_reference
 
@@ -56,6 +57,33 @@ def test_rope_and_write(dtype: torch.dtype, head_dim: int, half: int, num_tokens
     assert actual.is_contiguous()
     torch.testing.assert_close(actual, expected, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
     torch.testing.assert_close(cache, expected_cache, atol=TOLERANCE[dtype], rtol=TOLERANCE[dtype])
+
+
+@pytest.mark.parametrize(("head_dim", "half"), [(16, 8), (48, 5), (64, 32), (80, 16), (256, 128)])
+@pytest.mark.parametrize("num_tokens", [1, 3, 100])
+def test_rope_and_write_to_tiled_pages(head_dim: int, half: int, num_tokens: int) -> None:
+    query, key, value, cache, slots = make_step(num_tokens, head_dim, torch.bfloat16)
+    plain = cache.view(NUM_BLOCKS // 4, 3, 2, KV_HEADS, 4 * BLOCK_SIZE, head_dim)
+    tiled, by_reference = tile_pages(plain), tile_pages(plain)
+    cos, sin = angles(num_tokens, half)
+    expected = rope_and_write_kv(query, key, value, cos, sin, plain, 2, slots)
+    actual = rope_and_write_kv(query, key, value, cos, sin, tiled, 2, slots, "bf16-tiled")
+    rope_and_write_kv_reference(query, key, value, cos, sin, by_reference, 2, slots, "bf16-tiled")
+    assert torch.equal(actual, expected)
+    assert torch.equal(tiled, tile_pages(plain))
+    torch.testing.assert_close(by_reference, tiled, atol=2**-7, rtol=2**-7)
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1, 33])
+def test_write_kv_to_tiled_pages(num_tokens: int) -> None:
+    _, key, value, cache, slots = make_step(num_tokens, 48, torch.bfloat16)
+    plain = cache.view(NUM_BLOCKS // 2, 3, 2, KV_HEADS, 2 * BLOCK_SIZE, 48)
+    tiled, by_reference = tile_pages(plain), tile_pages(plain)
+    write_kv(key, value, plain, 1, slots)
+    write_kv(key, value, tiled, 1, slots, "bf16-tiled")
+    write_kv_reference(key, value, by_reference, 1, slots, "bf16-tiled")
+    assert torch.equal(tiled, tile_pages(plain))
+    assert torch.equal(by_reference, tiled)
 
 
 def test_rotary_has_the_convention_of_transformers() -> None:

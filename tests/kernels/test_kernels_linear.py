@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from kernels import native_library
-from kernels.linear import PackedLinear
+from kernels.int8 import int8_linear_reference, quantize_weight
+from kernels.linear import PackedLinear, Quantization
+from kernels.silu_mul import silu_and_mul
 
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2, torch.float16: 4e-3}  # absolute, for outputs of about 1 to 4
 
@@ -67,3 +69,67 @@ def test_shapes_are_checked() -> None:
         PackedLinear(torch.randn(8, 4), torch.randn(4))
     with pytest.raises((ValueError, RuntimeError)):
         PackedLinear(torch.randn(8, 4))(torch.randn(2, 5))
+
+
+@pytest.mark.skipif(not native_library.status().available, reason="the same holds in C++ only")
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_row_does_not_depend_on_its_batch(dtype: torch.dtype, quantization: Quantization) -> None:
+    torch.manual_seed(0)
+    layer = PackedLinear(torch.randn(70, 1030).to(dtype), torch.randn(70).to(dtype), quantization=quantization)
+    x = torch.randn(300, 1030).to(dtype)
+    expected = torch.cat([layer(row) for row in x.split(1)])
+    for num_tokens in (2, 3, 8, 11, 12, 13, 23, 24, 25, 37, 48, 64, 129, 300):
+        assert torch.equal(layer(x[:num_tokens]), expected[:num_tokens])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("out_features", "in_features"), [(1, 1), (31, 7), (33, 64), (96, 576), (50, 1537), (65, 256), (64, 257)]
+)
+def test_int8_equals_its_reference(dtype: torch.dtype, out_features: int, in_features: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = torch.randn(out_features, in_features).to(dtype), torch.randn(out_features).to(dtype)
+    weight[0] = 0  # a feature whose scale is 0
+    quantized, scales = quantize_weight(weight)
+    layer = PackedLinear(weight, bias, wide=True, quantization="int8")
+    for num_tokens in (0, 1, 5, 13):
+        x = torch.randn(num_tokens, in_features).to(dtype)
+        x[:1] = 0
+        expected = int8_linear_reference(x, quantized, scales, bias)
+        torch.testing.assert_close(layer(x), expected, atol=1e-4, rtol=1e-5)
+
+
+def test_int8_is_close_to_the_product() -> None:
+    """Eight bits each way: about half a percent of the result's size. One outlier harms its own group only."""
+    torch.manual_seed(0)
+    weight, x = torch.randn(96, 1024) / 32, torch.randn(16, 1024)
+    x[:, 5] = 300
+    x_without = x.clone()
+    x_without[:, :256] = 0
+    layer = PackedLinear(weight, quantization="int8")
+    assert (layer(x_without) - x_without @ weight.T).square().mean().sqrt() < 0.01
+    assert (layer(x) - x @ weight.T).square().mean().sqrt() < 0.01 * (x @ weight.T).square().mean().sqrt() + 0.4
+
+
+def test_int8_carries_on_what_is_not_finite() -> None:
+    layer = PackedLinear(torch.randn(8, 512), quantization="int8")
+    for value in (float("nan"), float("inf"), float("-inf")):
+        x = torch.randn(3, 512)
+        x[1, 300] = value
+        y = layer(x)
+        assert y[[0, 2]].isfinite().all()
+        assert not y[1].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("quantization", ["none", "int8"])
+@pytest.mark.parametrize("inner", [1, 15, 16, 17, 112])
+def test_gated(dtype: torch.dtype, quantization: Quantization, inner: int) -> None:
+    torch.manual_seed(0)
+    weight, bias = (torch.randn(2 * inner, 64) / 8).to(dtype), torch.randn(2 * inner).to(dtype)
+    gated = PackedLinear(weight, bias, gated=True, quantization=quantization)
+    plain = PackedLinear(weight, bias, quantization=quantization)
+    for num_tokens in (0, 1, 13):
+        x = torch.randn(num_tokens, 64).to(dtype)
+        assert torch.equal(gated(x), silu_and_mul(plain(x)))
