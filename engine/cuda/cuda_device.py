@@ -70,9 +70,12 @@ class CudaDevice:
         # Pinned blocks come from torch's cache of them, which gives one out again only after the copies from it have ended.
         return values.pin_memory().to(self._torch_device, non_blocking=True)
 
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._torch_device)
+
     def capture(self, work: Work) -> Replay:
         graph = torch.cuda.CUDAGraph()
-        torch.cuda.synchronize(self._torch_device)
+        self.settle()
         with (
             torch.inference_mode(),
             torch.cuda.graph(

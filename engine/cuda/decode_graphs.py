@@ -39,14 +39,14 @@ class DecodeGraphs:
         """What does the step of this size. Its result is called by work."""
         return self._replays.get(size) or partial(self._step, size)
 
-    def capture(self, device: Device, progress: Callable[[str], None]) -> None:
+    def capture(self, device: Device, progress: Callable[[str], None], *, largest_only: bool = False) -> None:
         """Run every size, then capture it, the largest first: the others fit in the memory that it leaves. The columns of
         the batch hold padding alone, and nothing is in flight."""
         started_at = time.perf_counter()
-        for count, size in enumerate(reversed(self.sizes), start=1):
+        sizes = self.sizes[-1:] if largest_only else self.sizes[::-1]
+        for count, size in enumerate(sizes, start=1):
             work = partial(self._step, size)
             device.compute.submit(work).wait()  # what is compiled or initialised on first use must not be captured
             self._replays[size] = device.capture(work)
-            if count * 4 // len(self.sizes) != (count - 1) * 4 // len(self.sizes):
-                seconds = time.perf_counter() - started_at
-                progress(f"captured {count} of {len(self.sizes)} decode sizes in {seconds:.1f} s")
+            if count * 4 // len(sizes) != (count - 1) * 4 // len(sizes):
+                progress(f"captured {count} of {len(sizes)} decode sizes in {time.perf_counter() - started_at:.1f} s")

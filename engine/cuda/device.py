@@ -62,6 +62,10 @@ class Device(Protocol):
         """A device copy of a host tensor, queued; called by work. The host tensor must not change before its completion."""
         ...
 
+    def settle(self) -> None:
+        """Wait until nothing is under way on any stream: what was just allocated and filled may then be used on each."""
+        ...
+
     def capture(self, work: Work) -> Replay:
         """Record what `work` does on the device, without doing it. The returned function, called by work on the compute
         stream, does it again: the same operations on the same tensors. Nothing may be in flight; `work` has run before."""
@@ -138,5 +142,13 @@ class HostDevice:
     def upload(self, values: torch.Tensor) -> torch.Tensor:
         return values.clone()
 
+    def settle(self) -> None:
+        for stream in (self._compute, self._copies):
+            stream.submit(_nothing).wait()
+
     def capture(self, work: Work) -> Replay:
         return work
+
+
+def _nothing() -> None:
+    """Work that marks a place in a stream."""

@@ -19,28 +19,20 @@ from engine.cuda.batch import BlockTableRows, PersistentBatch, StepColumns
 from engine.cuda.decode_graphs import DecodeGraphs
 from engine.cuda.device import Device, Work
 from engine.cuda.device_step import DeviceStep
+from engine.cuda.limits import BatchLimits
 from engine.cuda.mixed_step import MixedInputs
 from engine.cuda.outputs import OutputRecords
 from engine.cuda.row_sampler import RowSampler, TorchRowSampler
 from engine.cuda.rows import RowTable
+from engine.cuda.trial_plans import prefill_plan
 from engine.model.llama import LlamaModel, StepInputs
 from engine.runner import LaunchedStep, ReadyStep, ScheduledChunk, StepPlan, StepResult
 from kernels.attention_batch import AttentionBatch
 from protocol.ids import RequestId
 from protocol.kv_layout import KVLayout
-from protocol.sampling import SamplingParams
 
 _STEPS_IN_FLIGHT = 2
-_WARM_UP = RequestId("warm-up")
 _WARM_UP_PREFILL = 256
-
-
-@dataclass(frozen=True, slots=True)
-class BatchLimits:
-    """What one step holds at most: sequences that draw tokens, and tokens."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
 
 
 @dataclass(slots=True)
@@ -73,7 +65,7 @@ class CudaRunner:
         self._max_model_len = max_model_len
         self._limits = limits
         self._device = device
-        max_rows = min(limits.max_num_seqs, limits.max_num_batched_tokens)
+        max_rows = limits.max_rows
         self._max_blocks = min(layout.num_blocks_for(max_model_len), self.num_blocks)
         self._rows = RowTable(max_rows)
         self._tables = BlockTableRows(max_rows, self._max_blocks)
@@ -83,6 +75,7 @@ class CudaRunner:
             self._sampler: RowSampler = TorchRowSampler(max_rows, self.vocab_size, device)
             self._slots = [self._new_slot(max_rows) for _ in range(_STEPS_IN_FLIGHT)]
         self._graphs = DecodeGraphs(max_rows, self._decode)
+        device.settle()
 
     def _new_slot(self, max_rows: int) -> _Slot:
         columns = StepColumns.on_host(max_rows, self._device)
@@ -135,17 +128,26 @@ class CudaRunner:
     def forget(self, request_id: RequestId) -> None:
         self._rows.forget(request_id)
 
-    def warm_up(self, progress: Callable[[str], None], *, capture: bool = True) -> None:
-        """Run a prefill chunk and every decode size, so that the first request finds kernels compiled; with `capture`,
-        decode steps are captured. Writes to the first blocks: call it before any block is in use."""
+    def warm_up(self, progress: Callable[[str], None]) -> None:
+        """Run a prefill chunk, and run and capture every decode size, so that the first request finds kernels compiled.
+        Writes to the first blocks: call it before any block is in use."""
         room = min(self._max_model_len, self.num_blocks * self._layout.block_size, self._limits.max_num_batched_tokens)
-        self.launch(self._warm_up_plan(min(_WARM_UP_PREFILL, room))).result()
-        self.forget(_WARM_UP)
+        tokens = min(_WARM_UP_PREFILL, room)
+        self.try_out(prefill_plan(self._layout, self.vocab_size, num_seqs=1, tokens_per_seq=tokens))
+        self.capture(progress)
+
+    def try_out(self, plan: StepPlan) -> None:
+        """Run a plan of no request's."""
+        self.launch(plan).result()
+        for chunk in plan.chunks:
+            self.forget(chunk.request_id)
+
+    def capture(self, progress: Callable[[str], None], *, largest_only: bool = False) -> None:
+        """Run and capture decode steps. Until then they are launched operation by operation. Nothing is in flight."""
         columns = self._slots[0].columns
         columns.fill((), (), columns.rows.numel(), self._rows.padding_row, self._layout.block_size)
         self._device.compute.submit(lambda: self._batch.columns.copy_from(columns)).wait()
-        if capture:
-            self._graphs.capture(self._device, progress)
+        self._graphs.capture(self._device, progress, largest_only=largest_only)
 
     # Decode steps: everything but the columns is on the device.
 
@@ -218,20 +220,6 @@ class CudaRunner:
             if row is not None:
                 self._tables.forget(row)
                 self._sampler.forget(row)
-
-    def _warm_up_plan(self, num_tokens: int) -> StepPlan:
-        chunk = ScheduledChunk(
-            request_id=_WARM_UP,
-            token_ids=[token_id % self.vocab_size for token_id in range(num_tokens)],
-            start=0,
-            block_ids=range(self._layout.num_blocks_for(num_tokens)),
-            samples=True,
-            output_position=0,
-            sampling=SamplingParams(max_tokens=1, seed=0),
-            prompt_token_ids=(),
-            output_token_ids=(),
-        )
-        return StepPlan((chunk,))
 
 
 def _only_decodes(plan: StepPlan) -> bool:

@@ -17,7 +17,8 @@ from tiny_models import make_model
 from engine.config import EngineConfig, SpeculationConfig
 from engine.core import EngineCore
 from engine.cuda.device import Device, HostDevice
-from engine.cuda.runner import BatchLimits, CudaRunner
+from engine.cuda.limits import BatchLimits
+from engine.cuda.runner import CudaRunner
 from engine.events import Failed, TokensSampled
 from engine.kv_event_log import KVEventLog
 from engine.model.llama import LlamaModel
@@ -68,7 +69,8 @@ def make_runner(model: LlamaModel, files: ModelFiles, device: Device | None = No
     layout = plan_layout(files, OPTIONS)
     kv_cache = torch.zeros((OPTIONS.num_blocks, *layout.block_shape))
     runner = CudaRunner(model, layout, kv_cache, MAX_MODEL_LEN, LIMITS, device or TapeDevice(late=True))
-    runner.warm_up(lambda _line: None, capture=capture)
+    if capture:
+        runner.warm_up(lambda _line: None)
     return runner
 
 
