@@ -98,19 +98,6 @@ def _draw_group(logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, un
     return tokens
 
 
-def draw_without_waiting(
-    logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor
-) -> torch.Tensor:
-    """`draw`, whose tokens it equals, of a shape that no value decides: the host is told nothing, and a CUDA graph can hold
-    it. Every row is sorted as a whole. `logits` is left as it is."""
-    scores = (logits - logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
-    weights = _weights(scores)
-    mass = _chunks(weights).sum(dim=(1, 2), dtype=torch.float64)
-    descending = scores.sort(dim=-1, descending=True).values
-    floors, _ = _floors(descending, mass, cuts, scores.shape[1])
-    return _invert(weights.masked_fill_(scores < floors[:, None], 0.0), uniforms)
-
-
 def _rows(tensor: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
     """The given rows, which are distinct and, where they are all of them, in order; then without a copy."""
     return tensor if len(rows) == len(tensor) else tensor[rows]

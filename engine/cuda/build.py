@@ -11,9 +11,17 @@ from engine.cuda.limits import BatchLimits
 from engine.cuda.memory import measure, num_blocks_that_fit
 from engine.cuda.runner import CudaRunner
 from engine.cuda.trial_plans import largest_plan, num_blocks_of
+from engine.model.config import read_model_config
 from engine.model.llama import LlamaModel
-from engine.model.options import TORCH_DTYPES, RunnerOptions, plan_layout, resolve_max_model_len
-from engine.torch_runner import load_model
+from engine.model.options import (
+    TORCH_DTYPES,
+    RunnerOptions,
+    plan_layout,
+    resolve_device,
+    resolve_dtype,
+    resolve_max_model_len,
+)
+from engine.model.weights import DummySource, SafetensorsSource, WeightSource
 from protocol.kv_layout import KVLayout
 from runtime.models.model_files import ModelFiles
 
@@ -29,13 +37,26 @@ def build_cuda_runner(
     Raises ConfigError where the model, its files or an option cannot be used, or no block fits.
     """
     layout, max_model_len = plan_layout(files, options), resolve_max_model_len(files, options)
-    model = load_model(files, options, progress)
+    model = _load_model(files, options, max_model_len, progress)
     num_blocks = options.num_blocks or _measured_blocks(
         model, layout, max_model_len, limits, options.gpu_memory_utilization
     )
     device = CudaDevice()
     progress(f"KV cache on {device.torch_device}: {num_blocks} blocks of {layout.block_bytes} bytes")
     return CudaRunner(model, layout, _kv_cache(layout, num_blocks, device), max_model_len, limits, device)
+
+
+def _load_model(
+    files: ModelFiles, options: RunnerOptions, max_model_len: int, progress: Callable[[str], None]
+) -> LlamaModel:
+    dtype, device = TORCH_DTYPES[resolve_dtype(options)], resolve_device(options)
+    source: WeightSource = (
+        DummySource(options.seed, dtype, device)
+        if options.load_format == "dummy"
+        else SafetensorsSource(files.folder, dtype, device, progress)
+    )
+    with torch.inference_mode():
+        return LlamaModel.load(read_model_config(files.config_path), source, max_model_len)
 
 
 def _measured_blocks(

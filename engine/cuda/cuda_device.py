@@ -67,6 +67,8 @@ class CudaDevice:
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
 
     def upload(self, values: torch.Tensor) -> torch.Tensor:
+        if not values.numel():
+            return torch.empty_like(values, device=self._torch_device)
         # Pinned blocks come from torch's cache of them, which gives one out again only after the copies from it have ended.
         return values.pin_memory().to(self._torch_device, non_blocking=True)
 

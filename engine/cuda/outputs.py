@@ -5,11 +5,10 @@ theirs (protocol.sampling.MAX_TOP_LOGPROBS of them, best first). Steps in flight
 because steps run one after another there.
 """
 
-from dataclasses import dataclass
-
 import torch
 
 from engine.cuda.device import Device
+from kernels.sampling_tensors import SampledRows
 from protocol.errors import InternalError
 from protocol.sampling import MAX_TOP_LOGPROBS, SamplingParams
 from protocol.tokens import SampledToken
@@ -17,17 +16,6 @@ from protocol.tokens import SampledToken
 _WORD_BYTES = 8
 _TOKEN, _FINITE, _LOGPROB, _TOP = 0, 1, 2, 3  # in words; the last holds an id and a log-probability of 4 bytes each
 _WORDS = _TOP + MAX_TOP_LOGPROBS
-
-
-@dataclass(frozen=True, slots=True)
-class DrawnRows:
-    """What a sampler has drawn, on the device. `num_top` alternatives at most MAX_TOP_LOGPROBS."""
-
-    token_ids: torch.Tensor  # [num_rows], int64
-    finite: torch.Tensor  # [num_rows], bool
-    logprobs: torch.Tensor  # [num_rows], float32, natural logarithms
-    top_ids: torch.Tensor  # [num_rows, num_top], any integers
-    top_logprobs: torch.Tensor  # [num_rows, num_top], float32
 
 
 class OutputRecords:
@@ -52,7 +40,7 @@ class OutputRecords:
     def on_host(cls, capacity: int, device: Device) -> "OutputRecords":
         return cls(device.pinned((capacity, _WORDS), torch.int64))
 
-    def store(self, drawn: DrawnRows) -> None:
+    def store(self, drawn: SampledRows) -> None:
         """The first rows become what was drawn. Device work."""
         num_rows, num_top = drawn.top_ids.shape
         self.token_ids[:num_rows].copy_(drawn.token_ids)

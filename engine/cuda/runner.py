@@ -22,7 +22,7 @@ from engine.cuda.device_step import DeviceStep
 from engine.cuda.limits import BatchLimits
 from engine.cuda.mixed_step import MixedInputs
 from engine.cuda.outputs import OutputRecords
-from engine.cuda.row_sampler import RowSampler, TorchRowSampler
+from engine.cuda.row_sampler import RowSampler
 from engine.cuda.rows import RowTable
 from engine.cuda.trial_plans import prefill_plan
 from engine.model.llama import LlamaModel, StepInputs
@@ -72,7 +72,7 @@ class CudaRunner:
         with torch.inference_mode():
             self._batch = PersistentBatch(max_rows, self._max_blocks, device.torch_device)
             self._records = OutputRecords.on_device(limits.max_num_batched_tokens, device.torch_device)
-            self._sampler: RowSampler = TorchRowSampler(max_rows, self.vocab_size, device)
+            self._sampler = RowSampler(max_rows, self.vocab_size, device)
             self._slots = [self._new_slot(max_rows) for _ in range(_STEPS_IN_FLIGHT)]
         self._graphs = DecodeGraphs(max_rows, self._decode)
         device.settle()

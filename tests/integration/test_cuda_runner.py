@@ -7,12 +7,14 @@ replayed from a tape of operations, without the code that recorded them.
 import random
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
-from graph_ops import HostAsked, TapeDevice, captured_operations
+from graph_ops import HostAsked, TapeDevice, captured_operations, gpu_operations
 from runner_driver import Driver, Sequence
-from tiny_models import make_model
+from tiny_models import SHAPE, make_model, write_model
+from transformers import LlamaConfig
 
 from engine.config import EngineConfig, SpeculationConfig
 from engine.core import EngineCore
@@ -25,7 +27,7 @@ from engine.model.llama import LlamaModel
 from engine.model.options import RunnerOptions, plan_layout
 from engine.request import EngineRequest
 from engine.runner import PENDING, Runner, ScheduledChunk, StepPlan
-from engine.torch_runner import TorchRunner, build_torch_runner, load_model
+from engine.torch_runner import TorchRunner, build_torch_runner
 from protocol.errors import InternalError
 from protocol.ids import Incarnation, RequestId
 from protocol.sampling import SamplingParams
@@ -57,7 +59,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> ModelFiles:
 @pytest.fixture(scope="module")
 def model(files: ModelFiles) -> Iterator[LlamaModel]:
     with captured_operations():
-        yield load_model(files, OPTIONS, lambda _line: None)
+        yield build_torch_runner(files, OPTIONS)._model
 
 
 @pytest.fixture(scope="module")
@@ -294,3 +296,26 @@ def test_an_engine_that_runs_ahead(
     config = EngineConfig(max_num_batched_tokens=64, max_num_seqs=9)
     ahead = EngineConfig(max_num_batched_tokens=64, max_num_seqs=9, async_scheduling="on", speculation=speculation)
     assert run_engine(make_runner(model, files), ahead) == run_engine(reference, config)
+
+
+def test_over_the_kernels_of_a_gpu(tmp_path: Path) -> None:
+    """Triton's, in its interpreter: padding rows, whole block tables and all. Three requests in a batch of four."""
+    config = LlamaConfig(**{**SHAPE, "num_hidden_layers": 1, "vocab_size": 100})
+    files = resolve_model(str(write_model(config, tmp_path / "model")))
+    requests = list(zip([prompt(18), prompt(5, 1), prompt(3, 2)], [{}, SAMPLED, {"logprobs": 2}], strict=True))
+    requests = [([token_id % 100 for token_id in tokens], settings) for tokens, settings in requests]
+    with gpu_operations():
+        runner = make_runner(build_torch_runner(files, OPTIONS)._model, files, HostDevice(late=True), capture=False)
+        driver = Driver(runner)
+        sequences = [
+            Sequence(
+                RequestId(f"{i}"), tokens, SamplingParams(**{"max_tokens": 3, "seed": 0, "temperature": 0.0, **each})
+            )
+            for i, (tokens, each) in enumerate(requests)
+        ]
+        driver.step(*((each, len(each.prompt)) for each in sequences))
+        for _ in range(2):
+            driver.step(*((each, 1) for each in sequences))
+    reference = Driver(build_torch_runner(files, OPTIONS))
+    for each, (tokens, settings) in zip(sequences, requests, strict=True):
+        same_tokens(each.tokens, reference.generate(tokens, 3, **settings).tokens)

@@ -4,7 +4,7 @@
 a line of the code that asked for them. An operation that tells the host a value fails the capture, as on a GPU.
 
 The CPU's own kernels are invisible to a recorder and know no padding rows; `captured_operations` puts torch operations of
-fixed shape in their place, in the module that the model calls them from.
+fixed shape in their place, in the module that the model calls them from, and `gpu_operations` the Triton kernels.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +19,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from engine.cuda.device import HostDevice, Replay, Work
 from kernels import native_library, paged_attention, rotary
 from kernels.attention_batch import AttentionBatch
+from kernels.gpu import paged_attention as gpu_attention
+from kernels.gpu import rms_norm, rope_kv_write, silu_mul
+from kernels.gpu import sampling as gpu_sampling
 
 _ASKS_THE_DEVICE = {
     "aten::item",
@@ -85,6 +88,23 @@ def captured_operations() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def gpu_operations() -> Iterator[None]:
+    """Inside, models run what they run on a GPU, in Triton's interpreter where there is none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native_library, "function", lambda _name, _tensor: None)
+        for name, operation in {
+            "paged_attention": gpu_attention.paged_attention,
+            "rope_and_write_kv": rope_kv_write.rope_and_write_kv,
+            "rms_norm": rms_norm.rms_norm,
+            "fused_add_rms_norm": rms_norm.fused_add_rms_norm,
+            "silu_and_mul": silu_mul.silu_and_mul,
+        }.items():
+            patch.setattr(f"engine.model.llama.{name}", operation)
+        patch.setattr("engine.cuda.row_sampler.sample_rows", gpu_sampling.sample_rows)
+        yield
+
+
 def decode_attention(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -92,6 +112,7 @@ def decode_attention(
     batch: AttentionBatch,
     scale: float,
     sliding_window: int = 0,
+    *_: object,
 ) -> torch.Tensor:
     """`paged_attention`; one-token queries over whole block tables and a mask, zeros where the context is 0."""
     if batch.max_query_len > 1:
@@ -116,6 +137,7 @@ def rope_and_write(
     kv_cache: torch.Tensor,
     layer: int,
     slots: torch.Tensor,
+    *_: object,
 ) -> torch.Tensor:
     """`rope_and_write_kv`; a token of slot -1 is written nowhere: it takes the slot and the values of one that has a slot.
     If none has, what is in slot 0 is lost, as a warm-up may."""
