@@ -61,10 +61,12 @@ def measure(device: torch.device, largest_step: Callable[[], int], capture_step:
     borrowed = largest_step()
     torch.cuda.synchronize(device)
     peak = torch.cuda.max_memory_allocated(device)
+    torch.cuda.empty_cache()  # as a capture does first; what it then takes is seen
     free_before, total = torch.cuda.mem_get_info(device)
     foreign = total - free_before - torch.cuda.memory_reserved(device)
     capture_step()
     torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
     free_after, _ = torch.cuda.mem_get_info(device)
     return DeviceMemory(
         total=total,

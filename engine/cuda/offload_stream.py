@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 
 from engine.cuda.device import Completion, Device, Work
+from kernels.block_copy import gather_blocks, scatter_blocks
 
 STAGING_BYTES = 64 << 20
 """Of device memory: large enough to keep the bus busy for a millisecond."""
@@ -70,7 +71,7 @@ class OffloadStream:
             for start in range(0, len(index), self._staged_blocks):
                 ids = places[start : start + self._staged_blocks]
                 staged = self._staging[: len(ids)]
-                torch.index_select(self._kv_memory, 0, ids, out=staged)
+                gather_blocks(self._kv_memory, ids, staged)
                 host[start : start + len(ids)].copy_(staged, non_blocking=True)
 
         return self._submit(work)
@@ -88,7 +89,7 @@ class OffloadStream:
                 ids = places[start : start + self._staged_blocks]
                 staged = self._staging[: len(ids)]
                 staged.copy_(host[start : start + len(ids)], non_blocking=True)
-                self._kv_memory.index_copy_(0, ids, staged)
+                scatter_blocks(staged, self._kv_memory, ids)
 
         return self._submit(work)
 

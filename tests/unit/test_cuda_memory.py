@@ -9,7 +9,7 @@ from tiny_models import make_model
 import prefill_node.main
 from engine.build import plan_engine
 from engine.cuda.limits import BatchLimits
-from engine.cuda.memory import DeviceMemory, num_blocks_that_fit
+from engine.cuda.memory import DeviceMemory, measure, num_blocks_that_fit
 from engine.cuda.trial_plans import largest_plan, num_blocks_of
 from engine.model.options import RunnerOptions, plan_layout
 from protocol.errors import ConfigError
@@ -34,6 +34,54 @@ def test_the_refusal_names_every_number() -> None:
         " captured steps 512 MiB, other uses of the device 1024 MiB leave -2560 MiB; raise cache.gpu_memory_utilization,"
         " or lower scheduler.max_num_batched_tokens or scheduler.max_num_seqs"
     )
+
+
+class FakeGpu:
+    """A GPU's memory as torch reports it. What is freed stays reserved until the cache is emptied."""
+
+    def __init__(self, total: int, foreign: int) -> None:
+        self.total, self.foreign = total, foreign
+        self.allocated = self.peak = self.reserved = 0
+
+    def allocate(self, size: int) -> None:
+        self.allocated += size
+        self.peak, self.reserved = max(self.peak, self.allocated), max(self.reserved, self.allocated)
+
+    def free(self, size: int) -> None:
+        self.allocated -= size
+
+    def install(self, patch: pytest.MonkeyPatch) -> None:
+        for name, function in {
+            "synchronize": lambda _device: None,
+            "memory_allocated": lambda _device: self.allocated,
+            "memory_reserved": lambda _device: self.reserved,
+            "max_memory_allocated": lambda _device: self.peak,
+            "reset_peak_memory_stats": lambda _device: setattr(self, "peak", self.allocated),
+            "empty_cache": lambda: setattr(self, "reserved", self.allocated),
+            "mem_get_info": lambda _device: (self.total - self.foreign - self.reserved, self.total),
+        }.items():
+            patch.setattr(torch.cuda, name, function)
+
+
+def test_what_a_step_takes_is_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = FakeGpu(total=80 * GIB, foreign=GIB)
+    gpu.install(monkeypatch)
+    gpu.allocate(20 * GIB)  # while loading
+    gpu.free(5 * GIB)
+
+    def largest_step() -> int:
+        gpu.allocate(GIB)  # a small KV cache
+        gpu.allocate(2 * GIB)
+        gpu.free(2 * GIB)
+        return GIB
+
+    def capture_step() -> None:
+        gpu.allocate(3 * GIB)  # run before it is captured
+        gpu.free(3 * GIB)
+        gpu.allocate(GIB // 4)
+        gpu.foreign += GIB // 4  # the driver's
+
+    assert measure(torch.device("cpu"), largest_step, capture_step) == H100
 
 
 @pytest.fixture(scope="module")
