@@ -6,8 +6,7 @@ from contextlib import AsyncExitStack
 from decode_node.handoff import Handoffs
 from decode_node.node import DecodeNode
 from decode_node.service import DecodeService
-from engine.build import build_engine, plan_engine
-from engine.engine import Engine
+from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena
@@ -24,7 +23,6 @@ from runtime.node_config import NodeConfig
 from runtime.node_shell import NodeShell, advertised_host, describe_worker
 from runtime.registration import KVEventFeed
 from runtime.rpc_client import RpcClient
-from runtime.served_model import ServedModel
 from runtime.serving import bind_socket, run_on_event_loop, socket_url
 
 ENGINE_STOP_TIMEOUT_S = 10.0
@@ -35,21 +33,22 @@ def run(config: NodeConfig) -> int:
     check_bind(config.host, config.cluster_key)
     incarnation = new_incarnation()
     plan = plan_engine(config)
-    arena = HostArena(plan.num_blocks, plan.layout.block_bytes)
-    engine = build_engine(config, plan, incarnation, arena.tensor())
-    run_on_event_loop(_serve(config, incarnation, plan.model, engine, arena))
+    arena = HostArena(plan.num_host_blocks, plan.layout.block_bytes)
+    built = build_engine(config, plan, incarnation, arena.tensor())
+    run_on_event_loop(_serve(config, incarnation, built, arena, takes_imports=not plan.on_device))
     return 0
 
 
 async def _serve(
-    config: NodeConfig, incarnation: Incarnation, model: ServedModel, engine: Engine, arena: HostArena
+    config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, arena: HostArena, *, takes_imports: bool
 ) -> None:
+    engine = built.engine
     life = ProcessLife()
     install_signal_handlers(life)
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    info = describe_worker(config, "decode", incarnation, url, model)
+    info = describe_worker(config, "decode", incarnation, url, built.model)
     shell = NodeShell(config, info, life, registry)
     transport = make_transport(
         config.transfer.transport,
@@ -74,7 +73,9 @@ async def _serve(
         )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         handoffs = await stack.enter_async_context(Handoffs(engine, importer, info.layout.block_size))
-        service = DecodeService(engine, handoffs, shell.outbox, NodeMetrics(registry), info.vocab_size)
+        service = DecodeService(
+            engine, handoffs, shell.outbox, NodeMetrics(registry), info.vocab_size, takes_imports=takes_imports
+        )
         engine.start(on_loop(loop, service.on_engine_events))
         node = DecodeNode(
             shell,

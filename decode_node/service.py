@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.events import EngineEvent, Failed, Finished, PromptComputed, Reserved, TokensSampled
 from engine.request import EngineRequest, Mode
 from protocol import tokens
-from protocol.errors import Cancelled, HeadraceError, InvalidParameter
+from protocol.errors import Cancelled, HeadraceError, InvalidParameter, TransferError
 from protocol.ids import RequestId, RouterId
 from protocol.requests import DecodeAccepted, DecodeRequest
 from protocol.tokens import SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
@@ -26,14 +26,24 @@ RENEWALS_PER_TTL = 3
 
 
 class DecodeService:
+    """Without `takes_imports` requests with a ticket are refused: the engine's KV is where no transport can put any."""
+
     def __init__(
-        self, engine: Engine, handoffs: Handoffs, outbox: TokenOutbox, metrics: NodeMetrics, vocab_size: int
+        self,
+        engine: Engine,
+        handoffs: Handoffs,
+        outbox: TokenOutbox,
+        metrics: NodeMetrics,
+        vocab_size: int,
+        *,
+        takes_imports: bool = True,
     ) -> None:
         self._engine = engine
         self._handoffs = handoffs
         self._outbox = outbox
         self._metrics = metrics
         self._vocab_size = vocab_size
+        self._takes_imports = takes_imports
         self._expected: dict[RequestId, tuple[TransferTicket, Deadline]] = {}
         self._ticket_came = asyncio.Event()
 
@@ -41,6 +51,8 @@ class DecodeService:
         """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
         request.sampling.validate(self._vocab_size)
         _check_ticket(request)
+        if request.ticket is not None and not self._takes_imports:
+            raise TransferError("this node's KV is in device memory, which no transport reaches yet")
         request_id = RequestId(request.request_id)
         self._outbox.expect(request_id, RouterId(request.router_id))
         if request.ticket is not None:

@@ -1,21 +1,32 @@
 """From a node's configuration to a running engine's parts, in two steps.
 
 `plan_engine` reads small files and says how large the KV cache will be, so that the node can allocate it where peers reach
-it; `build_engine` loads the model over that memory and warms it up.
+it; `build_engine` loads the model over that memory and warms it up. On a GPU the cache is the engine's own, and how large it
+is comes out of `build_engine`: what fits beside the weights is measured.
 """
 
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 
 from engine.config import EngineConfig, SpeculationConfig
+from engine.cuda.build import build_cuda_runner
+from engine.cuda.limits import BatchLimits
 from engine.engine import Engine
-from engine.model.options import RunnerOptions, num_blocks_for_memory, plan_layout, resolve_max_model_len
+from engine.model.options import (
+    RunnerOptions,
+    num_blocks_for_memory,
+    plan_layout,
+    resolve_device,
+    resolve_max_model_len,
+)
 from engine.runner import Runner
 from engine.simulated_runner import SimulatedRunner
 from engine.torch_runner import build_torch_runner
+from protocol.errors import ConfigError
 from protocol.ids import Incarnation
 from protocol.kv_layout import KVLayout
 from runtime.clock import MonotonicClock
@@ -30,7 +41,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class EnginePlan:
-    """What will be built. The KV cache is `num_blocks` blocks of `layout.block_bytes` bytes."""
+    """What will be built. The KV cache is `num_blocks` blocks of `layout.block_bytes` bytes, in host memory or, with
+    `on_device`, in the GPU's; 0 there: as many as fit."""
 
     files: ModelFiles
     options: RunnerOptions
@@ -38,16 +50,31 @@ class EnginePlan:
     num_blocks: int
 
     @property
-    def model(self) -> ServedModel:
+    def on_device(self) -> bool:
+        return self.options.device == "cuda"
+
+    @property
+    def num_host_blocks(self) -> int:
+        """Of the arena that transports work on. One at least: an arena of nothing is none."""
+        return 1 if self.on_device else self.num_blocks
+
+    def served(self, num_blocks: int) -> ServedModel:
+        """What a node with a cache of so many blocks offers."""
         return ServedModel(
             name=self.files.name,
             vocab_size=self.files.vocab_size,
-            max_model_len=min(
-                resolve_max_model_len(self.files, self.options), self.num_blocks * self.layout.block_size
-            ),
-            num_blocks=self.num_blocks,
+            max_model_len=min(resolve_max_model_len(self.files, self.options), num_blocks * self.layout.block_size),
+            num_blocks=num_blocks,
             layout=self.layout,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class BuiltEngine:
+    """Not started."""
+
+    engine: Engine
+    model: ServedModel
 
 
 def plan_engine(config: NodeConfig) -> EnginePlan:
@@ -56,23 +83,30 @@ def plan_engine(config: NodeConfig) -> EnginePlan:
     options = RunnerOptions(
         dtype=config.model.dtype,
         quantization=config.model.quantization,
-        device="cpu",  # transports move blocks between host memories
+        device=config.model.device,
         load_format=config.model.load_format,
         block_size=config.cache.block_size,
         page_format="plain" if config.model.runner == "simulated" else config.cache.page_format,
         max_model_len=config.model.max_model_len,
         threads=config.model.threads,
         seed=config.model.seed,
+        gpu_memory_utilization=config.cache.gpu_memory_utilization,
     )
+    options = replace(options, device=_device(config, options))
     layout = plan_layout(files, options)
-    num_blocks = config.cache.num_blocks or num_blocks_for_memory(layout, parse_size(config.cache.memory))
+    num_blocks = config.cache.num_blocks
+    if not num_blocks and options.device == "cpu":
+        num_blocks = num_blocks_for_memory(layout, parse_size(config.cache.memory))
     return EnginePlan(files, replace(options, num_blocks=num_blocks), layout, num_blocks)
 
 
-def build_engine(config: NodeConfig, plan: EnginePlan, incarnation: Incarnation, kv_memory: torch.Tensor) -> Engine:
-    """`kv_memory`: uint8 [num_blocks * block_bytes], host memory that outlives the engine. Takes seconds; not started."""
-    runner = _build_runner(config, plan, kv_memory, log.info)
-    return Engine(runner, engine_config(config), MonotonicClock(), incarnation)
+def build_engine(
+    config: NodeConfig, plan: EnginePlan, incarnation: Incarnation, kv_memory: torch.Tensor
+) -> BuiltEngine:
+    """`kv_memory`: uint8 [num_host_blocks * block_bytes], host memory that outlives the engine. Takes seconds."""
+    settings = engine_config(config)
+    runner = _build_runner(config, plan, settings, kv_memory, log.info)
+    return BuiltEngine(Engine(runner, settings, MonotonicClock(), incarnation), plan.served(runner.num_blocks))
 
 
 def engine_config(config: NodeConfig) -> EngineConfig:
@@ -90,17 +124,42 @@ def engine_config(config: NodeConfig) -> EngineConfig:
     )
 
 
+def _device(config: NodeConfig, options: RunnerOptions) -> Literal["cpu", "cuda"]:
+    """Raises ConfigError for a GPU that is not there, or that has nothing to do."""
+    device = resolve_device(options).type
+    if device == "cuda" and config.model.runner == "simulated":
+        raise ConfigError("model.device cuda: the simulated runner computes on the CPU", param="model.device")
+    return "cuda" if device == "cuda" else "cpu"
+
+
 def _build_runner(
-    config: NodeConfig, plan: EnginePlan, kv_memory: torch.Tensor, progress: Callable[[str], None]
+    config: NodeConfig,
+    plan: EnginePlan,
+    settings: EngineConfig,
+    kv_memory: torch.Tensor,
+    progress: Callable[[str], None],
 ) -> Runner:
     if config.model.runner == "simulated":
         return SimulatedRunner(
             plan.layout,
             plan.num_blocks,
-            vocab_size=plan.model.vocab_size,
-            max_model_len=plan.model.max_model_len,
+            vocab_size=plan.files.vocab_size,
+            max_model_len=plan.served(plan.num_blocks).max_model_len,
             memory=kv_memory.numpy().data,
         )
+    if plan.on_device:
+        return _build_cuda_runner(plan, settings, progress)
     runner = build_torch_runner(plan.files, plan.options, kv_memory, progress)
     runner.warm_up()
+    return runner
+
+
+def _build_cuda_runner(plan: EnginePlan, settings: EngineConfig, progress: Callable[[str], None]) -> Runner:
+    limits = BatchLimits(
+        max_num_seqs=settings.max_num_seqs,
+        max_num_batched_tokens=settings.max_num_batched_tokens,
+        max_drafts=settings.speculation.num_draft_tokens if settings.speculation else 0,
+    )
+    runner = build_cuda_runner(plan.files, plan.options, limits, progress)
+    runner.warm_up(progress)
     return runner

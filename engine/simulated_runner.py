@@ -12,12 +12,14 @@ Given memory, the runner keeps the sums there instead of taking them from the re
 holds the block's sum up to that token, as 8 little-endian bytes. A step reads one slot of every block of the context. A
 block that was not transferred, or belongs to another context, therefore gives another token.
 
-An asynchronous runner does nothing in `launch` but note what it is to do, and all of it in `result`: what is written into
-blocks between the two is what the step finds there, as on a device that is busy with the step before.
+An asynchronous runner does nothing in `launch` but note what it is to do. It does that when a result is wanted, step by step in
+the order of their launch, also behind one that failed: what is written into blocks meanwhile is what a step finds there, as
+on a device that is busy with the step before.
 """
 
 import struct
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate, chain, islice
@@ -80,6 +82,7 @@ class SimulatedRunner:
         self._cost = cost or SimulatedCost()
         self._sleep = sleep
         self._asynchronous = asynchronous
+        self._noted_steps: deque[_NotedStep] = deque()
         self._last_tokens: dict[RequestId, int] = {}
         self._sums: _Sums = _RememberedSums() if memory is None else _StoredSums(layout, memory.cast("B"))
 
@@ -104,9 +107,19 @@ class SimulatedRunner:
         return self._asynchronous
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        if self._asynchronous:
-            return _NotedStep(self, StepPlan(tuple(_noted(chunk) for chunk in plan.chunks)))
-        return ReadyStep(self.compute(plan))
+        if not self._asynchronous:
+            return ReadyStep(self.compute(plan))
+        step = _NotedStep(self, StepPlan(tuple(_noted(chunk) for chunk in plan.chunks)))
+        self._noted_steps.append(step)
+        return step
+
+    def compute_noted(self) -> None:
+        """The oldest step that was launched and is not yet computed."""
+        step = self._noted_steps.popleft()
+        try:
+            step.outcome = self.compute(step.plan)
+        except Exception as error:  # noqa: BLE001 - the step's `result` raises it again
+            step.outcome = error
 
     def compute(self, plan: StepPlan) -> StepResult:
         """A step from beginning to end."""
@@ -144,15 +157,20 @@ class SimulatedRunner:
         return SampledToken(token_id, 0.0, ((token_id, 0.0),) if sampling.logprobs else ())
 
 
-@dataclass(frozen=True, slots=True)
 class _NotedStep:
-    """A step of an asynchronous runner."""
+    """A step of an asynchronous runner; `outcome` is None until it has been computed."""
 
-    runner: SimulatedRunner
-    plan: StepPlan
+    def __init__(self, runner: SimulatedRunner, plan: StepPlan) -> None:
+        self._runner = runner
+        self.plan = plan
+        self.outcome: StepResult | Exception | None = None
 
     def result(self) -> StepResult:
-        return self.runner.compute(self.plan)
+        while self.outcome is None:
+            self._runner.compute_noted()
+        if isinstance(self.outcome, Exception):
+            raise self.outcome
+        return self.outcome
 
 
 def _noted(chunk: ScheduledChunk) -> ScheduledChunk:

@@ -119,9 +119,11 @@ class StepPipeline:
     def _compute_alone(self, sequence: Sequence, chunk: ScheduledChunk) -> Sampled:
         if sequence.state is not State.RUNNING:
             return ()  # it has ended meanwhile
-        # The runner's last token of a sequence may by now be that of a dropped step; ours is the right one.
-        known = sequence.token_ids[chunk.start : chunk.start + len(chunk.token_ids) - chunk.num_drafts]
-        plan = StepPlan((replace(chunk, token_ids=[*known, *chunk.drafts]),))
+        end = chunk.start + len(chunk.token_ids)
+        # The runner's last token of a sequence may by now be that of a dropped step, and the block table has grown for it.
+        known = sequence.token_ids[chunk.start : end - chunk.num_drafts]
+        block_ids = sequence.block_ids[: self._runner.layout.num_blocks_for(end)]
+        plan = StepPlan((replace(chunk, token_ids=[*known, *chunk.drafts], block_ids=block_ids),))
         try:
             return _checked(self._runner.launch(plan), plan).sampled[0]
         except Exception:

@@ -34,6 +34,7 @@ class UpOptions:
     threads: int = 0
     max_model_len: int | None = None
     kv_memory: str | None = None
+    gpu_memory_utilization: float | None = None
     log_dir: Path | None = None
     restart: bool = True
     settings: Mapping[str, object] = field(default_factory=dict)
@@ -120,6 +121,7 @@ def _node_settings(name: str, threads: int, options: UpOptions) -> dict[str, obj
             "model.load_format": options.load_format,
             "model.max_model_len": options.max_model_len,
             "cache.memory": options.kv_memory,
+            "cache.gpu_memory_utilization": options.gpu_memory_utilization,
             "transfer.transport": options.transport,
         }
     )

@@ -66,6 +66,9 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     nodes.add_argument("--quantization", help="none, or int8 for weights of a byte each (CPU)")
     nodes.add_argument("--threads", help="compute threads; 0: one for each core the process may use")
     nodes.add_argument("--kv-memory", metavar="SIZE", help='memory for the KV cache, such as "8GiB"')
+    nodes.add_argument(
+        "--gpu-memory-utilization", metavar="SHARE", help="of a GPU's memory, for everything together (default: 0.9)"
+    )
     add_set_flag(parser, "cache.block_size=32")
     parser.add_argument(
         "--print-config", action="store_true", help="print the settings in force, secrets masked, and end"
@@ -106,5 +109,6 @@ def _overrides(options: argparse.Namespace) -> dict[str, object]:
         "model.quantization": options.quantization,
         "model.threads": options.threads,
         "cache.memory": options.kv_memory,
+        "cache.gpu_memory_utilization": options.gpu_memory_utilization,
     }
     return given(flags) | parse_settings(options.settings)

@@ -92,6 +92,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         help='cores for the whole cluster, such as "0-3,8" (default: all that this process may use)',
     )
     how.add_argument("--kv-memory", metavar="SIZE", help='KV cache of each node, such as "2GiB"')
+    how.add_argument(
+        "--gpu-memory-utilization",
+        type=float,
+        metavar="SHARE",
+        help="of a GPU's memory, for everything of a node on it (default: 0.9)",
+    )
     how.add_argument("--log-dir", type=Path, metavar="DIR", help="write each process's log to a file there")
     how.add_argument("--no-restart", action="store_true", help="do not start again what dies")
     add_set_flag(parser, "node.cache.block_size=32")
@@ -176,6 +182,7 @@ def _options(arguments: argparse.Namespace) -> UpOptions:
         threads=arguments.threads,
         max_model_len=arguments.max_model_len,
         kv_memory=arguments.kv_memory,
+        gpu_memory_utilization=arguments.gpu_memory_utilization,
         log_dir=arguments.log_dir,
         restart=not arguments.no_restart,
         settings=parse_settings(arguments.settings),

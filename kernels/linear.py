@@ -69,6 +69,7 @@ class PackedLinear:
         self.out_dtype = torch.float32 if wide else weight.dtype
         self.gated = gated
         self._native = native_library.function("linear_wide" if wide else "linear", weight)
+        self._widens = weight.is_cuda and self.out_dtype != weight.dtype
         self._scales: torch.Tensor | None = None
         stored = weight.detach()
         if quantization == "int8":
@@ -81,8 +82,9 @@ class PackedLinear:
             self._pack(stored)
         else:
             self._native = None
-            if self._scales is None:  # torch has no product that widens its result
-                stored = stored.to(self.out_dtype)
+            if self._scales is None:
+                # cuBLAS widens: the weight is read as it is, by tensor cores. torch's products for a CPU do not.
+                stored = stored if self._widens else stored.to(self.out_dtype)
                 self._bias = None if self._bias is None else self._bias.to(self.out_dtype)
             self._weight = stored
 
@@ -103,7 +105,10 @@ class PackedLinear:
         return out
 
     def _in_torch(self, x: torch.Tensor) -> torch.Tensor:
-        if self._scales is None:
+        if self._widens and self._scales is None:
+            out = torch.mm(x, self._weight.t(), out_dtype=self.out_dtype)
+            out = out if self._bias is None else out + self._bias
+        elif self._scales is None:
             out = F.linear(x.to(self.out_dtype), self._weight, self._bias)
         else:
             out = int8_linear_reference(x, self._weight, self._scales, self._bias).to(self.out_dtype)

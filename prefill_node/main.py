@@ -3,8 +3,7 @@
 import asyncio
 from contextlib import AsyncExitStack
 
-from engine.build import build_engine, plan_engine
-from engine.engine import Engine
+from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena
@@ -14,6 +13,7 @@ from kv_transfer.routes import kv_routes
 from kv_transfer.telemetry import TransferTelemetry
 from prefill_node.node import PrefillNode
 from prefill_node.service import PrefillService
+from protocol.errors import ConfigError
 from protocol.ids import Incarnation, WorkerId, new_incarnation
 from runtime.auth import check_bind
 from runtime.clock import MonotonicClock
@@ -23,7 +23,6 @@ from runtime.node_config import NodeConfig
 from runtime.node_shell import NodeShell, advertised_host, describe_worker
 from runtime.registration import KVEventFeed
 from runtime.rpc_client import RpcClient
-from runtime.served_model import ServedModel
 from runtime.serving import bind_socket, run_on_event_loop, socket_url
 
 ENGINE_STOP_TIMEOUT_S = 10.0
@@ -34,21 +33,26 @@ def run(config: NodeConfig) -> int:
     check_bind(config.host, config.cluster_key)
     incarnation = new_incarnation()
     plan = plan_engine(config)
-    arena = HostArena(plan.num_blocks, plan.layout.block_bytes)
-    engine = build_engine(config, plan, incarnation, arena.tensor())
-    run_on_event_loop(_serve(config, incarnation, plan.model, engine, arena))
+    if plan.on_device:
+        raise ConfigError(
+            "model.device cuda: a prefill node hands its KV over, and no transport reaches device memory yet; a decode node"
+            " alone computes its own prompts on a GPU: headrace up --prefill 0 --set decode.model.device=cuda",
+            param="model.device",
+        )
+    arena = HostArena(plan.num_host_blocks, plan.layout.block_bytes)
+    built = build_engine(config, plan, incarnation, arena.tensor())
+    run_on_event_loop(_serve(config, incarnation, built, arena))
     return 0
 
 
-async def _serve(
-    config: NodeConfig, incarnation: Incarnation, model: ServedModel, engine: Engine, arena: HostArena
-) -> None:
+async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, arena: HostArena) -> None:
+    engine = built.engine
     life = ProcessLife()
     install_signal_handlers(life)
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    info = describe_worker(config, "prefill", incarnation, url, model)
+    info = describe_worker(config, "prefill", incarnation, url, built.model)
     shell = NodeShell(config, info, life, registry)
     exports = ExportTable(
         arena,

@@ -20,12 +20,14 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `model`: built-in name, local Hugging Face folder, GGUF file or hub id. `served_name`: what clients call it.
     `runner` "simulated" computes tokens by arithmetic instead of the model, for tests of everything around it.
     `quantization` "int8" keeps weights as bytes, on CPUs: faster, a little less exact.
-    `threads` 0: all cores this process may use. `max_model_len` 0: what the model was trained for.
+    `threads` 0: all cores this process may use. `max_model_len` 0: what the model was trained for. `device` "auto" is cuda
+    where there is a GPU; on it a node serves its own prompts only, because no transport reaches device memory yet.
     """
 
     model: str = "smollm2-135m-instruct"
     served_name: str | None = None
     runner: Literal["torch", "simulated"] = "torch"
+    device: Literal["auto", "cpu", "cuda"] = "cpu"
     load_format: Literal["auto", "dummy"] = "auto"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     quantization: Literal["none", "int8"] = "none"
@@ -35,7 +37,8 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The paged KV cache. `num_blocks` wins over `memory` (a size such as "512MiB" or "2GiB").
+    """The paged KV cache. `num_blocks` wins over `memory` (a size such as "512MiB" or "2GiB"). On a GPU the cache gets what
+    weights and steps leave of `gpu_memory_utilization`, a share of the device's memory, and `memory` means nothing.
 
     `page_format` "auto" is what this machine attends to fastest. Nodes on machines that differ in it (one has no compiler,
     say) exchange KV only if both are told "plain".
@@ -44,6 +47,7 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_size: Literal[8, 16, 32, 64, 128] = 16
     memory: str = "512MiB"
     num_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
+    gpu_memory_utilization: Annotated[float, msgspec.Meta(gt=0, le=1)] = 0.9
     prefix_cache: bool = True
     page_format: Literal["auto", "plain"] = "auto"
 

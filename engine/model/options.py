@@ -29,7 +29,8 @@ _BF16_FLAGS = frozenset({"avx512_bf16", "amx_bf16", "bf16"})  # the last is Arm'
 @dataclass(frozen=True, slots=True)
 class RunnerOptions:
     """`max_model_len` 0: what the model was made for. `threads` 0: as torch finds it. `num_blocks` 0: as many as the memory
-    holds that the runner is given. `seed` is of dummy weights.
+    holds that the runner is given or, on CUDA, as fit: `gpu_memory_utilization` is the share of the device's memory that
+    everything together may take. `seed` is of dummy weights.
 
     `dtype` "auto" is bfloat16 where the device multiplies it natively, else float32 (on CUDA: float16). The KV cache has
     the same dtype, so nodes that exchange KV but differ here must be told one. `quantization` is of the weights; keys and
@@ -47,6 +48,7 @@ class RunnerOptions:
     max_model_len: int = 0
     threads: int = 0
     seed: int = 0
+    gpu_memory_utilization: float = 0.9
 
 
 def resolve_device(options: RunnerOptions) -> torch.device:

@@ -148,6 +148,27 @@ def test_a_failed_step_takes_the_one_behind_it_along_and_nothing_else(caplog: py
     assert "the device fell off" in caplog.text
 
 
+def test_a_step_that_fails_once_costs_nobody_a_token() -> None:
+    """The device goes on with the step behind, from a token that was never drawn; nothing of that may be seen."""
+    prompts = {"a": PROMPT, "b": list(range(100, 110)), "c": list(range(200, 207))}
+    for failing in range(1, 6):
+        busy = bench()
+        for name, prompt in prompts.items():
+            busy.submit(request(name, prompt, max_tokens=8))
+        for _ in range(failing):
+            busy.step()
+
+        def fault(_: StepPlan, busy: Bench = busy) -> StepResult | None:
+            busy.runner.fault = None
+            raise RuntimeError("a hiccup")
+
+        busy.runner.fault = fault
+        busy.run()
+        for name, prompt in prompts.items():
+            assert busy.heard[name].tokens == continuation(prompt, 8)
+        assert busy.busy_blocks == 0
+
+
 def test_a_launch_that_raises_is_a_step_that_failed() -> None:
     class Unlaunchable(SimulatedRunner):
         def launch(self, plan: StepPlan) -> LaunchedStep:

@@ -7,12 +7,14 @@ from engine_bench import VOCAB_SIZE, Bench, Oracle, continuation, request
 from hypothesis import given
 from hypothesis import strategies as st
 
+from engine.build import engine_config
 from engine.config import EngineConfig, SpeculationConfig
 from engine.request import EngineRequest, Mode
 from engine.speculation import MAX_PAUSE, NgramDrafter
 from protocol.errors import ConfigError
 from protocol.ids import RequestId
 from protocol.sampling import SamplingParams
+from runtime.node_config import NodeConfig, SchedulerOptions
 
 R = RequestId("r")
 PROMPT = list(range(3, 17))
@@ -171,3 +173,12 @@ def test_a_setting_that_cannot_work_is_named(setting: str, value: int) -> None:
     with pytest.raises(ConfigError) as caught:
         EngineConfig(speculation=SpeculationConfig(**{setting: value}))
     assert caught.value.param == setting
+
+
+def test_flags_reach_the_engine() -> None:
+    options = SchedulerOptions(speculation="ngram", num_draft_tokens=6, max_prefill_chunk=64, async_scheduling="on")
+    config = engine_config(NodeConfig(scheduler=options))
+    assert config.speculation == SpeculationConfig(num_draft_tokens=6, ngram_min=2, ngram_max=4)
+    assert (config.max_prefill_chunk, config.async_scheduling) == (64, "on")
+    plain = engine_config(NodeConfig())
+    assert (plain.speculation, plain.max_prefill_chunk, plain.async_scheduling) == (None, None, "auto")

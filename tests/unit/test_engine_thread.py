@@ -8,18 +8,21 @@ from contextlib import contextmanager
 
 import pytest
 from engine_bench import LAYOUT, VOCAB_SIZE, continuation, request
+from prometheus_client import CollectorRegistry
 
-from engine.config import EngineConfig
+from engine.config import EngineConfig, SpeculationConfig
 from engine.engine import Engine
 from engine.events import EngineEvent, Failed, Finished, PrefillFinished, Reserved, TokensSampled
 from engine.request import Mode
 from engine.runner import StepPlan, StepResult
 from engine.simulated_runner import SimulatedRunner
+from engine.telemetry import EngineTelemetry
 from protocol.errors import Cancelled, DeadlineExceeded, Draining, InternalError, InvalidParameter, Overloaded
 from protocol.ids import Incarnation, RequestId
 from protocol.kv_events import AllBlocksCleared, BlocksStored
 from protocol.tokens import SampledToken
 from runtime.clock import Clock, ManualClock, MonotonicClock
+from runtime.metrics import EngineMetrics
 
 WAIT_S = 20.0
 A, B = RequestId("a"), RequestId("b")
@@ -28,8 +31,8 @@ A, B = RequestId("a"), RequestId("b")
 class GatedRunner(SimulatedRunner):
     """Stands still in a step for as long as `gate` is closed."""
 
-    def __init__(self, num_blocks: int = 64) -> None:
-        super().__init__(LAYOUT, num_blocks, vocab_size=VOCAB_SIZE, max_model_len=1000)
+    def __init__(self, num_blocks: int = 64, *, asynchronous: bool = False) -> None:
+        super().__init__(LAYOUT, num_blocks, vocab_size=VOCAB_SIZE, max_model_len=1000, asynchronous=asynchronous)
         self.gate = threading.Event()
         self.gate.set()
         self.entered = threading.Event()
@@ -75,9 +78,12 @@ class Listener:
 
 @contextmanager
 def running(
-    runner: GatedRunner, clock: Clock | None = None, on_events: Callable[[list[EngineEvent]], None] | None = None
+    runner: GatedRunner,
+    clock: Clock | None = None,
+    on_events: Callable[[list[EngineEvent]], None] | None = None,
+    speculation: SpeculationConfig | None = None,
 ) -> Iterator[tuple[Engine, Listener]]:
-    config = EngineConfig(max_waiting_tokens=100, max_num_batched_tokens=16)
+    config = EngineConfig(max_waiting_tokens=100, max_num_batched_tokens=16, speculation=speculation)
     engine = Engine(runner, config, clock or MonotonicClock(), Incarnation("life-1"))
     listener = Listener()
     engine.start(on_events or listener)
@@ -91,8 +97,9 @@ def running(
     assert (load.running, load.waiting, load.waiting_tokens, load.num_held, load.num_importing) == (0, 0, 0, 0, 0)
 
 
-def test_requests_run_and_their_events_come_on_the_engine_thread() -> None:
-    with running(GatedRunner()) as (engine, heard):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_requests_run_and_their_events_come_on_the_engine_thread(asynchronous: bool) -> None:
+    with running(GatedRunner(asynchronous=asynchronous)) as (engine, heard):
         for name, start in (("a", 10), ("b", 100)):
             engine.submit(request(name, range(start, start + 20), max_tokens=6))
         heard.wait_for(Finished, "a")
@@ -104,8 +111,9 @@ def test_requests_run_and_their_events_come_on_the_engine_thread() -> None:
         assert engine.computed_prompt_tokens == 40
 
 
-def test_many_threads_submit_and_cancel() -> None:
-    with running(GatedRunner()) as (engine, heard):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_many_threads_submit_and_cancel(asynchronous: bool) -> None:
+    with running(GatedRunner(asynchronous=asynchronous)) as (engine, heard):
 
         def client(number: int) -> None:
             for turn in range(8):
@@ -133,8 +141,9 @@ def test_many_threads_submit_and_cancel() -> None:
                     assert heard.tokens(name) == continuation(range(number, number + 10), 5)
 
 
-def test_commands_of_a_hand_off() -> None:
-    with running(GatedRunner()) as (engine, heard):
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_commands_of_a_hand_off(asynchronous: bool) -> None:
+    with running(GatedRunner(asynchronous=asynchronous)) as (engine, heard):
         engine.submit(request("p", range(10), Mode.PREFILL_ONLY, max_tokens=5))
         done = heard.wait_for(PrefillFinished, "p")
         assert isinstance(done, PrefillFinished)
@@ -235,8 +244,9 @@ def test_a_deadline_wakes_a_sleeping_engine() -> None:
         assert isinstance(failed.error, DeadlineExceeded)
 
 
-def test_stop_fails_what_is_left_and_takes_nothing_more() -> None:
-    runner = GatedRunner(num_blocks=8)
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_stop_fails_what_is_left_and_takes_nothing_more(asynchronous: bool) -> None:
+    runner = GatedRunner(num_blocks=8, asynchronous=asynchronous)
     with running(runner) as (engine, heard):
         engine.submit(request("landing", range(10), Mode.IMPORT))
         heard.wait_for(Reserved, "landing")
@@ -316,3 +326,24 @@ def test_kv_events_can_be_taken_from_outside() -> None:
         after = engine.take_kv_events()
         assert after is not None
         assert after.events == (AllBlocksCleared(),)
+
+
+def test_metrics_say_where_time_went_and_what_was_guessed() -> None:
+    registry = CollectorRegistry()
+    with running(GatedRunner(), speculation=SpeculationConfig(ngram_min=1)) as (engine, heard):
+        telemetry = EngineTelemetry(engine, EngineMetrics(registry))
+        engine.submit(request("a", [7] * 20, max_tokens=60))
+        heard.wait_for(Finished, "a")
+    telemetry.update()
+
+    def value(name: str, **labels: str) -> float:
+        return registry.get_sample_value(name, labels) or 0.0
+
+    assert heard.tokens("a") == continuation([7] * 20, 60)
+    assert all(
+        value("headrace_engine_step_seconds_total", phase=phase) > 0 for phase in ("schedule", "compute", "emit")
+    )
+    drafts, accepted = (value(f"headrace_spec_{kind}_tokens_total") for kind in ("draft", "accepted"))
+    assert 0 <= accepted <= drafts
+    assert drafts > 0
+    assert value("headrace_spec_accepted_length_sum") == accepted

@@ -77,12 +77,14 @@ def test_flags_reach_the_nodes() -> None:
         "load_format": "dummy",
         "max_model_len": 100,
         "kv_memory": "64MiB",
+        "gpu_memory_utilization": 0.5,
         "threads": 3,
     }
     config = config_of(plan(**options).nodes[0])
     assert (config.model.model, config.model.served_name, config.model.dtype) == ("/models/m", "m", "float32")
     assert (config.model.load_format, config.model.max_model_len, config.model.threads) == ("dummy", 100, 3)
     assert (config.transfer.transport, config.cache.memory) == ("shm", "64MiB")
+    assert config.cache.gpu_memory_utilization == 0.5
     assert config.routers == ("http://127.0.0.1:1",)
 
 

@@ -6,6 +6,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from protocol.phases import PhaseLedger
 from runtime.metrics import (
+    CountHistogram,
     EngineMetrics,
     NodeMetrics,
     RouterMetrics,
@@ -58,6 +59,22 @@ def test_a_counter_follows_a_running_total() -> None:
     for total in (0, 5, 5, 9, 2):
         steps.set(total)
     assert samples(registry)["headrace_engine_steps_total"] == 9
+
+
+def test_a_histogram_follows_running_counts() -> None:
+    registry = CollectorRegistry()
+    histogram = CountHistogram("headrace_test_length", "Lengths", registry)
+    assert samples(registry)["headrace_test_length_bucket le=+Inf"] == 0
+    histogram.set((5, 0, 2))
+    histogram.set((6, 0, 3))
+    assert samples(registry) == {
+        "headrace_test_length_bucket le=0.0": 6,
+        "headrace_test_length_bucket le=1.0": 6,
+        "headrace_test_length_bucket le=2.0": 9,
+        "headrace_test_length_bucket le=+Inf": 9,
+        "headrace_test_length_count": 9,
+        "headrace_test_length_sum": 6,
+    }
 
 
 def test_a_ledger_is_observed_phase_by_phase() -> None:
