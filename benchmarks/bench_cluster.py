@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import platform
 import random
@@ -84,10 +85,10 @@ def milliseconds(values_s: list[float], percent: int) -> str:
     return f"{percentile(values_s, percent) * 1e3:.1f}"
 
 
-def percentile(values: list[float], percent: int) -> float:
+def percentile(values: list[float], percent: float) -> float:
     """Nearest rank."""
     ordered = sorted(values)
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 @contextlib.contextmanager
