@@ -12,50 +12,32 @@ memory and arithmetic again; ratios are taken within a round, and who begins cha
                torchaudio and torchcodec removed; and libtcmalloc_minimal, installed or named by $TCMALLOC
     llama.cpp  $LLAMA_BENCH: llama-bench of a build of its targets llama-bench, llama-batched-bench and llama-quantize
 
-int8 is dynamic per-token int8 here and Q8_0 in llama.cpp; vLLM has no counterpart that starts from these weights.
+int8 is dynamic per-token int8 here and Q8_0 in llama.cpp; vLLM has no counterpart that starts from these weights. Everybody
+stays in memory, some 18 GB in all with both peers; `--precisions` one after the other needs a third.
 """
 
 import argparse
+import itertools
 import json
 import os
-import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.bench_cluster import progress
-from benchmarks.engine_bench import llama_cpp
 from benchmarks.engine_bench.case import PRECISIONS, Case, Precision, all_cases, quick_cases
 from benchmarks.engine_bench.child import Child, ChildFailed
-from benchmarks.engine_bench.contestant import (
-    DTYPES,
-    LLAMA,
-    OURS,
-    VLLM,
-    ChildContestant,
-    Contestant,
-    start_ours,
-    start_vllm,
-)
+from benchmarks.engine_bench.contestant import DTYPES, OURS, Contestant
+from benchmarks.engine_bench.field import Field
 from benchmarks.engine_bench.floor import INT8_RATE_FACTOR, Limits, ModelCost
 from benchmarks.engine_bench.manifest import Manifest, keep_cores
 from benchmarks.engine_bench.processor_watch import ProcessorWatch, TakenShare
 from benchmarks.engine_bench.report import EngineReport, Series
-from runtime.models.resolve import DEFAULT_MODEL, default_gguf_path, resolve_model
+from runtime.models.resolve import DEFAULT_MODEL, resolve_model
 
 SETTLE_S = 0.3  # OpenMP's threads spin for up to 0.2 s before they sleep
 PHASE_STREAMS, PHASE_CONTEXT, PHASE_STEPS = 32, 512, 24
-
-
-@dataclass(slots=True)
-class Field:
-    """Who takes part, and who does not for which reason."""
-
-    contestants: list[Contestant] = field(default_factory=list)
-    ours: dict[Precision, Child] = field(default_factory=dict)
-    skipped: list[str] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -67,67 +49,50 @@ class Measured:
     waiting_share: float = 0.0
     foreign_share: float = 0.0
 
+    def count(self, contestant: Contestant, case: Case, rate: float, taken: TakenShare) -> None:
+        self.rates.setdefault((contestant.name, contestant.precision, case), []).append(rate)
+        self.waiting_share = max(self.waiting_share, taken.waiting)
+        self.foreign_share = max(self.foreign_share, taken.foreign)
 
-@contextmanager
-def gather(options: argparse.Namespace, threads: int, cases: Sequence[Case]) -> Iterator[Field]:
-    """Start everybody, one after the other; they end with the context."""
-    folder = resolve_model(DEFAULT_MODEL, progress=progress).folder
-    tokens_held = max(case.tokens_held for case in cases)
-    found = Field()
-    with ExitStack() as life:
+    def forget(self, contestant: Contestant) -> None:
+        for key in [key for key in self.rates if key[:2] == (contestant.name, contestant.precision)]:
+            del self.rates[key]
 
-        def join(name: str, precision: Precision, child: Child) -> bool:
-            progress(f"starting {name} {precision}")
-            life.enter_context(child)
-            try:
-                child.wait_ready()
-            except ChildFailed as failure:
-                found.skipped.append(f"{name} {precision}: {failure}")
-                return False
-            found.contestants.append(ChildContestant(name, precision, child))
-            return True
 
-        for precision in options.precisions:
-            child = start_ours(precision, threads, max(tokens_held, PHASE_STREAMS * (PHASE_CONTEXT + 64)))
-            if join(OURS, precision, child):
-                found.ours[precision] = child
-        if options.vllm_python is None:
-            found.skipped.append(f"{VLLM}: name its interpreter with --vllm-python or $VLLM_PYTHON (see --help)")
-        else:
-            for precision in options.precisions:
-                if precision == "int8":
-                    continue
-                join(VLLM, precision, start_vllm(options.vllm_python, folder, precision, tokens_held))
-        if options.llama_bench is None:
-            found.skipped.append(f"{LLAMA}: name llama-bench with --llama-bench or $LLAMA_BENCH (see --help)")
-        else:
-            models = Path(life.enter_context(tempfile.TemporaryDirectory(prefix="headrace-bench-")))
-            for precision in options.precisions:
-                progress(f"converting weights for {LLAMA} {precision}")
-                weights = llama_cpp.convert(options.llama_bench, default_gguf_path(), precision, models)
-                found.contestants.append(llama_cpp.LlamaCpp(LLAMA, precision, options.llama_bench, weights, threads))
-        if not found.ours:
-            raise SystemExit("our own engine did not start:\n" + "\n".join(found.skipped))
-        yield found
+def join_all(found: Field, options: argparse.Namespace) -> None:
+    """One after the other, so that nobody's start disturbs another's."""
+    for precision in options.precisions:
+        found.join_ours(precision)
+    if len(found.ours) == 0:
+        raise SystemExit("our own engine did not start:\n" + "\n".join(found.skipped))
+    for precision in options.precisions:
+        found.join_vllm(precision, options.vllm_python)
+        found.join_llama(precision, options.llama_bench)
 
 
 def measure(found: Field, cases: Sequence[Case], rounds: int) -> Measured:
-    """Round 0 builds caches and warms up; its figures are shown and dropped."""
+    """Round 0 builds caches and warms up; its figures are shown and dropped. So is whoever fails, with all its figures."""
     measured = Measured()
     for number in range(rounds + 1):
+        label = f"round {number} of {rounds}" if number else "warm-up"
+        turn = number % len(found.contestants)
+        in_turn = found.contestants[turn:] + found.contestants[:turn]
         if number:
             measure_limits(found, measured)
-        turn = number % len(found.contestants)
-        for case in cases:
-            for contestant in found.contestants[turn:] + found.contestants[:turn]:
+        for case, contestant in itertools.product(cases, in_turn):
+            if contestant not in found.contestants:
+                continue
+            try:
                 rate, taken = measure_one(contestant, case, found)
-                label = f"round {number} of {rounds}" if number else "warm-up"
-                progress(f"{label}, {case.name}, {contestant.name} {contestant.precision}: {rate:.1f} tokens/s")
-                if number:
-                    key = (contestant.name, contestant.precision, case)
-                    measured.rates.setdefault(key, []).append(rate)
-                    measured.waiting_share = max(measured.waiting_share, taken.waiting)
-                    measured.foreign_share = max(measured.foreign_share, taken.foreign)
+            except ChildFailed as failure:
+                if contestant.name == OURS:
+                    raise
+                found.drop(contestant, str(failure))
+                measured.forget(contestant)
+                continue
+            progress(f"{label}, {case.name}, {contestant.name} {contestant.precision}: {rate:.1f} tokens/s")
+            if number:
+                measured.count(contestant, case, rate, taken)
     return measured
 
 
@@ -143,10 +108,18 @@ def measure_one(contestant: Contestant, case: Case, found: Field) -> tuple[float
 def measure_limits(found: Field, measured: Measured) -> None:
     """By torch in a process of ours: reading memory, and the matrix product of each precision."""
     some_child = next(iter(found.ours.values()))
-    for precision in dict.fromkeys(contestant.precision for contestant in found.contestants):
-        gigabytes, gigaflops = some_child.ask("limits", dtype=DTYPES[precision])
+    precisions = {contestant.precision for contestant in found.contestants}
+    found_limits = {dtype: some_child.ask("limits", dtype=dtype) for dtype in {DTYPES[each] for each in precisions}}
+    for precision in precisions:
+        gigabytes, gigaflops = found_limits[DTYPES[precision]]
         rate = gigaflops * 1e9 * (INT8_RATE_FACTOR if precision == "int8" else 1)
         measured.limits.setdefault(precision, []).append(Limits(gigabytes * 1e9, rate))
+
+
+def step_phases(child: Child, case: Case) -> dict[str, float]:
+    """Seconds of a mean step of the case, by phase."""
+    phases: dict[str, float] = child.ask("step_phases", context=case.context, streams=case.streams, steps=case.steps)
+    return phases
 
 
 def parse_options() -> argparse.Namespace:
@@ -172,12 +145,13 @@ def main() -> None:
     manifest = Manifest.take("benchmarks.bench_engine")
     threads = keep_cores(options.threads)
     cases = quick_cases() if options.quick else all_cases()
-    with gather(options, threads, cases) as found:
+    phases_case = Case("decode", PHASE_CONTEXT, PHASE_STREAMS, PHASE_STEPS)
+    with Field(threads, max(case.tokens_held for case in (*cases, phases_case))) as found:
+        join_all(found, options)
         versions = {name: version for each in found.contestants for name, version in each.versions().items()}
         measured = measure(found, cases, options.rounds)
-        progress(f"phases of a decode step at {PHASE_STREAMS} streams")
-        window = {"context": PHASE_CONTEXT, "streams": PHASE_STREAMS, "steps": PHASE_STEPS}
-        phases = {precision: child.ask("step_phases", **window) for precision, child in found.ours.items()}
+        progress(f"phases of a step, {phases_case.name}")
+        phases = {precision: step_phases(child, phases_case) for precision, child in found.ours.items()}
         report = EngineReport(
             manifest=manifest,
             threads=threads,
@@ -189,7 +163,7 @@ def main() -> None:
             waiting_share=measured.waiting_share,
             foreign_share=measured.foreign_share,
             phases=phases,
-            phases_case=f"{PHASE_STREAMS} streams at context {PHASE_CONTEXT}",
+            phases_case=phases_case.name,
         )
     print(report.text())
     if options.json:

@@ -26,6 +26,7 @@ from benchmarks.bench_cluster import percentile, progress
 from benchmarks.engine_bench.burst_load import BurstLoad
 from benchmarks.engine_bench.contestant import start_engine
 from benchmarks.engine_bench.manifest import Manifest, keep_cores
+from benchmarks.engine_bench.processor_watch import ProcessorWatch, disturbance
 
 BUDGETS = (64, 128, 256, 512, 1024, 2048)
 QUICK_BUDGETS = (128, 512, 2048)
@@ -42,6 +43,15 @@ class Trial:
 
 
 @dataclass(frozen=True, slots=True)
+class RoundOutcome:
+    """Seconds, as in BurstOutcome, and what other processes took of a core meanwhile."""
+
+    stream_gaps: list[list[float]]
+    burst_ttfts: list[float]
+    foreign_share: float
+
+
+@dataclass(frozen=True, slots=True)
 class Interference:
     """What a trial showed, over all its rounds. Seconds; `stalled_share` of the streams' time."""
 
@@ -55,21 +65,25 @@ class Interference:
     ttft_max: float
     prefill_tokens_per_s: float
     num_gaps: int
+    foreign_share: float
 
     @classmethod
-    def of(cls, trial: Trial, stream_gaps: list[list[float]], ttfts: list[float], burst_tokens: int) -> "Interference":
-        gaps = [gap for stream in stream_gaps for gap in stream]
+    def of(cls, trial: Trial, rounds: Sequence[RoundOutcome], burst_tokens: int) -> "Interference":
+        streams = [stream for outcome in rounds for stream in outcome.stream_gaps]
+        gaps = [gap for stream in streams for gap in stream]
+        ttfts = [ttft for outcome in rounds for ttft in outcome.burst_ttfts]
         return cls(
             trial=trial,
             itl_p50=percentile(gaps, 50),
             itl_p99=percentile(gaps, 99),
             itl_p999=percentile(gaps, 99.9),
             longest_stall=max(gaps),
-            stalled_share=sum(_stalled_s(stream) for stream in stream_gaps) / sum(gaps),
+            stalled_share=sum(_stalled_s(stream) for stream in streams) / sum(gaps),
             ttft_p50=percentile(ttfts, 50),
             ttft_max=max(ttfts),
             prefill_tokens_per_s=burst_tokens / percentile(ttfts, 50),
             num_gaps=len(gaps),
+            foreign_share=max(outcome.foreign_share for outcome in rounds),
         )
 
     def row(self) -> str:
@@ -97,8 +111,8 @@ def recommend(results: Sequence[Interference]) -> int:
     return min(result.trial.budget for result in results if result.ttft_p50 <= best_ttft * (1 + TTFT_SLACK))
 
 
-def run_trial(trial: Trial, load: BurstLoad, dtype: str) -> tuple[list[list[float]], list[float]]:
-    """A fresh engine under the load: the streams' gaps, and the TTFT of the bursts."""
+def run_trial(trial: Trial, load: BurstLoad, dtype: str) -> RoundOutcome:
+    """A fresh engine under the load."""
     settings: dict[str, object] = {
         "model.dtype": dtype,
         "model.threads": trial.threads,
@@ -110,25 +124,23 @@ def run_trial(trial: Trial, load: BurstLoad, dtype: str) -> tuple[list[list[floa
     with start_engine(f"budget {trial.budget}", settings, tokens_held) as child:
         child.wait_ready()
         child.ask("prefill", tokens=load.burst_tokens, repeats=1)
-        outcome = child.ask("burst_load", **asdict(load))
-    return outcome["stream_gaps"], outcome["burst_ttfts"]
+        with ProcessorWatch(child.cpu_s, ()) as watch:
+            outcome = child.ask("burst_load", **asdict(load))
+    return RoundOutcome(outcome["stream_gaps"], outcome["burst_ttfts"], watch.taken.foreign)
 
 
 def measure(trials: Sequence[Trial], load: BurstLoad, dtype: str, rounds: int) -> list[Interference]:
     """All trials in turn, as many times as there are rounds; the rounds of a trial are pooled. The trials are of one number
     of threads."""
-    gaps: dict[Trial, list[list[float]]] = {trial: [] for trial in trials}
-    ttfts: dict[Trial, list[float]] = {trial: [] for trial in trials}
+    outcomes: dict[Trial, list[RoundOutcome]] = {trial: [] for trial in trials}
     for number in range(1, rounds + 1):
         for trial in trials:
             progress(
                 f"round {number} of {rounds}, {trial.threads} threads, budget {trial.budget}, "
                 f"async scheduling {trial.async_scheduling}: {load.duration_s:.0f} s"
             )
-            stream_gaps, burst_ttfts = run_trial(trial, load, dtype)
-            gaps[trial] += stream_gaps
-            ttfts[trial] += burst_ttfts
-    return [Interference.of(trial, gaps[trial], ttfts[trial], load.burst_tokens) for trial in trials]
+            outcomes[trial].append(run_trial(trial, load, dtype))
+    return [Interference.of(trial, outcomes[trial], load.burst_tokens) for trial in trials]
 
 
 def parse_options() -> argparse.Namespace:
@@ -168,6 +180,11 @@ def main() -> None:
         results += found
         print("\n".join(["", f"## {threads} threads", "", *HEADER, *(result.row() for result in found)]), flush=True)
         print(f"\nwithin {TTFT_SLACK:.0%} of the best TTFT from a budget of {recommendations[threads]} on")
+    print(f"\n{disturbance(max(result.foreign_share for result in results))}")
+    if any(result.ttft_max > load.interval_s for result in results):
+        print(
+            "long prompts waited for one another: more of them than this machine can sustain; try a longer --interval"
+        )
     print(f"\nrecommended default of {BUDGET_SETTING}: {max(recommendations.values())}")
     if options.json:
         figures = [asdict(result) for result in results]

@@ -25,6 +25,7 @@ from benchmarks.bench_quantization import TEXT
 from benchmarks.engine_bench.child import Child
 from benchmarks.engine_bench.contestant import start_engine
 from benchmarks.engine_bench.manifest import Manifest, keep_cores
+from benchmarks.engine_bench.processor_watch import ProcessorWatch, disturbance
 from benchmarks.engine_bench.report import Spread
 from router.chat_template import ChatTemplate
 from runtime.models.model_files import ModelFiles
@@ -65,10 +66,11 @@ def tasks_of(files: ModelFiles, text: str) -> list[Task]:
     template = ChatTemplate(files.chat_template)
     tokenizer = Tokenizer.from_file(str(files.tokenizer_path))
     passages = text.strip().split("\n\n")[:2]
-    questions = [("edit", EDIT.format(passage=passage)) for passage in passages] + [("chat", chat) for chat in CHATS]
+    questions = {f"edit {number}": EDIT.format(passage=passage) for number, passage in enumerate(passages, 1)}
+    questions |= {f"chat {number}": chat for number, chat in enumerate(CHATS, 1)}
     return [
-        Task(f"{kind} {number}", tuple(tokenizer.encode(template.render([{"role": "user", "content": question}])).ids))
-        for number, (kind, question) in enumerate(questions, 1)
+        Task(name, tuple(tokenizer.encode(template.render([{"role": "user", "content": question}])).ids))
+        for name, question in questions.items()
     ]
 
 
@@ -181,11 +183,14 @@ def main() -> None:
     threads = keep_cores(options.threads)
     tasks = tasks_of(resolve_model(DEFAULT_MODEL, progress=progress), TEXT.read_text("utf-8"))
     tokens_held = sum(len(task.prompt) + options.tokens for task in tasks)
-    with engines(options.draft_tokens, options.dtype, threads, tokens_held) as found:
+    with (
+        engines(options.draft_tokens, options.dtype, threads, tokens_held) as found,
+        ProcessorWatch(lambda: sum(child.cpu_s() for child in found.values()), ()) as watch,
+    ):
         gains = measure(found, tasks, options.tokens, options.rounds)
     print("\n".join(["# Speculation", "", *manifest.lines(), ""]))
     print(f"{threads} threads, {options.tokens} tokens an answer\n")
-    print("\n".join([*HEADER, *(gain.row() for gain in gains)]))
+    print("\n".join([*HEADER, *(gain.row() for gain in gains), "", disturbance(watch.taken.foreign)]))
     if options.json:
         report = {"manifest": asdict(manifest), "gains": [asdict(gain) for gain in gains]}
         options.json.write_text(json.dumps(report, indent=1) + "\n")

@@ -10,6 +10,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from benchmarks.engine_bench.child_loop import READY
+
 STOP_TIMEOUT_S = 20.0
 SHOWN_LOG_LINES = 15
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
@@ -20,20 +22,24 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """Started by the constructor, ready after `wait_ready`, gone after `close` or the end of its `with`."""
+    """Started by the constructor, which raises ChildFailed where there is no such program; ready after `wait_ready`, gone after `close` or the end of its `with`."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         self.name = name
         self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115  # closed by close()
-        self._process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._log,
-            text=True,
-            cwd=folder,
-            env={**os.environ, **environment},
-        )
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._log,
+                text=True,
+                cwd=folder,
+                env={**os.environ, **environment},
+            )
+        except OSError as error:
+            self._log.close()
+            raise ChildFailed(f"{name} cannot be started: {error}") from error
 
     def __enter__(self) -> Self:
         return self
@@ -44,8 +50,9 @@ class Child:
         self.close()
 
     def wait_ready(self) -> None:
-        """Raises ChildFailed where it could not be built."""
-        self._receive()
+        """Raises ChildFailed where it could not be built. What imports printed before the loop began is passed over."""
+        while self._read_line() != READY:
+            pass
 
     def ask(self, do: str, **parameters: object) -> Any:
         """The operation's result. Raises ChildFailed."""
@@ -80,12 +87,15 @@ class Child:
         self._log.close()
 
     def _receive(self) -> dict[str, Any]:
+        answer: dict[str, Any] = json.loads(self._read_line())
+        return answer
+
+    def _read_line(self) -> str:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
             raise self._failure()
-        answer: dict[str, Any] = json.loads(line)
-        return answer
+        return line.rstrip("\n")
 
     def _failure(self) -> ChildFailed:
         code = self._process.wait()

@@ -9,19 +9,21 @@ import os
 import sys
 from collections.abc import Callable, Mapping
 
+READY = json.dumps({"ready": True})
+
 Operation = Callable[..., object]
 
 
 def serve(build: Callable[[], Mapping[str, Operation]]) -> None:
     """`build` starts what is measured; its operations are then called by name with the command's other keys.
 
-    The first line out is {"ready": true}. What an operation returns comes back as {"result": ...}. An exception ends the
+    The first line out is READY. What an operation returns comes back as {"result": ...}. An exception ends the
     process with its traceback on stderr. Whatever libraries print goes to stderr: stdout is ours alone.
     """
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
     operations = build()
-    print(json.dumps({"ready": True}), file=answers)
+    print(READY, file=answers)
     for line in sys.stdin:
         command = json.loads(line)
         operation = operations[command.pop("do")]

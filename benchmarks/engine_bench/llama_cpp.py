@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from benchmarks.engine_bench.case import Case, Precision
+from benchmarks.engine_bench.child import ChildFailed
 
 BENCH, BATCHED_BENCH, QUANTIZE = "llama-bench", "llama-batched-bench", "llama-quantize"
 FILE_TYPES: dict[Precision, str] = {"fp32": "F32", "bf16": "BF16", "int8": "Q8_0"}
@@ -19,17 +20,11 @@ TIMEOUT_S = 900.0
 
 
 def convert(bench: Path, source: Path, precision: Precision, folder: Path) -> Path:
-    """The model's weights in this precision, in `folder`. What `source` was quantised to before does not matter here."""
+    """The model's weights in this precision, in `folder`. What `source` was quantised to before does not matter here.
+
+    Raises ChildFailed."""
     target = folder / f"{precision}.gguf"
-    if not target.exists():
-        command: list[str | Path] = [
-            bench.with_name(QUANTIZE),
-            "--allow-requantize",
-            source,
-            target,
-            FILE_TYPES[precision],
-        ]
-        subprocess.run(command, check=True, capture_output=True, timeout=TIMEOUT_S)
+    _run([str(bench.with_name(QUANTIZE)), "--allow-requantize", str(source), str(target), FILE_TYPES[precision]])
     return target
 
 
@@ -74,4 +69,14 @@ class LlamaCpp:
 
     def _run(self, tool: Path, *arguments: str) -> str:
         command = [str(tool), "-m", str(self.model), "-t", str(self.threads), *arguments]
+        return _run(command)
+
+
+def _run(command: list[str]) -> str:
+    """What it printed."""
+    try:
         return subprocess.run(command, check=True, capture_output=True, text=True, timeout=TIMEOUT_S).stdout
+    except subprocess.CalledProcessError as error:
+        raise ChildFailed(f"{command[0]} ended with status {error.returncode}:\n{error.stderr[-1000:]}") from error
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ChildFailed(f"{command[0]}: {error}") from error

@@ -12,6 +12,8 @@ from typing import Self
 _TICKS_PER_S = os.sysconf("SC_CLK_TCK")
 _BUSY_FIELDS = (0, 1, 2, 5, 6, 7)  # of /proc/stat: user, nice, system, irq, softirq, steal
 
+QUIET_SHARE = 0.2
+
 
 @dataclass(frozen=True, slots=True)
 class TakenShare:
@@ -45,6 +47,12 @@ class ProcessorWatch:
         usage = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
         own = sum(each.ru_utime + each.ru_stime for each in usage) + self._measured_s()
         return time.perf_counter(), sum(read() for read in self._waiting_s), own, _busy_s()
+
+
+def disturbance(foreign_share: float) -> str:
+    """What a report says of it."""
+    verdict = "" if foreign_share < QUIET_SHARE else ": the machine was busy, and these figures say little"
+    return f"other processes took at most {foreign_share:.1%} of a core during a measurement{verdict}"
 
 
 def _busy_s() -> float:

@@ -5,12 +5,11 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from benchmarks.engine_bench.case import Case, Precision
+from benchmarks.engine_bench.case import PRECISIONS, Case, Precision
 from benchmarks.engine_bench.contestant import OURS
 from benchmarks.engine_bench.floor import Limits, ModelCost
 from benchmarks.engine_bench.manifest import Manifest
-
-QUIET_SHARE = 0.2  # of a core, for a moment
+from benchmarks.engine_bench.processor_watch import disturbance
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +38,7 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """`limits[precision]` are the limits as measured in each round; `waiting_share` and `foreign_share` the greatest shares of a
+    """All contestants of a precision have a series for each case, with an entry for each round. `limits[precision]` are the limits as measured in each round; `waiting_share` and `foreign_share` the greatest shares of a
     core that waiting contestants, and processes that are none of ours, took during a measurement; `phases` the seconds of a
     decode step of each precision."""
 
@@ -59,11 +58,12 @@ class EngineReport:
         lines = ["# Engine benchmark", "", *self.manifest.lines(), ""]
         lines += [f"{self.threads} threads each; {', '.join(f'{k} {v}' for k, v in sorted(self.versions.items()))}"]
         lines += [f"not measured: {reason}" for reason in self.skipped]
-        for precision in dict.fromkeys(series.precision for series in self.series):
+        measured = {series.precision for series in self.series}
+        for precision in (precision for precision in PRECISIONS if precision in measured):
             lines += ["", f"## {precision}", "", *self._limit_lines(precision), "", *self._table(precision)]
         lines += ["", f"## A decode step of ours, {self.phases_case}", "", *self._phase_lines(), ""]
-        lines += [f"at most {self.waiting_share:.1%} of a core went to waiting contestants during a measurement,"]
-        lines += [f"and {self.foreign_share:.1%} to other processes" + self._verdict()]
+        lines += [f"waiting contestants took at most {self.waiting_share:.1%} of a core during a measurement"]
+        lines += [disturbance(self.foreign_share)]
         return "\n".join(lines)
 
     def json(self) -> dict[str, object]:
@@ -90,9 +90,6 @@ class EngineReport:
             "foreign_share": self.foreign_share,
         }
 
-    def _verdict(self) -> str:
-        return "" if self.foreign_share < QUIET_SHARE else ": the machine was busy, and these figures say little"
-
     def _limit_lines(self, precision: Precision) -> list[str]:
         bandwidth = Spread.of([limits.bandwidth / 1e9 for limits in self.limits[precision]])
         rate = Spread.of([limits.rate / 1e9 for limits in self.limits[precision]])
@@ -109,11 +106,11 @@ class EngineReport:
             found = {series.contestant: series for series in mine if series.case == case}
             floors = [self.model.floor_tokens_per_s(case, precision, each) for each in self.limits[precision]]
             row = [case.name, f"{statistics.median(floors):.0f}"]
-            row += [Spread.of(found[name].rates).show(1) if name in found else "-" for name in names]
+            row += [Spread.of(found[name].rates).show(1) for name in names]
             if OURS in names:
                 row.append(Spread.of(self._of_floor(found[OURS])).show(2))
                 ratios = [self._ratio(found[peer]) for peer in peers]
-                row += ["-" if ratio is None else ratio.show(2) for ratio in ratios]
+                row += [ratio.show(2) for ratio in ratios if ratio is not None]
             rows.append(row)
         return [f"| {' | '.join(row)} |" for row in rows]
 
