@@ -16,11 +16,11 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench clean
+.PHONY: help serve test check bench bench-engine bench-interference bench-quantization bench-speculation clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/  make \1	\2/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1	\2/' | expand -t 28
 
 serve: $(VENV)/.installed ## install, then run router, prefill node and decode node on this machine
 	$(BIN)/headrace up $(ARGS)
@@ -36,6 +36,18 @@ check: $(VENV)/.installed-check ## lint, format, types, import direction
 
 bench: $(VENV)/.installed-test ## measure a cluster beside its peers; under three minutes
 	$(BIN)/python benchmarks/bench_cluster.py $(ARGS)
+
+bench-engine: $(VENV)/.installed-test ## measure the engine beside vLLM, llama.cpp and the machine's limits; ARGS=--quick for a minute of it
+	$(BIN)/python -m benchmarks.bench_engine $(ARGS)
+
+bench-interference: $(VENV)/.installed-test ## measure what long prompts do to streams, by token budget
+	$(BIN)/python -m benchmarks.bench_interference $(ARGS)
+
+bench-quantization: $(VENV)/.installed-test ## measure what int8 and bf16 cost in quality
+	$(BIN)/python -m benchmarks.bench_quantization $(ARGS)
+
+bench-speculation: $(VENV)/.installed-test ## measure what n-gram speculation gains
+	$(BIN)/python -m benchmarks.bench_speculation $(ARGS)
 
 clean: ## remove the environment and what tools left behind
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

@@ -15,6 +15,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import math
 import os
 import platform
 import random
@@ -30,6 +31,7 @@ import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -84,10 +86,10 @@ def milliseconds(values_s: list[float], percent: int) -> str:
     return f"{percentile(values_s, percent) * 1e3:.1f}"
 
 
-def percentile(values: list[float], percent: int) -> float:
+def percentile(values: list[float], percent: float) -> float:
     """Nearest rank."""
     ordered = sorted(values)
-    return ordered[max(0, -(-len(ordered) * percent // 100) - 1)]
+    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
 
 
 @contextlib.contextmanager
@@ -208,7 +210,9 @@ def transformers_tokens_per_s(folder: Path) -> float:
     import torch  # only this peer needs it
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16)
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.bfloat16
+    )  # its `generate` accepts no model by its types
     prompt = torch.randint(100, 40_000, (1, PROMPT_TOKENS))
     model.generate(prompt, max_new_tokens=4, do_sample=False)
     start = time.perf_counter()

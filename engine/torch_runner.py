@@ -115,6 +115,14 @@ class TorchRunner:
                 self._last_tokens[chunk.request_id] = 0 if isinstance(tokens, HeadraceError) else tokens[-1].token_id
         return sampled
 
+    def logits(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Those after every token of a text that is computed alone, float32 [num_tokens, vocab_size]: what a model's quality is
+        measured by. Writes to the first blocks: call it only while no block is in use."""
+        chunk = replace(self._warm_up_chunk(0, token_ids), num_drafts=len(token_ids) - 1)  # a row for every token
+        with torch.inference_mode():
+            inputs = build_step_inputs((chunk,), self._layout.block_size, self._kv_cache.device)
+            return self._model.forward(inputs, self._kv_cache)
+
     def warm_up(self) -> None:
         """Run a prefill chunk and decode batches, greedy and sampled, so that the first request finds kernels built,
         threads started and memory touched. Writes to the first blocks: call it before any block is in use."""

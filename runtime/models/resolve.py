@@ -35,7 +35,7 @@ def resolve_model(
     report = progress or _silent
     cache = cache_dir or default_cache_dir()
     if model == DEFAULT_MODEL:
-        return read_model_files(convert_gguf(_default_model_path(), cache, report), DEFAULT_MODEL)
+        return read_model_files(convert_gguf(default_gguf_path(), cache, report), DEFAULT_MODEL)
     path = Path(model).expanduser()
     if path.suffix == ".gguf":
         return read_model_files(convert_gguf(path, cache, report), path.stem)
@@ -59,8 +59,8 @@ def default_cache_dir() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headrace"
 
 
-def _default_model_path() -> Path:
-    """The file inside the installed wheel. The package is found, not imported: its code wants what we do not need."""
+def default_gguf_path() -> Path:
+    """The built-in model's file inside the installed wheel; raises ConfigError without it. The package is found, not imported: its code wants what we do not need."""
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     folders = [] if spec is None else spec.submodule_search_locations or []
     for folder in folders:
