@@ -24,6 +24,9 @@ from kernels.sampling_tensors import HAS_PENALTIES
 _INFINITE = tl.constexpr(0x7F800000)
 """The magnitude of a score of -inf."""
 _BEYOND = tl.constexpr(0x7FFFFFFF)
+"""The magnitude of no score."""
+_THIRTY = tl.constexpr(0x41F00000)
+"""The magnitude of a score of -30."""
 _HAS_PENALTIES = tl.constexpr(HAS_PENALTIES)
 _QUARTER = tl.constexpr(4)
 
@@ -31,7 +34,7 @@ _QUARTER = tl.constexpr(4)
 @triton.jit
 def _weights(magnitudes: tl.tensor) -> tl.tensor:
     """floor(2**30 * exp(score)), int32, exact but for the exponential's last place."""
-    score = tl.maximum(-magnitudes.to(tl.float32, bitcast=True), -30.0)  # exp(-30) * 2**30 is already below 1
+    score = -tl.minimum(magnitudes, _THIRTY).to(tl.float32, bitcast=True)  # exp(-30) * 2**30 is already below 1
     power = tl.floor(score * 1.4426950408889634 + 0.5)
     # log(2) in two parts, the first with few bits, so that its product with `power` is exact.
     rest = (score - power * 0.693359375) - power * -2.1219444005469057e-4  # at most log(2) / 2 either way
