@@ -59,6 +59,7 @@ def plan_engine(config: NodeConfig) -> EnginePlan:
         device="cpu",  # transports move blocks between host memories
         load_format=config.model.load_format,
         block_size=config.cache.block_size,
+        page_format="plain" if config.model.runner == "simulated" else config.cache.page_format,
         max_model_len=config.model.max_model_len,
         threads=config.model.threads,
         seed=config.model.seed,

@@ -68,7 +68,7 @@ class TorchRunner:
             return StepResult(())
         with torch.inference_mode():
             inputs = build_step_inputs(plan.chunks, self._layout.block_size, self._kv_cache.device)
-            logits = self._model.forward(inputs, self._kv_cache)
+            logits = self._model.forward(inputs, self._kv_cache, self._layout.page_format)
             sampling = [chunk for chunk in plan.chunks if chunk.samples]
             tokens = iter(self._sampler.sample(sampling, logits) if sampling else ())
         sampled: list[SampledToken | HeadraceError | None] = [

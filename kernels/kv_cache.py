@@ -52,9 +52,10 @@ def can_be_tiled(dtype: torch.dtype, block_size: int, head_dim: int) -> bool:
 def tile_pages(pages: torch.Tensor) -> torch.Tensor:
     """Plain pages ([..., 2, num_kv_heads, block_size, head_dim]) as tiled ones: a new tensor of the same shape."""
     keys, values = pages.unbind(-4)
-    split_keys = keys.unflatten(-2, (-1, TILE_TOKENS)).unflatten(-1, (-1, 2))  # [..., group, token, dim pair, 2]
+    *outer, block_size, head_dim = keys.shape
+    split_keys = keys.reshape(*outer, block_size // TILE_TOKENS, TILE_TOKENS, head_dim // 2, 2)
     tiled_keys = split_keys.transpose(-3, -2).reshape(keys.shape)
-    tiled_values = values.unflatten(-2, (-1, 2)).transpose(-2, -1).reshape(values.shape)
+    tiled_values = values.reshape(*outer, block_size // 2, 2, head_dim).transpose(-2, -1).reshape(values.shape)
     return torch.stack((tiled_keys, tiled_values), dim=-4)
 
 

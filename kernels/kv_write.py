@@ -53,7 +53,7 @@ def write_kv_reference(
     blocks, offsets = slots // block_size, slots % block_size
     plane = kv_cache[:, layer]  # [num_blocks, 2, num_kv_heads, block_size, head_dim]
     if page_format == "bf16-tiled":
-        touched, blocks = blocks.unique(return_inverse=True)
+        touched, blocks = torch.unique(blocks, return_inverse=True)
         plane, tiled_plane = untile_pages(plane[touched]), plane
     plane[blocks, 0, :, offsets] = as_cached(key, scales.key, kv_cache.dtype)
     plane[blocks, 1, :, offsets] = as_cached(value, scales.value, kv_cache.dtype)

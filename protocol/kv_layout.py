@@ -4,8 +4,9 @@ A block is one contiguous piece that holds all layers of `block_size` tokens:
 
     [num_layers, 2, num_kv_heads, block_size, head_dim]        index 0 of the second axis is K, 1 is V
 
-so that it is one descriptor to transfer, offload, checksum or write. Two nodes exchange KV only if their fingerprints
-are equal; the error names the fields that differ.
+so that it is one descriptor to transfer, offload, checksum or write. A page is its last two axes; the page format says in
+which order their elements lie: "plain" as the axes say, "bf16-tiled" as CPUs multiply them (kernels/kv_cache.py has both).
+Two nodes exchange KV only if their fingerprints are equal; the error names the fields that differ.
 """
 
 from functools import cached_property
@@ -18,6 +19,7 @@ from protocol.errors import LayoutMismatch
 from protocol.wire import WIRE_VERSION
 
 KVDtype = Literal["float32", "bfloat16", "float16"]
+PageFormat = Literal["plain", "bf16-tiled"]
 DTYPE_BYTES: dict[KVDtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 Positive = Annotated[int, msgspec.Meta(ge=1, le=1 << 20)]
@@ -36,6 +38,7 @@ class KVLayout(msgspec.Struct, frozen=True, kw_only=True, dict=True):
     block_size: Positive
     rope: Text
     quantization: Text = "none"
+    page_format: PageFormat = "plain"
     tp_size: Positive = 1
     tp_rank: Annotated[int, msgspec.Meta(ge=0, le=1 << 20)] = 0
     wire_version: int = WIRE_VERSION

@@ -35,12 +35,17 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class CacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """The paged KV cache. `num_blocks` wins over `memory` (a size such as "512MiB" or "2GiB")."""
+    """The paged KV cache. `num_blocks` wins over `memory` (a size such as "512MiB" or "2GiB").
+
+    `page_format` "auto" is what this machine attends to fastest. Nodes on machines that differ in it (one has no compiler,
+    say) exchange KV only if both are told "plain".
+    """
 
     block_size: Literal[8, 16, 32, 64, 128] = 16
     memory: str = "512MiB"
     num_blocks: Annotated[int, msgspec.Meta(ge=0)] = 0
     prefix_cache: bool = True
+    page_format: Literal["auto", "plain"] = "auto"
 
 
 class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -7,9 +7,11 @@ from typing import Literal
 import torch
 
 from engine.model.config import read_model_config
+from kernels import native_library
+from kernels.kv_cache import can_be_tiled
 from kernels.linear import Quantization
 from protocol.errors import ConfigError
-from protocol.kv_layout import KVDtype, KVLayout
+from protocol.kv_layout import KVDtype, KVLayout, PageFormat
 from runtime.models.model_digest import config_digest, model_digest
 from runtime.models.model_files import ModelFiles
 
@@ -30,7 +32,8 @@ class RunnerOptions:
 
     `dtype` "auto" is bfloat16 where the device multiplies it natively, else float32 (on CUDA: float16). The KV cache has
     the same dtype, so nodes that exchange KV but differ here must be told one. `quantization` is of the weights; keys and
-    values depend on them, so such nodes must agree on it too.
+    values depend on them, so such nodes must agree on it too. `page_format` "auto" is tiled (kernels/kv_cache.py) where C++
+    kernels attend to bfloat16 on a CPU; so nodes of which only one can build these must be told "plain".
     """
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -38,6 +41,7 @@ class RunnerOptions:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     load_format: Literal["auto", "dummy"] = "auto"
     block_size: int = 16
+    page_format: Literal["auto", "plain"] = "auto"
     num_blocks: int = 0
     max_model_len: int = 0
     threads: int = 0
@@ -83,19 +87,28 @@ def plan_layout(files: ModelFiles, options: RunnerOptions) -> KVLayout:
     Raises ConfigError where the model or an option is not supported.
     """
     check_quantization(options)
-    config = read_model_config(files.config_path)
+    config, dtype = read_model_config(files.config_path), resolve_dtype(options)
     dummy = options.load_format == "dummy"
     return KVLayout(
         model=config_digest(files) if dummy else model_digest(files),
         revision=f"dummy weights of seed {options.seed}" if dummy else "",
-        dtype=resolve_dtype(options),
+        dtype=dtype,
         num_layers=config.num_layers,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
         block_size=options.block_size,
         rope=config.rope.canonical_text(),
         quantization=options.quantization,
+        page_format=_resolve_page_format(options, dtype, config.head_dim),
     )
+
+
+def _resolve_page_format(options: RunnerOptions, dtype: KVDtype, head_dim: int) -> PageFormat:
+    on_cpu = resolve_device(options).type == "cpu"
+    wanted = (
+        options.page_format == "auto" and on_cpu and can_be_tiled(TORCH_DTYPES[dtype], options.block_size, head_dim)
+    )
+    return "bf16-tiled" if wanted and native_library.status().available else "plain"
 
 
 def num_blocks_for_memory(layout: KVLayout, memory_bytes: int) -> int:

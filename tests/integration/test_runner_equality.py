@@ -123,6 +123,14 @@ def test_bfloat16_stays_close_to_float32(llama: Path) -> None:
     assert dict(rounded.top)[exact.token_id] == pytest.approx(exact.logprob, abs=0.25)
 
 
+def test_page_formats_give_the_same_tokens(llama: Path) -> None:
+    tiled = Driver(build(llama, RunnerOptions(dtype="bfloat16", device="cpu", num_blocks=40)))
+    plain = Driver(build(llama, RunnerOptions(dtype="bfloat16", device="cpu", num_blocks=40, page_format="plain")))
+    for prompt in prompts(6):
+        expected = plain.generate(prompt, 20, chunk=13, logprobs=1).tokens
+        assert tiled.generate(prompt, 20, chunk=13, logprobs=1).tokens == expected
+
+
 def test_dummy_weights_need_no_checkpoint_and_repeat(llama: Path) -> None:
     (llama / "model.safetensors").rename(llama / "elsewhere")
     try:

@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from engine.model.config import ModelConfig, read_model_config
 from engine.model.options import resolve_max_model_len
 from engine.model.rope import parse_rope, rope_tables
 from engine.torch_runner import RunnerOptions, build_torch_runner, num_blocks_for_memory, plan_layout
+from kernels import native_library
 from protocol.errors import ConfigError
 from runtime.models.resolve import resolve_model
 
@@ -185,8 +187,24 @@ class TestOptions:
         assert layout.block_shape == (config.num_hidden_layers, 2, config.num_key_value_heads, 32, 16)
         assert layout.block_bytes == 3 * 2 * 2 * 32 * 16 * 2
         assert num_blocks_for_memory(layout, 10 * layout.block_bytes + 1) == 10
-        other = plan_layout(files, RunnerOptions(dtype="float32", device="cpu", block_size=32))
-        assert layout.differences(other) == ["dtype: 'bfloat16' != 'float32'"]
+        options = RunnerOptions(dtype="float32", device="cpu", block_size=32)
+        plain = plan_layout(files, RunnerOptions(dtype="bfloat16", device="cpu", block_size=32, page_format="plain"))
+        assert plain.differences(plan_layout(files, options)) == ["dtype: 'bfloat16' != 'float32'"]
+
+    def test_the_page_format(self, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        def page_format(
+            block_size: int = 32,
+            dtype: Literal["bfloat16", "float32"] = "bfloat16",
+            wanted: Literal["auto", "plain"] = "auto",
+        ) -> str:
+            options = RunnerOptions(dtype=dtype, device="cpu", block_size=block_size, page_format=wanted)
+            return plan_layout(resolve_model(str(original)), options).page_format
+
+        monkeypatch.setattr(native_library, "status", lambda: native_library.NativeStatus(True, "", "avx2"))
+        assert page_format() == "bf16-tiled"
+        assert [page_format(dtype="float32"), page_format(block_size=8), page_format(wanted="plain")] == ["plain"] * 3
+        monkeypatch.setattr(native_library, "status", lambda: native_library.NativeStatus(False, "no g++", ""))
+        assert page_format() == "plain"
 
     def test_what_cannot_be_had_is_refused(self, original: Path) -> None:
         files = resolve_model(str(original))

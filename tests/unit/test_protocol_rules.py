@@ -35,7 +35,15 @@ def test_layout_arithmetic() -> None:
 
 @pytest.mark.parametrize(
     "field",
-    [{"model": "n"}, {"dtype": "bfloat16"}, {"block_size": 32}, {"rope": "llama3"}, {"tp_size": 2}, {"head_dim": 4}],
+    [
+        {"model": "n"},
+        {"dtype": "bfloat16"},
+        {"block_size": 32},
+        {"rope": "llama3"},
+        {"tp_size": 2},
+        {"head_dim": 4},
+        {"page_format": "bf16-tiled"},
+    ],
 )
 def test_every_difference_changes_the_fingerprint_and_is_named(field: dict[str, object]) -> None:
     other = changed(**field)
@@ -57,6 +65,7 @@ def test_fingerprint_does_not_depend_on_the_process() -> None:
 def test_identity_ignores_how_a_worker_holds_its_share() -> None:
     assert changed(tp_size=2, tp_rank=1).identity == LAYOUT.identity
     assert changed(dtype="bfloat16").identity != LAYOUT.identity
+    assert changed(page_format="bf16-tiled").identity != LAYOUT.identity
 
 
 tokens = st.lists(st.integers(0, 2**31 - 1), max_size=100)
