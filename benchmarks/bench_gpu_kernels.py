@@ -12,6 +12,7 @@ import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -29,7 +30,7 @@ BLOCK_BYTES = (64 << 10, 512 << 10, 2 << 20)
 
 VOCAB_SIZES = (49_152, 128_256)
 MAX_TOP = 20
-SAMPLINGS: dict[str, dict[str, object]] = {
+SAMPLINGS: dict[str, dict[str, Any]] = {
     "greedy": {"temperature": 0.0},
     "temperature": {},
     "top-p": {"top_p": 0.95, "temperature": 0.7},

@@ -121,7 +121,7 @@ class TorchRunner:
         chunk = replace(self._warm_up_chunk(0, token_ids), num_drafts=len(token_ids) - 1)  # a row for every token
         with torch.inference_mode():
             inputs = build_step_inputs((chunk,), self._layout.block_size, self._kv_cache.device)
-            return self._model.forward(inputs, self._kv_cache)
+            return self._model.forward(inputs, self._kv_cache, self._layout.page_format)
 
     def warm_up(self) -> None:
         """Run a prefill chunk and decode batches, greedy and sampled, so that the first request finds kernels built,

@@ -52,8 +52,9 @@ class MeasuredEngine:
         plan = plan_engine(config)
         memory = torch.empty(plan.num_blocks * plan.layout.block_bytes, dtype=torch.uint8)
         _fill_with_noise(memory.view(TORCH_DTYPES[plan.layout.dtype]))
-        self.vocab_size = plan.model.vocab_size
-        self._engine = build_engine(config, plan, Incarnation("bench"), memory)
+        built = build_engine(config, plan, Incarnation("bench"), memory)
+        self.vocab_size = built.model.vocab_size
+        self._engine = built.engine
         self._events: queue.SimpleQueue[tuple[float, list[EngineEvent]]] = queue.SimpleQueue()
         self._numbers = count()
         self._random = random.Random(0)
