@@ -217,7 +217,7 @@ class _Echo:
         self.logits = self._rows(input_ids[0], position_ids[0])[None]
         return self
 
-    def forward(self, inputs: StepInputs, _: torch.Tensor) -> torch.Tensor:
+    def forward(self, inputs: StepInputs, *_: object) -> torch.Tensor:
         self._steps += 1
         return self._rows(inputs.token_ids, inputs.positions) + self._memory * (self._steps - 1)
 

@@ -92,7 +92,7 @@ def load_transformers_model(
         model = load_checkpoint(settings, files.folder, shape.route, dtype, device, progress)
     else:
         model = make_up_weights(settings, dummy_seed, shape.route, dtype, device)
-    check = SelfCheck(settings, shape, layout, device)
+    check = SelfCheck(settings, shape, layout.block_size, device, layout.page_format)
     packable = called_linears(model, lambda: check.run_reference(model))
     windows = check.windows(model, max_model_len)
     pack_linears(model, packable)

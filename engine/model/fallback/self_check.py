@@ -19,7 +19,7 @@ from engine.model.step_inputs import build_step_inputs
 from engine.runner import ScheduledChunk
 from protocol.errors import ConfigError
 from protocol.ids import RequestId
-from protocol.kv_layout import KVLayout
+from protocol.kv_layout import PageFormat
 from protocol.sampling import SamplingParams
 
 _CHUNKS = ((6, 4), (4, 2))
@@ -43,11 +43,18 @@ class _MaskRecorder:
 class SelfCheck:
     """Used once, in this order: run_reference, windows, compare."""
 
-    def __init__(self, settings: PretrainedConfig, shape: ModelShape, layout: KVLayout, device: torch.device) -> None:
+    def __init__(
+        self,
+        settings: PretrainedConfig,
+        shape: ModelShape,
+        block_size: int,
+        device: torch.device,
+        page_format: PageFormat = "plain",
+    ) -> None:
         self._settings = settings
         self._shape = shape
-        self._block_size = layout.block_size
-        self._page_format = layout.page_format
+        self._block_size = block_size
+        self._page_format: PageFormat = page_format
         self._device = device
         generator = torch.Generator().manual_seed(0)
         lengths = [sum(chunks) for chunks in _CHUNKS]
