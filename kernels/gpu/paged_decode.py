@@ -10,6 +10,8 @@ launch may be captured into a CUDA graph and replayed for other contexts. A sequ
 graph) reads nothing and gets zeros. The specification is `kernels.paged_attention.paged_attention_reference`.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -43,6 +45,7 @@ def default_config(head_dim: int, rows: int) -> LaunchConfig:
     return LaunchConfig(num_warps, num_stages=3, sizes={"TILE": tile})
 
 
+@functools.lru_cache(maxsize=256)  # asked once a layer, the same for all layers of a step
 def num_splits(num_programs: int, max_context_len: int, num_multiprocessors: int) -> int:
     """How many splits a context may have, for `num_programs` pairs of sequence and KV head: shapes in, a number out.
 
