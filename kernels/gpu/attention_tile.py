@@ -10,6 +10,49 @@ import triton.language as tl
 
 
 @triton.jit
+def load_queries(
+    query_ptr: tl.tensor,
+    query_start: tl.tensor,
+    query_len: tl.tensor,
+    first_query: tl.tensor,
+    kv_head: tl.tensor,
+    token_stride: tl.tensor,
+    head_stride: tl.tensor,
+    GROUP: tl.constexpr,
+    ROWS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> tl.tuple:
+    """(rows of queries [ROWS, WIDTH], each one's index in its sequence, head, and whether there is such a one).
+
+    GROUP heads that share a KV head stand in rows side by side, from query first_query on. Rows left over, where ROWS is
+    no multiple of GROUP, are no queries, and are zeros like those past the sequence's last.
+    """
+    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
+    index, head = first_query + rows // GROUP, kv_head * GROUP + rows % GROUP
+    present = (index < query_len) & (rows < ROWS // GROUP * GROUP)
+    offsets = (query_start + index).to(tl.int64) * token_stride + head * head_stride
+    mask = present[:, None] & (columns < HEAD_DIM)[None, :]
+    return tl.load(query_ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0), index, head, present
+
+
+@triton.jit
+def store_rows(
+    target_ptr: tl.tensor,
+    rows: tl.tensor,
+    places: tl.tensor,
+    present: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    WIDTH: tl.constexpr,
+) -> None:
+    """Store rows ([ROWS, WIDTH]) at places ([ROWS], int64) of a dense [..., HEAD_DIM] tensor, in its dtype."""
+    columns = tl.arange(0, WIDTH)
+    mask = present[:, None] & (columns < HEAD_DIM)[None, :]
+    pointers = target_ptr + places[:, None] * HEAD_DIM + columns[None, :]
+    tl.store(pointers, rows.to(target_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def token_offsets(
     table: tl.tensor,
     tile_start: tl.tensor,

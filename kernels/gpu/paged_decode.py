@@ -10,12 +10,14 @@ launch may be captured into a CUDA graph and replayed for other contexts. A sequ
 graph) reads nothing and gets zeros. The specification is `kernels.paged_attention.paged_attention_reference`.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 
 from kernels.attention_batch import AttentionBatch
-from kernels.gpu.attention_tile import fold_tile
+from kernels.gpu.attention_tile import fold_tile, load_queries, store_rows
 from kernels.gpu.device import LOG2_E, multiprocessors, next_power_of_two
 from kernels.gpu.tuning import LaunchConfig, launch_config
 from kernels.kv_scales import KVScales
@@ -43,6 +45,7 @@ def default_config(head_dim: int, rows: int) -> LaunchConfig:
     return LaunchConfig(num_warps, num_stages=3, sizes={"TILE": tile})
 
 
+@functools.lru_cache(maxsize=256)  # asked once a layer, the same for all layers of a step
 def num_splits(num_programs: int, max_context_len: int, num_multiprocessors: int) -> int:
     """How many splits a context may have, for `num_programs` pairs of sequence and KV head: shapes in, a number out.
 
@@ -128,11 +131,10 @@ def paged_decode_kernel(
     if SPLIT and begin >= end:
         return
 
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    index, head = rows // GROUP, kv_head * GROUP + rows % GROUP
-    stored = (index < query_len)[:, None] & (columns < HEAD_DIM)[None, :]
-    query_rows = (query_start + index).to(tl.int64) * query_token_stride + head * query_head_stride
-    query = tl.load(query_ptr + query_rows[:, None] + columns[None, :], mask=stored, other=0.0)
+    query, index, head, present = load_queries(
+        query_ptr, query_start, query_len, 0, kv_head, query_token_stride, query_head_stride,
+        GROUP, ROWS, HEAD_DIM, WIDTH,
+    )  # fmt: skip
     positions = context_len - query_len + index
     keys = keys_ptr + kv_head.to(tl.int64) * head_stride
     table = tables_ptr + sequence.to(tl.int64) * table_stride
@@ -149,12 +151,11 @@ def paged_decode_kernel(
     heads = tl.num_programs(1) * GROUP
     if SPLIT:
         places = ((sequence * QUERIES + index).to(tl.int64) * heads + head) * splits + split
-        tl.store(partial_ptr + places[:, None] * HEAD_DIM + columns[None, :], attended, mask=stored)
-        tl.store(weight_ptr + places, largest + tl.log2(total), mask=index < query_len)
+        store_rows(partial_ptr, attended, places, present, HEAD_DIM, WIDTH)
+        tl.store(weight_ptr + places, largest + tl.log2(total), mask=present)
     else:
         places = (query_start + index).to(tl.int64) * heads + head
-        outputs = output_ptr + places[:, None] * HEAD_DIM + columns[None, :]
-        tl.store(outputs, attended.to(output_ptr.dtype.element_ty), mask=stored)
+        store_rows(output_ptr, attended, places, present, HEAD_DIM, WIDTH)
 
 
 @triton.jit(do_not_specialize=["window", "splits"])

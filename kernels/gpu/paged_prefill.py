@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 
 from kernels.attention_batch import AttentionBatch
-from kernels.gpu.attention_tile import fold_tile
+from kernels.gpu.attention_tile import fold_tile, load_queries, store_rows
 from kernels.gpu.device import LOG2_E, next_power_of_two
 from kernels.gpu.tuning import LaunchConfig, launch_config
 from kernels.kv_scales import KVScales
@@ -83,12 +83,10 @@ def paged_prefill_kernel(
     if first_query >= query_len or query_len < min_queries:
         return
 
-    rows, columns = tl.arange(0, ROWS), tl.arange(0, WIDTH)
-    index, head = first_query + rows // GROUP, kv_head * GROUP + rows % GROUP
-    # Rows left over, where ROWS is no multiple of GROUP, belong to the next tile.
-    stored = ((index < query_len) & (rows < QUERIES * GROUP))[:, None] & (columns < HEAD_DIM)[None, :]
-    query_rows = (query_start + index).to(tl.int64) * query_token_stride + head * query_head_stride
-    query = tl.load(query_ptr + query_rows[:, None] + columns[None, :], mask=stored, other=0.0)
+    query, index, head, present = load_queries(
+        query_ptr, query_start, query_len, first_query, kv_head, query_token_stride, query_head_stride,
+        GROUP, ROWS, HEAD_DIM, WIDTH,
+    )  # fmt: skip
     positions = context_len - query_len + index
     first_position = context_len - query_len + first_query
     last_position = context_len - query_len + tl.minimum(first_query + QUERIES, query_len) - 1
@@ -120,9 +118,8 @@ def paged_prefill_kernel(
             window, score_scale, block_stride, token_stride, BLOCK_SIZE, HEAD_DIM, WIDTH, TILE, SLIDING, True,
         )  # fmt: skip
     attended = weighted / tl.where(total == 0.0, 1.0, total)[:, None] * value_scale
-    output_rows = ((query_start + index).to(tl.int64) * (tl.num_programs(1) * GROUP) + head) * HEAD_DIM
-    outputs = output_ptr + output_rows[:, None] + columns[None, :]
-    tl.store(outputs, attended.to(output_ptr.dtype.element_ty), mask=stored)
+    places = (query_start + index).to(tl.int64) * (tl.num_programs(1) * GROUP) + head
+    store_rows(output_ptr, attended, places, present, HEAD_DIM, WIDTH)
 
 
 def paged_prefill(
