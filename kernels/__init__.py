@@ -15,5 +15,9 @@ for inference: they record no gradients.
 | rms_norm | `rms_norm`, and `fused_add_rms_norm`, which adds the residual first |
 | silu_mul | `silu_and_mul`: the gate of a SwiGLU feed-forward |
 | linear | `PackedLinear`: a matrix product whose weight is packed once, at load |
+| block_copy | whole KV blocks into one piece, out of it, and inside a cache |
+| block_checksum | `block_checksums`: what the two ends of a hand-off compare |
+| sampling | `sample_rows`: a token for each row of logits, with nothing asked of the device |
+| sampling_tensors | `SamplingTensors`: the rows' sampling parameters, in tensors that stay |
 | native_library | builds, loads and describes the C++ library |
 """
