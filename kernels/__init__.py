@@ -16,5 +16,9 @@ for inference: they record no gradients.
 | silu_mul | `silu_and_mul`: the gate of a SwiGLU feed-forward |
 | linear | `PackedLinear`: a matrix product whose weight is packed once, at load |
 | draw | `draw`: a token for each row of logits, by temperature, top-k, top-p and min-p |
+| block_copy | whole KV blocks into one piece, out of it, and inside a cache |
+| block_checksum | `block_checksums`: what the two ends of a hand-off compare |
+| sampling | `sample_rows`: a token for each row of logits, with nothing asked of the device |
+| sampling_tensors | `SamplingTensors`: the rows' sampling parameters, in tensors that stay |
 | native_library | builds, loads and describes the C++ library |
 """
