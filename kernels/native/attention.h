@@ -77,7 +77,7 @@ void merge_spans(AttentionPlan<T>& plan, const AttentionCall<T>& call, const Pie
 template <typename T>
 void run_attention(AttentionPlan<T>& plan, const AttentionCall<T>& call, AttentionWorker<T>& worker) {
     while (const Piece* piece = plan.take(worker.runs())) {
-        worker.run(call, *piece);
+        worker.run(call, *piece, plan.likely_after(*piece));
         keep_result(plan, call, *piece, worker);
         if (piece->cut >= 0 && plan.is_last_span(*piece)) {
             merge_spans(plan, call, *piece, plan.num_spans(*piece), worker);

@@ -107,6 +107,12 @@ class AttentionPlan {
         return index < num_pieces ? &pieces_[index] : nullptr;
     }
 
+    // What the thread that runs a piece will probably take next; the piece itself where there is nothing.
+    const Piece& likely_after(const Piece& piece) const {
+        const int64_t index = &piece - pieces_.data() + threads_;
+        return index < (int64_t)pieces_.size() ? pieces_[index] : piece;
+    }
+
     // Whether all other spans of the piece's cut are done, and their partial results visible here.
     bool is_last_span(const Piece& piece) {
         if (spans_left_[piece.cut].fetch_sub(1, std::memory_order_acq_rel) > 1) return false;

@@ -10,6 +10,8 @@
 
 namespace headrace {
 
+constexpr int64_t kHeadsAhead = 2;  // how early memory is asked for; one comes too late, measured 8 % slower
+
 template <typename T>
 class AttentionWorker {
   public:
@@ -29,19 +31,24 @@ class AttentionWorker {
         std::fill_n((char*)zeros_.data(), (head_dim_ + kLanes) * sizeof(T), 0);
     }
 
-    // Leaves the unnormalised output, maximum and sum of every row in this worker.
-    void run(const AttentionCall<T>& call, const Piece& piece) {
+    // Leaves the unnormalised output, maximum and sum of every row in this worker. Memory is asked for some heads ahead:
+    // on the last chunk, for the first one of `after`, which this thread will probably run next.
+    void run(const AttentionCall<T>& call, const Piece& piece, const Piece& after) {
         start(call, piece);
         Chunk chunk = locate(call, piece, piece.begin);
-        while (chunk.count > 0) {
-            const Chunk following = locate(call, piece, chunk.begin + kChunk);
+        while (chunk.begin < piece.end) {
+            const bool last = chunk.begin + kChunk >= piece.end;
+            const Piece& source = last ? after : piece;
+            const Chunk following = locate(call, source, last ? after.begin : chunk.begin + kChunk);
             for (int64_t head = 0; head < piece.num_heads; ++head) {
                 const Tiles tiles = tiles_of(call, piece, chunk, head);
-                const bool same_chunk = head + 1 < piece.num_heads || following.count == 0;
-                const int64_t next_head = head + 1 < piece.num_heads ? head + 1 : 0;
-                const Tiles next = raw_tiles(call, same_chunk ? chunk : following, piece.first_head + next_head);
+                const int64_t ahead = head + kHeadsAhead, beyond = ahead - piece.num_heads;
+                const Tiles next = beyond < 0 ? raw_tiles(call, chunk, piece.first_head + ahead)
+                                              : raw_tiles(call, following, source.first_head +
+                                                                               std::min(beyond, source.num_heads - 1));
                 attend_head(call, chunk, head, tiles, next);
             }
+            if (last) break;
             chunk = following;
         }
     }
