@@ -1,6 +1,7 @@
 """TorchRunner's greedy output == the transformers library's, token for token, in fp32, for every supported family."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -121,6 +122,16 @@ def test_bfloat16_stays_close_to_float32(llama: Path) -> None:
     options = RunnerOptions(dtype="bfloat16", device="cpu", num_blocks=40)
     rounded = Driver(build(llama, options)).generate(prompt, 1, logprobs=5).tokens[0]
     assert dict(rounded.top)[exact.token_id] == pytest.approx(exact.logprob, abs=0.25)
+
+
+def test_int8_stays_close_and_does_not_share_kv_with_other_weights(llama: Path) -> None:
+    prompt = prompts(5)[-1]
+    exact = Driver(build(llama)).generate(prompt, 1, logprobs=5).tokens[0]
+    runner = build(llama, replace(OPTIONS, quantization="int8"))
+    rounded = Driver(runner).generate(prompt, 1, logprobs=5).tokens[0]
+    assert dict(rounded.top)[exact.token_id] == pytest.approx(exact.logprob, abs=0.5)
+    assert rounded.logprob != exact.logprob
+    assert build(llama).layout.differences(runner.layout) == ["quantization: 'none' != 'int8'"]
 
 
 def test_dummy_weights_need_no_checkpoint_and_repeat(llama: Path) -> None:
