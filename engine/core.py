@@ -141,12 +141,12 @@ class EngineCore:
         if now >= self._next_deadline_at:
             self._expire(now)
         schedule = self._scheduler.schedule(in_flight=self.in_flight)
-        self.times.schedule += self._clock.now() - now
+        self.times.schedule_s += self._clock.now() - now
         if schedule is None:
             self._collect()
             now = self._clock.now()
             schedule = self._scheduler.schedule(in_flight=False)
-            self.times.schedule += self._clock.now() - now
+            self.times.schedule_s += self._clock.now() - now
         assert schedule is not None, "nothing in flight to wait for"
         for sequence in schedule.admitted:
             self._outcomes.admitted(sequence, now)
@@ -157,7 +157,7 @@ class EngineCore:
         if schedule is not None:
             launched_at = self._clock.now()
             self._pipeline.launch(schedule)
-            self.times.compute += self._clock.now() - launched_at
+            self.times.compute_s += self._clock.now() - launched_at
         if schedule is None or len(self._pipeline) > self._runs_ahead:
             self._collect()
 
@@ -223,7 +223,7 @@ class EngineCore:
             else:
                 self._outcomes.computed(sequence, chunk, sampled, step.started_at, step.ended_at)
         self._drop(step.dropped)
-        self.times.emit += self._clock.now() - step.ended_at
+        self.times.emit_s += self._clock.now() - step.ended_at
 
     def _drop(self, sequences: Iterable[Sequence]) -> None:
         """A step of these has ended whose results count for nothing."""

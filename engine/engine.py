@@ -220,7 +220,7 @@ class Engine:
                 self._on_events(events)
         except Exception:
             log.exception("the receiver of engine events failed on %d of them", len(events))
-        self._core.times.emit += self._clock.now() - started_at
+        self._core.times.emit_s += self._clock.now() - started_at
 
     def _sleep(self) -> None:
         """Until there is a command, or a deadline passes."""

@@ -113,13 +113,13 @@ class Scheduler:
         decodes = [sequence for sequence in by_age if sequence.decoding and self._goes_on(sequence)]
         if in_flight and not all(self._can_run_ahead(sequence) for sequence in decodes):
             return None
+        ready = [sequence for sequence in decodes if sequence.state is State.RUNNING and self._make_room(sequence)]
         step = _Step(self._max_tokens, self._max_chunk, self._layout)
         draft_room = self._draft_room() if self._speculator else 0
-        for sequence in decodes:
-            if sequence.state is State.RUNNING and self._make_room(sequence):
-                drafts = self._drafts(sequence, draft_room)
-                draft_room -= len(drafts)
-                step.decode(sequence, drafts)
+        for sequence in ready:
+            drafts = self._drafts(sequence, draft_room)
+            draft_room -= len(drafts)
+            step.decode(sequence, drafts)
         for sequence in by_age:
             if not sequence.decoding and sequence.state is State.RUNNING:
                 step.prefill(sequence)

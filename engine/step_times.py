@@ -16,17 +16,17 @@ from engine.runner import StepResult
 
 @dataclass(slots=True)
 class StepTimes:
-    """Seconds. Changed by the engine's thread; others get copies."""
+    """Changed by the engine's thread; others get copies."""
 
-    schedule: float = 0.0
-    prepare: float = 0.0
-    compute: float = 0.0
-    sample: float = 0.0
-    emit: float = 0.0
+    schedule_s: float = 0.0
+    prepare_s: float = 0.0
+    compute_s: float = 0.0
+    sample_s: float = 0.0
+    emit_s: float = 0.0
 
     def waited(self, seconds: float, result: StepResult) -> None:
         """The results of a step have come after so much waiting. What they say was not computing may have been spent at its
         launch, which has been counted as computing."""
-        self.prepare += result.prepare_s
-        self.sample += result.sample_s
-        self.compute += seconds - result.prepare_s - result.sample_s
+        self.prepare_s += result.prepare_s
+        self.sample_s += result.sample_s
+        self.compute_s += seconds - result.prepare_s - result.sample_s

@@ -21,7 +21,8 @@ class EngineTelemetry:
         self._cached = Total(metrics.cached_prompt_tokens)
         self._sampled = Total(metrics.generated_tokens)
         self._preemptions = Total(metrics.preemptions)
-        self._phases = {phase.name: Total(metrics.step_seconds.labels(phase.name)) for phase in fields(StepTimes)}
+        names = [each.name for each in fields(StepTimes)]
+        self._phases = {name: Total(metrics.step_seconds.labels(name.removesuffix("_s"))) for name in names}
         self._drafts = Total(metrics.draft_tokens)
         self._accepted = Total(metrics.accepted_tokens)
 
@@ -38,8 +39,8 @@ class EngineTelemetry:
         self._cached.set(load.cached_prompt_tokens)
         self._sampled.set(load.sampled_tokens)
         self._preemptions.set(load.preemptions)
-        for phase, total in self._phases.items():
-            total.set(getattr(load.times, phase))
+        for name, total in self._phases.items():
+            total.set(getattr(load.times, name))
         self._drafts.set(load.draft_tokens)
         self._accepted.set(sum(number * count for number, count in enumerate(load.accepted_drafts)))
         self._metrics.accepted_length.set(load.accepted_drafts)
