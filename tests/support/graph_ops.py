@@ -94,15 +94,25 @@ def gpu_operations() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(native_library, "function", lambda _name, _tensor: None)
         for name, operation in {
-            "paged_attention": gpu_attention.paged_attention,
-            "rope_and_write_kv": rope_kv_write.rope_and_write_kv,
-            "rms_norm": rms_norm.rms_norm,
-            "fused_add_rms_norm": rms_norm.fused_add_rms_norm,
-            "silu_and_mul": silu_mul.silu_and_mul,
+            "engine.model.llama.paged_attention": _of_plain_pages(gpu_attention.paged_attention),
+            "engine.model.llama.rope_and_write_kv": _of_plain_pages(rope_kv_write.rope_and_write_kv),
+            "engine.model.llama.rms_norm": rms_norm.rms_norm,
+            "engine.model.llama.fused_add_rms_norm": rms_norm.fused_add_rms_norm,
+            "kernels.linear.silu_and_mul": silu_mul.silu_and_mul,
+            "engine.cuda.row_sampler.sample_rows": gpu_sampling.sample_rows,
         }.items():
-            patch.setattr(f"engine.model.llama.{name}", operation)
-        patch.setattr("engine.cuda.row_sampler.sample_rows", gpu_sampling.sample_rows)
+            patch.setattr(name, operation)
         yield
+
+
+def _of_plain_pages(operation: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    """A launcher, called as the model calls the public operation: with the format of the pages behind everything else."""
+
+    def launch(*arguments: Any) -> torch.Tensor:
+        assert arguments[-1] == "plain"
+        return operation(*arguments[:-1])
+
+    return launch
 
 
 def decode_attention(
