@@ -130,7 +130,11 @@ def _floors(best: torch.Tensor, mass: torch.Tensor, cuts: Cuts, vocab_size: int)
     nucleus = best.gather(1, reached.clamp(max=width - 1))
     nucleus = nucleus.masked_fill_(cuts.top_p[:, None] >= 1.0, -math.inf)
     floors = torch.maximum(torch.maximum(kth, nucleus).squeeze(1), cuts.min_p.log().float())
-    enough = (floors > best[:, -1]) & (cuts.top_k <= width) & (reached.squeeze(1) < width)
+    last = best[:, -1]
+    all_kept = (cuts.top_k == 0) | (
+        (cuts.top_k <= width) & (kth.squeeze(1) > last)
+    )  # ties of the kth beyond would count
+    enough = (floors > last) & all_kept & (reached.squeeze(1) < width)
     return floors, enough | (width == vocab_size)
 
 

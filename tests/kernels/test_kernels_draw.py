@@ -1,5 +1,7 @@
 """C++ draws the tokens that the torch reference draws, whatever the cuts, ties and impossible tokens of a batch's rows."""
 
+import math
+
 import pytest
 import torch
 
@@ -67,3 +69,18 @@ def test_extreme_uniforms_stay_inside() -> None:
     cuts = Cuts(torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.float64), torch.zeros(2).double())
     uniforms = torch.tensor([0.0, 1.0 - 2.0**-53], dtype=torch.float64)
     assert draw(logits, torch.ones(2), cuts, uniforms).tolist() == [0, 3]
+
+
+@pytest.mark.parametrize("num_tied", [20, 200])
+def test_ties_of_the_last_token_that_top_k_keeps_count_for_top_p(num_tied: int) -> None:
+    """One likely token, then more of equal weight than top_k has places for: all are kept, and top-p is a share of all."""
+    logits = torch.full((1, 300), -torch.inf)
+    logits[0, 7] = 0.0
+    logits[0, 50 : 50 + num_tied] = -3.0
+    mass = 1.0 + num_tied * math.exp(-3.0)
+    cuts = Cuts(
+        torch.tensor([5]), torch.tensor([1.01 / mass], dtype=torch.float64), torch.zeros(1, dtype=torch.float64)
+    )
+    uniforms = torch.tensor([0.999999], dtype=torch.float64)
+    for function in (draw, draw_reference):  # the likely token alone is a little less than that share
+        assert function(logits.clone(), torch.ones(1), cuts, uniforms).item() == 50 + num_tied - 1
