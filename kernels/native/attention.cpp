@@ -2,6 +2,10 @@
 #include "attention.h"
 
 namespace headrace {
+
+template class AttentionWorker<float>;
+template class AttentionWorker<bf16>;
+
 namespace {
 
 template <typename T>
