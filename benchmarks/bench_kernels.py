@@ -16,6 +16,7 @@ import torch
 
 from kernels import native_library
 from kernels.attention_batch import AttentionBatch
+from kernels.kv_cache import PageFormat
 from kernels.linear import PackedLinear
 from kernels.paged_attention import paged_attention
 from kernels.rms_norm import fused_add_rms_norm
@@ -54,7 +55,7 @@ def measure_limits(dtype: torch.dtype) -> tuple[float, float]:
 
 
 def report(name: str, seconds: float, achieved: float, limit: float, unit: str) -> None:
-    print(f"{name:<38} {seconds * 1e3:9.3f} ms  {achieved:7.1f} of {limit:6.1f} {unit}  ({achieved / limit:4.0%})")
+    print(f"{name:<42} {seconds * 1e3:9.3f} ms  {achieved:7.1f} of {limit:6.1f} {unit}  ({achieved / limit:4.0%})")
 
 
 def bench_linear(dtype: torch.dtype, read_limit: float, product_limit: float) -> None:
@@ -87,24 +88,31 @@ def make_batch(num_seqs: int, query_len: int, context_len: int) -> AttentionBatc
 
 
 def bench_attention(dtype: torch.dtype, read_limit: float, product_limit: float) -> None:
+    page_formats: tuple[PageFormat, ...] = ("plain", "bf16-tiled") if dtype == torch.bfloat16 else ("plain",)
+    for page_format in page_formats:
+        bench_attention_over(page_format, dtype, read_limit, product_limit)
+
+
+def bench_attention_over(page_format: PageFormat, dtype: torch.dtype, read_limit: float, product_limit: float) -> None:
+    """Random elements are as good in any order, so the cache is not rearranged."""
     cache = torch.randn(32 * 512 // BLOCK_SIZE, LAYERS, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM).to(dtype)
     for num_seqs, context_len in ((1, 512), (1, 2048), (8, 512), (32, 512)):
         batch, query = make_batch(num_seqs, 1, context_len), torch.randn(num_seqs, HEADS, HEAD_DIM).to(dtype)
 
         def decode(batch: AttentionBatch = batch, query: torch.Tensor = query) -> None:
             for layer in range(LAYERS):
-                paged_attention(query, cache, layer, batch, 0.125)
+                paged_attention(query, cache, layer, batch, 0.125, page_format=page_format)
 
         seconds = best_time_s(decode)
         num_bytes = num_seqs * context_len * 2 * KV_HEADS * HEAD_DIM * LAYERS * dtype.itemsize
-        name = f"decode, {LAYERS} layers, {num_seqs} x {context_len}"
+        name = f"decode, {LAYERS} layers, {num_seqs} x {context_len}, {page_format}"
         report(name, seconds, num_bytes / seconds / 1e9, read_limit, "GB/s")
     for query_len, context_len in ((512, 512), (2048, 2048), (512, 2048)):
         batch, query = make_batch(1, query_len, context_len), torch.randn(query_len, HEADS, HEAD_DIM).to(dtype)
-        seconds = best_time_s(partial(paged_attention, query, cache, 0, batch, 0.125))
+        seconds = best_time_s(partial(paged_attention, query, cache, 0, batch, 0.125, page_format=page_format))
         scores = query_len * (context_len - query_len) + query_len * (query_len + 1) // 2
         flops = 4 * scores * HEADS * HEAD_DIM
-        name = f"prefill, 1 layer, {query_len} of {context_len}"
+        name = f"prefill, 1 layer, {query_len} of {context_len}, {page_format}"
         report(name, seconds, flops / seconds / 1e9, product_limit, "GFLOP/s")
 
 

@@ -3,8 +3,8 @@
 
 namespace headrace {
 
-template void run_attention(AttentionPlan<float>&, const AttentionCall<float>&, AttentionWorker<float>&);
-template void run_attention(AttentionPlan<bf16>&, const AttentionCall<bf16>&, AttentionWorker<bf16>&);
+template class AttentionWorker<float>;
+template class AttentionWorker<bf16>;
 
 namespace {
 

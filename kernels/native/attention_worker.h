@@ -31,27 +31,9 @@ class AttentionWorker {
         std::fill_n((char*)zeros_.data(), (head_dim_ + kLanes) * sizeof(T), 0);
     }
 
-    // Leaves the unnormalised output, maximum and sum of every row in this worker. Memory is asked for some heads ahead:
-    // on the last chunk, for the first one of `after`, which this thread will probably run next.
-    void run(const AttentionCall<T>& call, const Piece& piece, const Piece& after) {
-        start(call, piece);
-        Chunk chunk = locate(call, piece, piece.begin);
-        while (chunk.begin < piece.end) {
-            const bool last = chunk.begin + kChunk >= piece.end;
-            const Piece& source = last ? after : piece;
-            const Chunk following = locate(call, source, last ? after.begin : chunk.begin + kChunk);
-            for (int64_t head = 0; head < piece.num_heads; ++head) {
-                const Tiles tiles = tiles_of(call, piece, chunk, head);
-                const int64_t ahead = head + kHeadsAhead, beyond = ahead - piece.num_heads;
-                const Tiles next = beyond < 0 ? raw_tiles(call, chunk, piece.first_head + ahead)
-                                              : raw_tiles(call, following, source.first_head +
-                                                                               std::min(beyond, source.num_heads - 1));
-                attend_head(call, chunk, head, tiles, next);
-            }
-            if (last) break;
-            chunk = following;
-        }
-    }
+    // Leaves the unnormalised output, maximum and sum of every row in this worker. Memory is asked for some heads
+    // ahead: on the last chunk, for the first one of `after`, which this thread will probably run next.
+    void run(const AttentionCall<T>& call, const Piece& piece, const Piece& after);
 
     const float* output(int64_t row) const { return outputs_.data() + row * padded_dim_; }
     float maximum(int64_t row) const { return maxima_.data()[row]; }
@@ -253,5 +235,31 @@ class AttentionWorker {
     Buffer<float> merged_;            // [padded_dim]
     Buffer<T> zeros_;                 // one row of the cache that holds nothing
 };
+
+template <typename T>
+void AttentionWorker<T>::run(const AttentionCall<T>& call, const Piece& piece, const Piece& after) {
+    start(call, piece);
+    Chunk chunk = locate(call, piece, piece.begin);
+    while (chunk.begin < piece.end) {
+        const bool last = chunk.begin + kChunk >= piece.end;
+        const Piece& source = last ? after : piece;
+        const Chunk following = locate(call, source, last ? after.begin : chunk.begin + kChunk);
+        for (int64_t head = 0; head < piece.num_heads; ++head) {
+            const Tiles tiles = tiles_of(call, piece, chunk, head);
+            const int64_t ahead = head + kHeadsAhead, beyond = ahead - piece.num_heads;
+            const Tiles next = beyond < 0 ? raw_tiles(call, chunk, piece.first_head + ahead)
+                                          : raw_tiles(call, following, source.first_head +
+                                                                           std::min(beyond, source.num_heads - 1));
+            attend_head(call, chunk, head, tiles, next);
+        }
+        if (last) break;
+        chunk = following;
+    }
+}
+
+// Compiled once, in attention.cpp, whoever uses it: this is most of what there is to compile. `run`, which reaches all
+// the rest, stands outside of the class because what is inline would be compiled again.
+extern template class AttentionWorker<float>;
+extern template class AttentionWorker<bf16>;
 
 }  // namespace headrace
