@@ -2,6 +2,10 @@
 #include "attention.h"
 
 namespace headrace {
+
+template void run_attention(AttentionPlan<float>&, const AttentionCall<float>&, AttentionWorker<float>&);
+template void run_attention(AttentionPlan<bf16>&, const AttentionCall<bf16>&, AttentionWorker<bf16>&);
+
 namespace {
 
 template <typename T>

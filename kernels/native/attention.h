@@ -86,4 +86,7 @@ void run_attention(AttentionPlan<T>& plan, const AttentionCall<T>& call, Attenti
     worker.end_run();
 }
 
+extern template void run_attention(AttentionPlan<float>&, const AttentionCall<float>&, AttentionWorker<float>&);
+extern template void run_attention(AttentionPlan<bf16>&, const AttentionCall<bf16>&, AttentionWorker<bf16>&);
+
 }  // namespace headrace
