@@ -4,8 +4,9 @@ A step is launched, and its result is collected later; at most two steps are in 
 they were launched. So the engine may plan a step while the device still computes the one before it: where that one draws
 the token which the new step begins with, the plan says PENDING.
 
-Two implementations ship: `engine.torch_runner.TorchRunner` runs a model; `engine.simulated_runner.SimulatedRunner` makes tokens that can be
-worked out by hand, in time taken from a cost model. Both are called from the engine's thread only.
+Three implementations ship: `engine.torch_runner.TorchRunner` runs a model within `launch`; `engine.cuda.runner.CudaRunner`
+queues it on a device that works while the host goes on; `engine.simulated_runner.SimulatedRunner` makes tokens that can be
+worked out by hand, in time taken from a cost model. All are called from the engine's thread only.
 """
 
 from collections.abc import Iterable, Sequence

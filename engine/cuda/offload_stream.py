@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from engine.cuda.device import Completion, Device, Work
+from engine.cuda.device import Completion, Device, Work, nothing
 from kernels.block_copy import gather_blocks, scatter_blocks
 
 STAGING_BYTES = 64 << 20
@@ -36,7 +36,7 @@ class CopyHandle:
 
     def hold_steps(self) -> None:
         """Steps launched from now on begin after it, without the host waiting: for blocks that the next step reads."""
-        self._device.compute.submit(_nothing, after=(self._completion,))
+        self._device.compute.submit(nothing, after=(self._completion,))
 
 
 class OffloadStream:
@@ -95,7 +95,7 @@ class OffloadStream:
 
     def _submit(self, work: Work) -> CopyHandle:
         """Behind all copies before it, and behind the steps launched so far."""
-        steps = self._device.compute.submit(_nothing)
+        steps = self._device.compute.submit(nothing)
         return CopyHandle(self._device.copies.submit(work, after=(steps,)), self._device)
 
     def _index(self, block_ids: Sequence[int], host: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,3 @@ class OffloadStream:
         if outside is not None:
             raise IndexError(f"block {outside} is not in a cache of {num_blocks} blocks")
         return torch.tensor(block_ids, dtype=torch.int64)
-
-
-def _nothing() -> None:
-    """Work that marks a place in a stream."""

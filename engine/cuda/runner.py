@@ -26,7 +26,7 @@ from engine.cuda.row_sampler import RowSampler
 from engine.cuda.rows import RowTable
 from engine.cuda.trial_plans import prefill_plan
 from engine.model.llama import LlamaModel, StepInputs
-from engine.runner import LaunchedStep, ReadyStep, ScheduledChunk, StepPlan, StepResult
+from engine.runner import PENDING, LaunchedStep, ReadyStep, ScheduledChunk, StepPlan, StepResult
 from kernels.attention_batch import AttentionBatch
 from protocol.ids import RequestId
 from protocol.kv_layout import KVLayout
@@ -102,7 +102,8 @@ class CudaRunner:
         return True
 
     def launch(self, plan: StepPlan) -> LaunchedStep:
-        """Queue one step; see engine.runner.Runner. Raises ValueError for more than the limits allow, or a third step."""
+        """Queue one step; see engine.runner.Runner. Raises ValueError for more than the limits allow, a third step,
+        or a token that is pending of nobody."""
         if not plan.chunks:
             return ReadyStep(StepResult(()))
         started_at = time.perf_counter()
@@ -111,11 +112,14 @@ class CudaRunner:
         try:
             placement = self._rows.place([chunk.request_id for chunk in drawing])
             rows = placement.rows
+            if any(drawing[place].token_ids[0] == PENDING for place in placement.new):
+                raise ValueError("a token is pending of a request for which no step before this one drew any")
             works = [self._sampler.update(drawing, rows, placement.new)]
             works += self._decode_works(drawing, rows, slot) if _only_decodes(plan) else [self._mixed(plan, rows, slot)]
             completion = self._device.compute.submit(_in_turn(works))
         except Exception:
             self._distrust([chunk.request_id for chunk in drawing])
+            self._device.settle()  # part of the work may be queued, and read what the next launch will write
             raise
         slot.busy = True
 

@@ -232,6 +232,9 @@ def test_limits_are_refused_by_number(runner: CudaRunner) -> None:
     with pytest.raises(ValueError, match="10 requests draw a token in a batch of 9 rows"):
         runner.launch(StepPlan(tuple(driver.chunk(each, 2) for each in crowd)))
     one = Sequence(RequestId("one"), prompt(3))
+    with pytest.raises(ValueError, match="no step before this one drew any"):
+        runner.launch(StepPlan((replace(driver.chunk(one, 3), token_ids=[PENDING]),)))
+    one.num_computed = 0
     steps = [runner.launch(StepPlan((driver.chunk(one, 1),))) for _ in range(2)]
     with pytest.raises(ValueError, match="2 steps are in flight"):
         runner.launch(StepPlan((driver.chunk(one, 1),)))
