@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from kernels.kv_cache import CacheView
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = (
     *("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math"),
-    *("-fopenmp", "-fPIC", "-shared", "-Wl,--as-needed"),
+    *("-fopenmp", "-fPIC"),
 )
 _BUILD_TIMEOUT_S = 300.0
 _SUFFIXES = {torch.float32: "f32", torch.bfloat16: "bf16", torch.int8: "i8"}
@@ -128,19 +129,27 @@ def build() -> Path:
 
 
 def _compile(compiler: str, arguments: list[str], library: Path) -> None:
-    """Compile beside the final place and move it there, so that no process ever sees half of a library."""
+    """Compile beside the final place and move it there, so that no process ever sees half of a library. One compiler for
+    each core that there is: the sources take some twenty seconds together."""
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    libraries = [argument for argument in arguments if not argument.startswith("-")]
     with tempfile.TemporaryDirectory(dir=library.parent) as folder:
         output = Path(folder) / library.name
-        sources = [str(source) for source in sorted(_SOURCES.glob("*.cpp"))]
-        # Libraries follow the sources that need them: torch's OpenMP wins over the one that -fopenmp adds at the end.
-        flags = [argument for argument in arguments if argument.startswith("-")]
-        libraries = [argument for argument in arguments if not argument.startswith("-")]
-        command = [compiler, *flags, *sources, *libraries, "-o", str(output)]
-        result = _run(command)
-        if result.returncode != 0:
-            errors = [line for line in result.stderr.splitlines() if "error" in line]
-            raise NativeBuildError(f"g++ failed: {errors[0] if errors else f'exit status {result.returncode}'}")
+        sources = {source: Path(folder) / f"{source.stem}.o" for source in sorted(_SOURCES.glob("*.cpp"))}
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as compilers:
+            list(
+                compilers.map(lambda item: _build_step(compiler, *flags, "-c", item[0], "-o", item[1]), sources.items())
+            )
+        # Libraries follow the objects that need them: torch's OpenMP wins over the one that -fopenmp adds at the end.
+        _build_step(compiler, *flags, "-shared", "-Wl,--as-needed,-z,defs", *sources.values(), *libraries, "-o", output)
         output.replace(library)
+
+
+def _build_step(*command: str | Path) -> None:
+    result = _run([str(part) for part in command])
+    if result.returncode != 0:
+        errors = [line for line in result.stderr.splitlines() if "error" in line or "undefined" in line]
+        raise NativeBuildError(f"g++ failed: {errors[0] if errors else f'exit status {result.returncode}'}")
 
 
 @functools.cache
