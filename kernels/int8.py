@@ -1,12 +1,12 @@
 """Symmetric int8: weights with one scale for each output feature, activations quantised as they come.
 
-Activations get one scale for each token and group of 256 neighbouring features, so that one outlier costs precision
+Activations get one scale for each token and group of 64 neighbouring features, so that one outlier costs precision
 only in its own group. Products of bytes are summed exactly; group sums are scaled and added in float32.
 """
 
 import torch
 
-SCALE_GROUP = 256  # kScaleGroup in native/rows.h
+SCALE_GROUP = 64  # kScaleGroup in native/rows.h
 _LARGEST = 127.0
 
 

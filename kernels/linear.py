@@ -45,7 +45,7 @@ class PackedLinear:
 
     With `gated` the weight's first half is a gate's: y = silu(x @ gate.T) * (x @ up.T), half as wide. With
     `quantization` "int8" the weight is rounded to int8 with a scale for each output feature, and every x to int8 with a
-    scale for each token and 256 of its features. A row of y does not depend on the other rows of x.
+    scale for each token and 64 of its features. A row of y does not depend on the other rows of x.
 
     Raises ValueError where weight is not [out_features, in_features], or bias not [out_features] of the same dtype.
     """

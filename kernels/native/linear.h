@@ -1,7 +1,7 @@
 // Linear layers over weights packed once, as a team of threads computes them: panels of 32 columns, zero-padded.
 //
 // Weights are of the activations' type, or int8 with one scale a column. int8 weights meet activations that were
-// quantised with one scale for each group of 256; such a panel is, for each group, [32] corrections for the zero point
+// quantised with one scale for each group of 64; such a panel is, for each group, [32] corrections for the zero point
 // of the activations (int32) and then the group's words. The columns of a gated weight alternate: 16 of the gate, the
 // 16 of the other half that they are multiplied with.
 #pragma once

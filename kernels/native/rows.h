@@ -29,7 +29,7 @@ inline f32x16 silu_times(f32x16 gate, f32x16 up) {
     return round_to<T>(gate / (1.0f + exp(-gate))) * up;
 }
 
-constexpr int64_t kScaleGroup = 256;  // neighbouring activations that share a scale
+constexpr int64_t kScaleGroup = 64;  // neighbouring activations that share a scale
 constexpr int kZeroPoint = 128;  // what a quantised 0 is stored as: activations are unsigned bytes, weights signed
 
 constexpr int64_t groups_in(int64_t elements) { return (elements + kScaleGroup - 1) / kScaleGroup; }
