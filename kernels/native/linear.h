@@ -48,38 +48,13 @@ struct Tile {
     alignas(64) float sums[kRowTile][kPanelColumns];
 };
 
-template <typename W, int Rows>
-[[gnu::noinline]] void multiply_tile(Tile& tile, const LinearWeight& weight, const Activations& x, const word* panel,
-                                     Ahead ahead) {
-    const word* first = x.words + tile.first_row * x.stride;
-    f32x16 sums[Rows][2] = {};
-    if constexpr (sizeof(W) == 1) {
-        const int64_t words = words_in<W>(weight.in_features);
-        constexpr int64_t group_words = words_in<W>(kScaleGroup);
-        for (int64_t group = 0; group < x.groups; ++group, first += group_words) {
-            const int64_t count = std::min(group_words, words - group * group_words);
-            const i32x16 left = (i32x16)load_words(panel), right = (i32x16)load_words(panel + kLanes);
-            i32x16 products[Rows][2];
-            for (auto& row : products) row[0] = left, row[1] = right;
-            multiply_slice<W>(products, first, x.stride, panel + kPanelColumns, count, ahead);
-            for (int row = 0; row < Rows; ++row) {
-                const float scale = x.scales[(tile.first_row + row) * x.groups + group];
-                sums[row][0] += __builtin_convertvector(products[row][0], f32x16) * scale;
-                sums[row][1] += __builtin_convertvector(products[row][1], f32x16) * scale;
-            }
-            panel += (count + 1) * kPanelColumns;
-        }
-        const float* scales = weight.scales + tile.panel * kPanelColumns;
-        for (auto& row : sums) row[0] *= load(scales), row[1] *= load(scales + kLanes);
-    } else {
-        multiply_panel<W>(sums, first, x.stride, panel, words_in<W>(weight.in_features), ahead);
-    }
-    if (weight.bias) {
-        const float* bias = weight.bias + tile.panel * kPanelColumns;
-        for (auto& row : sums) row[0] += load(bias), row[1] += load(bias + kLanes);
-    }
-    for (int row = 0; row < Rows; ++row) store(tile.sums[row], sums[row][0]), store(tile.sums[row] + kLanes, sums[row][1]);
-}
+// Fills in the sums of tile.rows rows. `next_panel` is what will be read after this tile. Compiled in linear_tile.cpp.
+template <typename W>
+void multiply_tile(Tile& tile, const LinearWeight& weight, const Activations& x, const word* panel, Ahead next_panel);
+
+extern template void multiply_tile<float>(Tile&, const LinearWeight&, const Activations&, const word*, Ahead);
+extern template void multiply_tile<bf16>(Tile&, const LinearWeight&, const Activations&, const word*, Ahead);
+extern template void multiply_tile<int8_t>(Tile&, const LinearWeight&, const Activations&, const word*, Ahead);
 
 // Computes this thread's share of x * weight; use(tile) takes each tile's sums.
 template <typename W, typename Use>
@@ -90,19 +65,19 @@ void multiply_share(const Team& team, const LinearWeight& weight, const Activati
     const int64_t words = panel_words<W>(weight.in_features), panels = weight.panels();
     const Range share = team.share(blocks * panels);
     Tile tile;
-    for (int64_t i = share.begin; i < share.end; ++i) {
-        const int64_t block = i / panels, first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
-        tile.panel = i % panels;
+    for (int64_t item = share.begin; item < share.end; ++item) {
+        const int64_t block = item / panels, first = rows * block / blocks, count = rows * (block + 1) / blocks - first;
+        tile.panel = item % panels;
         const word* panel = (const word*)weight.packed + tile.panel * words;
         const int64_t tiles = (count + kRowTile - 1) / kRowTile;  // the next panel is fetched in as many parts
         Ahead ahead{(const char*)(panel + words), ((int64_t)sizeof(word) * kPanelColumns + tiles - 1) / tiles};
-        for_row_tiles(count, [&](auto tile_rows, int64_t first_row) {
-            tile.first_row = first + first_row;
-            tile.rows = tile_rows;
-            multiply_tile<W, decltype(tile_rows)::value>(tile, weight, x, panel, ahead);
+        for (int64_t i = 0; i < tiles; ++i) {
+            tile.first_row = first + count * i / tiles;
+            tile.rows = first + count * (i + 1) / tiles - tile.first_row;
+            multiply_tile<W>(tile, weight, x, panel, ahead);
             ahead.next += ahead.step * words_in<W>(weight.in_features);
             use(tile);
-        });
+        }
     }
 }
 
