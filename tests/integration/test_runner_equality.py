@@ -1,6 +1,7 @@
 """TorchRunner's greedy output == the transformers library's, token for token, in fp32, for every supported family."""
 
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -129,6 +130,16 @@ def test_page_formats_give_the_same_tokens(llama: Path) -> None:
     for prompt in prompts(6):
         expected = plain.generate(prompt, 20, chunk=13, logprobs=1).tokens
         assert tiled.generate(prompt, 20, chunk=13, logprobs=1).tokens == expected
+
+
+def test_int8_stays_close_and_does_not_share_kv_with_other_weights(llama: Path) -> None:
+    prompt = prompts(5)[-1]
+    exact = Driver(build(llama)).generate(prompt, 1, logprobs=5).tokens[0]
+    runner = build(llama, replace(OPTIONS, quantization="int8"))
+    rounded = Driver(runner).generate(prompt, 1, logprobs=5).tokens[0]
+    assert dict(rounded.top)[exact.token_id] == pytest.approx(exact.logprob, abs=0.5)
+    assert rounded.logprob != exact.logprob
+    assert build(llama).layout.differences(runner.layout) == ["quantization: 'none' != 'int8'"]
 
 
 def test_dummy_weights_need_no_checkpoint_and_repeat(llama: Path) -> None:

@@ -206,6 +206,15 @@ class TestOptions:
         monkeypatch.setattr(native_library, "status", lambda: native_library.NativeStatus(False, "no g++", ""))
         assert page_format() == "plain"
 
+    def test_int8_is_of_cpus(self, original: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        files = resolve_model(str(original))
+        plain = plan_layout(files, RunnerOptions(dtype="float32", device="cpu"))
+        int8 = plan_layout(files, RunnerOptions(dtype="float32", device="cpu", quantization="int8"))
+        assert plain.differences(int8) == ["quantization: 'none' != 'int8'"]
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        with pytest.raises(ConfigError, match="quantization int8 needs device cpu"):
+            plan_layout(files, RunnerOptions(dtype="float32", device="cuda", quantization="int8"))
+
     def test_what_cannot_be_had_is_refused(self, original: Path) -> None:
         files = resolve_model(str(original))
         layout = plan_layout(files, OPTIONS)
