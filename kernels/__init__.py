@@ -14,5 +14,8 @@ gradients.
 | rms_norm | `rms_norm`, and `fused_add_rms_norm`, which adds the residual first |
 | silu_mul | `silu_and_mul`: the gate of a SwiGLU feed-forward |
 | linear | `PackedLinear`: a matrix product whose weight is packed once, at load |
+| int8 | how weights and activations become int8, and the product's specification |
+| weight_memory | where packed weights lie |
+| llama_step | `LlamaStep`: a whole step of a Llama-family model in one C++ call |
 | native_library | builds, loads and describes the C++ library |
 """
