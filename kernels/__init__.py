@@ -15,6 +15,9 @@ for inference: they record no gradients.
 | rms_norm | `rms_norm`, and `fused_add_rms_norm`, which adds the residual first |
 | silu_mul | `silu_and_mul`: the gate of a SwiGLU feed-forward |
 | linear | `PackedLinear`: a matrix product whose weight is packed once, at load |
+| int8 | how weights and activations become int8, and the product's specification |
+| weight_memory | where packed weights lie |
+| llama_step | `LlamaStep`: a whole step of a Llama-family model in one C++ call |
 | draw | `draw`: a token for each row of logits, by temperature, top-k, top-p and min-p |
 | block_copy | whole KV blocks into one piece, out of it, and inside a cache |
 | block_checksum | `block_checksums`: what the two ends of a hand-off compare |

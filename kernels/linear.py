@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from kernels import native_library
 from kernels.int8 import SCALE_GROUP, int8_linear_reference, quantize_weight
 from kernels.silu_mul import silu_and_mul
+from kernels.weight_memory import weight_memory
 
 Quantization = Literal["none", "int8"]
 
@@ -121,7 +122,7 @@ class PackedLinear:
         panels = -(-self.out_features // columns_each)
         row_bytes = -(-self.in_features * stored.element_size() // _WORD_BYTES) * _WORD_BYTES
         corrections = -(-self.in_features // SCALE_GROUP) * _WORD_BYTES if stored.dtype == torch.int8 else 0
-        self._weight = torch.empty(panels * _PANEL_COLUMNS * (row_bytes + corrections), dtype=torch.uint8)
+        self._weight = weight_memory.take(panels * _PANEL_COLUMNS * (row_bytes + corrections))
         padding = row_bytes // stored.element_size() - self.in_features
         stored = F.pad(stored, (0, padding)).contiguous() if padding else stored.contiguous()
         self._bias = None if self._bias is None else self._in_panels(self._bias, panels)

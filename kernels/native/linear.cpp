@@ -1,20 +1,10 @@
 // Packing of weights, and linear layers as calls of their own.
-#include <sys/mman.h>
-
 #include <vector>
 
 #include "linear.h"
 
 namespace headrace {
 namespace {
-
-// One row streams the whole weight: huge pages spare the address translation. A hint, so its failure is none.
-void advise_huge_pages(void* memory, int64_t bytes) {
-    constexpr uintptr_t kHugePage = 2 << 20;
-    const uintptr_t first = ((uintptr_t)memory + kHugePage - 1) & ~(kHugePage - 1);
-    const uintptr_t last = ((uintptr_t)memory + bytes) & ~(kHugePage - 1);
-    if (last > first) madvise((void*)first, last - first, MADV_HUGEPAGE);
-}
 
 // One group of an int8 panel begins with what takes the activations' zero point out of the sums again.
 void write_corrections(const word* const* rows, int64_t words, word* target) {
@@ -31,7 +21,6 @@ template <typename W>
 void pack_weight(const word* weight, word* packed, const LinearWeight& shape, int threads) {
     const int64_t words = words_in<W>(shape.in_features), size = panel_words<W>(shape.in_features);
     const int64_t panels = shape.panels(), last = shape.out_features - 1;
-    advise_huge_pages(packed, panels * size * (int64_t)sizeof(word));
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t panel = 0; panel < panels; ++panel) {
         const word* rows[kPanelColumns];
