@@ -190,7 +190,7 @@ def test_a_node_s_configuration_builds_an_engine_that_generates(gemma3: Path) ->
     plan = plan_engine(config)
     assert plan.model.vocab_size == VOCAB_SIZE
     memory = torch.zeros(plan.num_blocks * plan.layout.block_bytes, dtype=torch.uint8)
-    engine = build_engine(config, plan, Incarnation("test"), memory)
+    engine = build_engine(config, plan, Incarnation("test"), memory).engine
     heard: SimpleQueue[EngineEvent] = SimpleQueue()
     engine.start(lambda events: [heard.put(event) for event in events])
     prompt = prompts()[1]
