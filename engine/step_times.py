@@ -9,7 +9,7 @@
 The engine sleeps outside of all of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from engine.runner import StepResult
 
@@ -23,6 +23,10 @@ class StepTimes:
     compute_s: float = 0.0
     sample_s: float = 0.0
     emit_s: float = 0.0
+
+    def by_phase(self) -> dict[str, float]:
+        """Seconds, in the order in which the phases of a step follow each other."""
+        return {field.name.removesuffix("_s"): getattr(self, field.name) for field in fields(self)}
 
     def waited(self, seconds: float, result: StepResult) -> None:
         """The results of a step have come after so much waiting. What they say was not computing may have been spent at its

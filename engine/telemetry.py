@@ -1,7 +1,6 @@
 """EngineTelemetry: what a process tells others about its engine: metrics, load, and whether it is stuck."""
 
 import math
-from dataclasses import fields
 
 from engine.engine import Engine
 from engine.step_times import StepTimes
@@ -21,8 +20,7 @@ class EngineTelemetry:
         self._cached = Total(metrics.cached_prompt_tokens)
         self._sampled = Total(metrics.generated_tokens)
         self._preemptions = Total(metrics.preemptions)
-        names = [each.name for each in fields(StepTimes)]
-        self._phases = {name: Total(metrics.step_seconds.labels(name.removesuffix("_s"))) for name in names}
+        self._phases = {phase: Total(metrics.step_seconds.labels(phase)) for phase in StepTimes().by_phase()}
         self._drafts = Total(metrics.draft_tokens)
         self._accepted = Total(metrics.accepted_tokens)
 
@@ -39,8 +37,8 @@ class EngineTelemetry:
         self._cached.set(load.cached_prompt_tokens)
         self._sampled.set(load.sampled_tokens)
         self._preemptions.set(load.preemptions)
-        for name, total in self._phases.items():
-            total.set(getattr(load.times, name))
+        for phase, seconds in load.times.by_phase().items():
+            self._phases[phase].set(seconds)
         self._drafts.set(load.draft_tokens)
         self._accepted.set(sum(number * count for number, count in enumerate(load.accepted_drafts)))
         self._metrics.accepted_length.set(load.accepted_drafts)

@@ -8,7 +8,7 @@ import queue
 import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import count
 
 import torch
@@ -122,7 +122,7 @@ class MeasuredEngine:
         num_steps = len(full) - 1
         assert num_steps >= steps, f"{num_steps} full steps"
         (started_at, before), (ended_at, after) = full[0], full[-1]
-        spent, spent_before = asdict(after.times), asdict(before.times)
+        spent, spent_before = after.times.by_phase(), before.times.by_phase()
         return DecodeWindow(
             tokens_per_s=num_steps * streams / (ended_at - started_at),
             phases={phase: (spent[phase] - spent_before[phase]) / num_steps for phase in spent},

@@ -188,9 +188,10 @@ def test_a_node_s_configuration_builds_an_engine_that_generates(gemma3: Path) ->
         scheduler=SchedulerOptions(max_num_batched_tokens=CHUNK),
     )
     plan = plan_engine(config)
-    assert plan.model.vocab_size == VOCAB_SIZE
     memory = torch.zeros(plan.num_blocks * plan.layout.block_bytes, dtype=torch.uint8)
-    engine = build_engine(config, plan, Incarnation("test"), memory).engine
+    built = build_engine(config, plan, Incarnation("test"), memory)
+    assert built.model.vocab_size == VOCAB_SIZE
+    engine = built.engine
     heard: SimpleQueue[EngineEvent] = SimpleQueue()
     engine.start(lambda events: [heard.put(event) for event in events])
     prompt = prompts()[1]
