@@ -13,7 +13,6 @@ constexpr int kChunkGroups = 4;
 constexpr int kChunk = kChunkGroups * kGroup;  // context tokens scored at a time
 constexpr float kNothingSeen = -1e30f;         // the running maximum before any key; finite, so that differences exist
 constexpr float kHidden = 10 * kNothingSeen;   // a score that is not to be seen; finite too, see exp2
-constexpr float kLog2E = 1.44269504f;
 #ifdef __AVX512F__
 constexpr int kTileRows = 6;  // 6 rows x 4 vectors of sums, 4 of the tile, 1 of the row: 29 of 32 registers
 #else
@@ -33,41 +32,6 @@ struct RowStates {
     float* sums;      // [rows][16]: sums of weights, lane by lane
     int64_t output_stride;
 };
-
-// 2^x for finite x; 0 or 2^-126 for all below -126, which is nothing beside the 2^-8 or more that some weight of a row
-// has. With x = n + f and 0 <= f <= 1: a polynomial in f, times 2^n. The polynomials are the minimax ones for relative
-// error (Remez), of degree 6 for float32 (7e-9 as rounded) and 3 for bfloat16 (7.5e-5; storage rounds by up to 2e-3).
-template <typename T>
-inline f32x16 exp2(f32x16 x) {
-#ifdef __AVX512DQ__
-    const f32x16 f = (f32x16)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEG_INF);
-#else
-    const f32x16 to_integer = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer in the low bits
-    const f32x16 clamped = maximum(x, splat(-126.0f));
-    const f32x16 shifted = clamped - 0.5f + to_integer;
-    const f32x16 f = clamped - (shifted - to_integer);
-#endif
-    f32x16 p;
-    if constexpr (sizeof(T) == 4) {
-        p = splat(2.17022554e-4f);
-        p = p * f + 1.24396878e-3f;
-        p = p * f + 9.678841e-3f;
-        p = p * f + 5.5483342e-2f;
-        p = p * f + 2.40229836e-1f;
-        p = p * f + 6.93146984e-1f;
-        p = p * f + 1.0f;
-    } else {
-        p = splat(7.80245226e-2f);
-        p = p * f + 2.26067155e-1f;
-        p = p * f + 6.9583354e-1f;
-        p = p * f + 9.99925219e-1f;
-    }
-#ifdef __AVX512DQ__
-    return (f32x16)_mm512_scalef_ps((__m512)p, (__m512)x);  // p times 2 to the floor of x
-#else
-    return as_floats(as_bits(p) + (as_bits(shifted) << 23));
-#endif
-}
 
 // Whether any lane of a is greater than that of b.
 inline bool any_greater(f32x16 a, f32x16 b) {

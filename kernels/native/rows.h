@@ -26,7 +26,10 @@ inline void rms_norm_row(const T* x, const T* weight, T* out, int64_t size, floa
 // silu(gate) * up of values that have been rounded to T; silu is rounded before the product.
 template <typename T>
 inline f32x16 silu_times(f32x16 gate, f32x16 up) {
-    return round_to<T>(gate / (1.0f + exp(-gate))) * up;
+    if constexpr (sizeof(T) == 4) return gate / (1.0f + exp(-gate)) * up;
+    // What multiplying the exponent loses is lost in storage anyway; beyond 2^126 the quotient is nothing.
+    const f32x16 exponent = gate * -kLog2E;
+    return round_to<T>(gate / (1.0f + exp2<float>(exponent < 126.0f ? exponent : splat(126.0f)))) * up;
 }
 
 constexpr int64_t kScaleGroup = 64;  // neighbouring activations that share a scale
