@@ -36,6 +36,10 @@ from runtime.models.resolve import resolve_model
 from runtime.node_config import NodeConfig
 from runtime.served_model import ServedModel
 
+DEFAULT_TOKEN_BUDGETS = {"cpu": 128, "cuda": 2048}
+"""Tokens of a step. On a CPU: the smallest budget whose TTFT of long prompts beside running streams is within 15 % of the best
+(benchmarks/bench_interference.py); on a GPU, where it has not been measured, enough to be bound by arithmetic."""
+
 log = logging.getLogger(__name__)
 
 
@@ -104,17 +108,17 @@ def build_engine(
     config: NodeConfig, plan: EnginePlan, incarnation: Incarnation, kv_memory: torch.Tensor
 ) -> BuiltEngine:
     """`kv_memory`: uint8 [num_host_blocks * block_bytes], host memory that outlives the engine. Takes seconds."""
-    settings = engine_config(config)
+    settings = engine_config(config, "cuda" if plan.on_device else "cpu")
     runner = _build_runner(config, plan, settings, kv_memory, log.info)
     return BuiltEngine(Engine(runner, settings, MonotonicClock(), incarnation), plan.served(runner.num_blocks))
 
 
-def engine_config(config: NodeConfig) -> EngineConfig:
+def engine_config(config: NodeConfig, device: Literal["cpu", "cuda"]) -> EngineConfig:
     """Raises ConfigError on settings that do not go together."""
     options = config.scheduler
     speculation = SpeculationConfig(options.num_draft_tokens, options.ngram_min, options.ngram_max)
     return EngineConfig(
-        max_num_batched_tokens=options.max_num_batched_tokens,
+        max_num_batched_tokens=options.max_num_batched_tokens or DEFAULT_TOKEN_BUDGETS[device],
         max_num_seqs=options.max_num_seqs,
         max_waiting_tokens=options.max_waiting_tokens,
         max_prefill_chunk=options.max_prefill_chunk or None,

@@ -177,8 +177,15 @@ def test_a_setting_that_cannot_work_is_named(setting: str, value: int) -> None:
 
 def test_flags_reach_the_engine() -> None:
     options = SchedulerOptions(speculation="ngram", num_draft_tokens=6, max_prefill_chunk=64, async_scheduling="on")
-    config = engine_config(NodeConfig(scheduler=options))
+    config = engine_config(NodeConfig(scheduler=options), "cpu")
     assert config.speculation == SpeculationConfig(num_draft_tokens=6, ngram_min=2, ngram_max=4)
     assert (config.max_prefill_chunk, config.async_scheduling) == (64, "on")
-    plain = engine_config(NodeConfig())
+    plain = engine_config(NodeConfig(), "cpu")
     assert (plain.speculation, plain.max_prefill_chunk, plain.async_scheduling) == (None, None, "auto")
+
+
+def test_the_token_budget_depends_on_the_device_unless_it_is_set() -> None:
+    budgets = [engine_config(NodeConfig(), device).max_num_batched_tokens for device in ("cpu", "cuda")]
+    assert budgets == [128, 2048]
+    chosen = NodeConfig(scheduler=SchedulerOptions(max_num_batched_tokens=77))
+    assert engine_config(chosen, "cuda").max_num_batched_tokens == 77
