@@ -13,8 +13,8 @@ round warms up and is not counted. Peers, where a flag or the environment names 
                torchaudio and torchcodec removed; and libtcmalloc_minimal, installed or named by $TCMALLOC
     llama.cpp  $LLAMA_BENCH: llama-bench of a build of its targets llama-bench, llama-batched-bench and llama-quantize
 
-int8 is dynamic per-token int8 here and Q8_0 in llama.cpp; vLLM has no counterpart that starts from these weights. Everybody
-stays in memory, some 18 GB in all with both peers; `--precisions` one after the other needs a third.
+int8 has dynamic int8 activations here, by token and group of 64, and is Q8_0 in llama.cpp; vLLM has no counterpart that starts
+from these weights. Everybody stays in memory, some 18 GB in all with both peers; `--precisions` one after the other needs a third.
 """
 
 import argparse

@@ -7,6 +7,10 @@ from protocol.errors import ConfigError
 
 Switch = Literal["auto", "on", "off"]
 
+MAX_DRAFTS = 15
+"""With the token before them they are the 16 rows up to which the C++ kernels attend as they do for one row, bit for bit
+(kFewQueries in kernels/native/attention_plan.h)."""
+
 
 @dataclass(frozen=True, slots=True)
 class SpeculationConfig:
@@ -21,6 +25,10 @@ class SpeculationConfig:
         for name in ("num_draft_tokens", "ngram_min"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, not {getattr(self, name)}", param=name)
+        if self.num_draft_tokens > MAX_DRAFTS:
+            raise ConfigError(
+                f"num_draft_tokens must be at most {MAX_DRAFTS}, not {self.num_draft_tokens}", param="num_draft_tokens"
+            )
         if self.ngram_max < self.ngram_min:
             raise ConfigError(
                 f"ngram_max must be at least ngram_min ({self.ngram_min}), not {self.ngram_max}", param="ngram_max"

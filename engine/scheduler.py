@@ -68,7 +68,7 @@ class Scheduler:
     @property
     def num_waiting_tokens(self) -> int:
         """Context tokens of all admitted requests that are still to be computed. O(running)."""
-        return self.waiting.num_tokens + sum(sequence.num_uncomputed_context for sequence in self.running.values())
+        return self.waiting.num_tokens + self._num_running_tokens
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.push(sequence)
@@ -167,7 +167,12 @@ class Scheduler:
 
     def _draft_room(self) -> int:
         """Guesses that one step may check: what of the budget neither decodes nor any prefill could use."""
-        return self._max_tokens - len(self.running) - self.num_waiting_tokens
+        return self._max_tokens - len(self.running) - self._num_running_tokens - self.waiting.num_compute_tokens
+
+    @property
+    def _num_running_tokens(self) -> int:
+        """Context tokens of admitted requests that are still to be computed."""
+        return sum(sequence.num_uncomputed_context for sequence in self.running.values())
 
     def _drafts(self, sequence: Sequence, room: int) -> list[int]:
         """Guesses of what follows a decode's last token, with blocks for them. They preempt nobody."""

@@ -153,7 +153,8 @@ def build_torch_runner(
     progress: Callable[[str], None] | None = None,
 ) -> TorchRunner:
     """Load the model. `kv_memory` is flat uint8 memory of num_blocks * block_bytes on the model's device, whose owner
-    keeps it; None allocates it. With `options.num_blocks` 0 the memory says how many blocks there are. Sets torch's number of threads for the whole process where `options.threads` says so.
+    keeps it; None allocates it. With `options.num_blocks` 0 the memory says how many blocks there are. Sets torch's
+    number of threads for the whole process where `options.threads` says so.
 
     Raises ConfigError where the model, its files or an option cannot be used.
     """

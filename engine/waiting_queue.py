@@ -16,13 +16,15 @@ class WaitingQueue:
         self._imports: OrderedDict[RequestId, Sequence] = OrderedDict()
         self.num_tokens = 0
         """Context tokens of all of them."""
+        self.num_compute_tokens = 0
+        """Of those that are not imports."""
 
     def __len__(self) -> int:
         return len(self._compute) + len(self._imports)
 
     def push(self, sequence: Sequence) -> None:
         self._line(sequence)[sequence.request_id] = sequence
-        self.num_tokens += sequence.context_end
+        self._count(sequence, sequence.context_end)
 
     def push_front(self, sequence: Sequence) -> None:
         """A preempted sequence was admitted before and comes first again."""
@@ -31,7 +33,7 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         del self._line(sequence)[sequence.request_id]
-        self.num_tokens -= sequence.context_end
+        self._count(sequence, -sequence.context_end)
 
     def head(self, *, may_compute: bool) -> Sequence | None:
         """The next one to admit; only an import if there is no compute left to give."""
@@ -40,6 +42,11 @@ class WaitingQueue:
         if first_import is None or first_compute is None:
             return first_import or first_compute
         return min(first_import, first_compute, key=lambda sequence: sequence.arrival)
+
+    def _count(self, sequence: Sequence, num_tokens: int) -> None:
+        self.num_tokens += num_tokens
+        if not sequence.awaits_import:
+            self.num_compute_tokens += num_tokens
 
     def _line(self, sequence: Sequence) -> OrderedDict[RequestId, Sequence]:
         return self._imports if sequence.awaits_import else self._compute

@@ -27,7 +27,9 @@ def int8_linear_reference(
         group = x[:, first : first + SCALE_GROUP].float()
         limit = group.abs().amax(1, keepdim=True)
         inverse = torch.where(limit > 0, torch.full_like(limit, _LARGEST).div(limit), 0.0)  # `127 / limit` rounds twice
-        rounded = (group.double() * inverse.double()).round().float()  # rounded once, as by a fused multiply-add
+        rounded = (
+            (group.double() * inverse.double()).round().float()
+        )  # rounded once, as by a fused multiply-add; C++ on a CPU without one rounds twice
         # Integers below 2^24: their sums are exact in float32.
         total += rounded @ weight[:, first : first + SCALE_GROUP].float().T * (limit / _LARGEST)
     total *= scales

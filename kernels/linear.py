@@ -22,7 +22,6 @@ from kernels.weight_memory import weight_memory
 Quantization = Literal["none", "int8"]
 
 _PANEL_COLUMNS = 32  # kPanelColumns in native/panel.h
-_WORD_BYTES = 4  # the packing moves words of 32 bits: one float, two bfloat16 or four int8
 
 
 class LinearWeight(ctypes.Structure):
@@ -78,7 +77,7 @@ class PackedLinear:
         self._bias = None if bias is None else bias.detach()
         self.description: LinearWeight | None = None  # what C++ reads, of a packed layer
         if self._native is not None and (
-            self._scales is not None or self.in_features * self.dtype.itemsize % _WORD_BYTES == 0
+            self._scales is not None or self.in_features * self.dtype.itemsize % native_library.WORD_BYTES == 0
         ):
             self._pack(stored)
         else:
@@ -120,8 +119,12 @@ class PackedLinear:
         pack = native_library.packer(stored.dtype)
         columns_each = _PANEL_COLUMNS // 2 if self.gated else _PANEL_COLUMNS
         panels = -(-self.out_features // columns_each)
-        row_bytes = -(-self.in_features * stored.element_size() // _WORD_BYTES) * _WORD_BYTES
-        corrections = -(-self.in_features // SCALE_GROUP) * _WORD_BYTES if stored.dtype == torch.int8 else 0
+        row_bytes = (
+            -(-self.in_features * stored.element_size() // native_library.WORD_BYTES) * native_library.WORD_BYTES
+        )
+        corrections = (
+            -(-self.in_features // SCALE_GROUP) * native_library.WORD_BYTES if stored.dtype == torch.int8 else 0
+        )
         self._weight = weight_memory.take(panels * _PANEL_COLUMNS * (row_bytes + corrections))
         padding = row_bytes // stored.element_size() - self.in_features
         stored = F.pad(stored, (0, padding)).contiguous() if padding else stored.contiguous()

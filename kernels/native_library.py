@@ -1,8 +1,8 @@
 """The C++ kernels as a shared library: built on the machine that runs them, loaded once per process, then only called.
 
 The library has a plain C interface and is called through ctypes on data pointers. It is compiled with g++ on first use
-(some seconds) into `$XDG_CACHE_HOME/headrace/kernels/<key>/` (`~/.cache` by default), where the key covers sources,
-flags, compiler and CPU; processes that start at once build it once. Without a compiler, after a failed build, or with
+(some twenty seconds of work, on all cores) into `$XDG_CACHE_HOME/headrace/kernels/<key>/` (`~/.cache` by default), where
+the key covers sources, flags, compiler and CPU; processes that start at once build it once. Without a compiler, after a failed build, or with
 `HEADRACE_NATIVE_KERNELS=0`, every operation takes its torch reference instead, and `status` says why.
 """
 
@@ -10,6 +10,7 @@ import ctypes
 import fcntl
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -24,6 +25,8 @@ from typing import Any
 import torch
 
 from kernels.kv_cache import CacheView
+
+log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent / "native"
 _FLAGS = (
@@ -48,6 +51,8 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {  # as native/ declares them; ctypes 
 }
 _FLOATS = (torch.float32, torch.bfloat16)
 _DTYPES = {"draw": (torch.float32,), "pack_weight": (*_FLOATS, torch.int8)}  # the others come for _FLOATS
+WORD_BYTES = 4
+"""Rows of operands consist of whole words: one float, two bfloat16 or four int8."""
 _INDEX_OUT_OF_RANGE, _BAD_LENGTHS = 1, 2  # Status in native/api.h
 
 NativeFunction = Callable[..., int]
@@ -122,6 +127,7 @@ def build() -> Path:
         with library.with_suffix(".lock").open("w", encoding="utf-8") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)  # released when the file is closed, or the process ends
             if not library.exists():
+                log.info("compiling the C++ kernels for this machine, once: some twenty seconds of work, on all cores")
                 _compile(compiler, arguments, library)
     except (OSError, RuntimeError, subprocess.SubprocessError) as error:  # RuntimeError: no home folder
         raise NativeBuildError(f"{type(error).__name__}: {error}") from error
@@ -194,6 +200,6 @@ def packer(dtype: torch.dtype) -> NativeFunction:
 def raise_for_status(status_code: int) -> None:
     """Turn what a C++ function returned into the exception that the torch reference would raise."""
     if status_code == _INDEX_OUT_OF_RANGE:
-        raise IndexError("a block id or slot lies outside the KV cache")
+        raise IndexError("a block id or slot lies outside the KV cache, or a token, position or row does not exist")
     if status_code == _BAD_LENGTHS:
         raise ValueError("query_starts, context_lens and block_tables do not fit together")

@@ -113,7 +113,8 @@ def paged_attention(
         _check(query, kv_cache, layer, sliding_window, page_format)
         return gpu.paged_attention(dense_heads(query), kv_cache, layer, batch, scale, sliding_window, scales)
     native = native_library.function("paged_attention", query)
-    if native is None or kv_cache.dtype != query.dtype or scales != UNSCALED:
+    whole_words = query.shape[-1] * query.element_size() % native_library.WORD_BYTES == 0
+    if native is None or not whole_words or kv_cache.dtype != query.dtype or scales != UNSCALED:
         return paged_attention_reference(query, kv_cache, layer, batch, scale, sliding_window, page_format, scales)
     _check(query, kv_cache, layer, sliding_window, page_format)
     query = dense_heads(query)

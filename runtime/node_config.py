@@ -53,11 +53,11 @@ class CacheOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
 
 class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """`max_num_batched_tokens` is the token budget of one step; 0: 128 on a CPU, 2048 on a GPU. `max_prefill_chunk`: tokens of one prompt in one step, at most;
-    0 leaves it to the budget. `async_scheduling`: plan the next step while one computes; "auto" where that gains time.
+    """`max_num_batched_tokens` is the token budget of one step; 0: 128 on a CPU, 2048 on a GPU. `max_prefill_chunk`:
+    tokens of one prompt in one step, at most; 0 leaves it to the budget. `async_scheduling`: plan the next step while one computes; "auto" where that gains time.
 
     `speculation` "ngram" guesses up to `num_draft_tokens` tokens a step and sequence, by looking up the last `ngram_max` to
-    `ngram_min` tokens in what came before; tokens are the same as without.
+    `ngram_min` tokens in what came before; with the C++ kernels the tokens are the same as without.
     """
 
     max_num_batched_tokens: Annotated[int, msgspec.Meta(ge=0)] = 0

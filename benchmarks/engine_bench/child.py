@@ -22,7 +22,8 @@ class ChildFailed(Exception):
 
 
 class Child:
-    """Started by the constructor, which raises ChildFailed where there is no such program; ready after `wait_ready`, gone after `close` or the end of its `with`."""
+    """Started by the constructor, which raises ChildFailed where there is no such program; ready after `wait_ready`, gone
+    after `close` or the end of its `with`."""
 
     def __init__(self, name: str, command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
         self.name = name

@@ -52,7 +52,7 @@ class ModelCost:
         )
 
     def floor_tokens_per_s(self, case: Case, precision: Precision, limits: Limits) -> float:
-        """No engine is faster on this machine that reads every weight once a step."""
+        """No engine is faster here that reads every weight once a step and runs linear layers and attention in turn."""
         weights_read = (self.layer_weights + self.head_weights) * WEIGHT_BYTES[precision]
         if case.kind == "prefill":
             linear_flops = 2 * (case.context * self.layer_weights + self.head_weights)  # only the last row has logits

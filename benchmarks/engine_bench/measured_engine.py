@@ -24,7 +24,7 @@ from protocol.tokens import SampledToken
 from runtime.config import load_config
 from runtime.node_config import NodeConfig
 
-DECODE_SLACK = 8  # steps beyond those wanted, so that the last to join still leaves enough full ones
+DECODE_SLACK = 32  # steps beyond those wanted, so that the last to join still leaves enough full ones
 STOP_TIMEOUT_S = 30.0
 EVENT_TIMEOUT_S = 600.0
 _NOISE_ELEMENTS = 1 << 20

@@ -38,8 +38,8 @@ class Series:
 
 @dataclass(frozen=True, slots=True)
 class EngineReport:
-    """All contestants of a precision have a series for each case, with an entry for each round. `limits[precision]` are the limits as measured in each round; `waiting_share` and `foreign_share` the greatest shares of a
-    core that waiting contestants, and processes that are none of ours, took during a measurement; `phases` the seconds of a
+    """All contestants of a precision have a series for each case, with an entry for each round. `limits[precision]` are the
+    limits as measured in each round; `waiting_share` and `foreign_share` the greatest shares of a core that waiting contestants, and processes that are none of ours, took during a measurement; `phases` the seconds of a
     decode step of each precision."""
 
     manifest: Manifest

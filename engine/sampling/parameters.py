@@ -11,8 +11,6 @@ import torch
 from kernels.draw import Cuts
 from protocol.sampling import SamplingParams
 
-_COLDEST = 1e-37  # float32 still divides by it; anything colder is as greedy
-
 
 @dataclass(frozen=True, slots=True)
 class Drawing:
@@ -73,9 +71,7 @@ def _drawing(params: Sequence[SamplingParams], device: torch.device) -> Drawing 
     return Drawing(
         rows=torch.tensor(rows, dtype=torch.int64, device=device),
         seeds=np.array([each.seed for each in drawn], np.uint64),
-        temperatures=torch.tensor(
-            [max(each.temperature, _COLDEST) for each in drawn], dtype=torch.float32, device=device
-        ),
+        temperatures=torch.tensor([each.temperature for each in drawn], dtype=torch.float32, device=device),
         cuts=Cuts(
             top_k=torch.tensor([each.top_k for each in drawn], dtype=torch.int64, device=device),
             top_p=torch.tensor([each.top_p for each in drawn], dtype=torch.float64, device=device),

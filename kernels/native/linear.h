@@ -1,4 +1,5 @@
-// Linear layers over weights packed once, as a team of threads computes them: panels of 32 columns, zero-padded.
+// Linear layers over weights packed once, as a team of threads computes them: panels of 32 columns.
+// Columns beyond the last one repeat it.
 //
 // Weights are of the activations' type, or int8 with one scale a column. int8 weights meet activations that were
 // quantised with one scale for each group of 64; such a panel is, for each group, [32] corrections for the zero point

@@ -124,22 +124,13 @@ template <typename T, int Rows, typename Prefetch = NothingAhead>
     }
 }
 
-// Calls use(std::integral_constant<int, rows>, first_row) over `rows` rows, in tiles of nearly equal height.
+// Calls use(std::integral_constant<int, rows>, first_row): the number of rows, at most Rows, as a constant.
 template <int Rows = kRowTile, typename Use>
 inline void with_constant(int64_t rows, int64_t first_row, Use&& use) {
     if constexpr (Rows > 1) {
         if (rows < Rows) return with_constant<Rows - 1>(rows, first_row, use);
     }
     use(std::integral_constant<int, Rows>{}, first_row);
-}
-
-template <typename Use>
-inline void for_row_tiles(int64_t rows, Use&& use) {
-    const int64_t tiles = (rows + kRowTile - 1) / kRowTile;
-    for (int64_t tile = 0; tile < tiles; ++tile) {
-        const int64_t first = rows * tile / tiles;
-        with_constant(rows * (tile + 1) / tiles - first, first, use);
-    }
 }
 
 // One step of a transposition: exchanges the blocks of Distance x Distance words off the diagonal.

@@ -60,7 +60,8 @@ def default_cache_dir() -> Path:
 
 
 def default_gguf_path() -> Path:
-    """The built-in model's file inside the installed wheel; raises ConfigError without it. The package is found, not imported: its code wants what we do not need."""
+    """The built-in model's file inside the installed wheel; raises ConfigError without it. The package is found, not
+    imported: its code wants what we do not need."""
     spec = importlib.util.find_spec(_DEFAULT_PACKAGE)
     folders = [] if spec is None else spec.submodule_search_locations or []
     for folder in folders:

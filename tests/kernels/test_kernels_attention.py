@@ -89,7 +89,7 @@ def test_mixed_batch(dtype: torch.dtype, window: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("head_dim", [16, 24, 40, 64, 128, 256])
+@pytest.mark.parametrize("head_dim", [7, 16, 24, 40, 64, 128, 256])
 @pytest.mark.parametrize("block_size", [8, 24, 128])
 def test_head_and_block_sizes(dtype: torch.dtype, head_dim: int, block_size: int) -> None:
     query, cache, batch = make_case([(1, 33), (19, 140)], head_dim=head_dim, block_size=block_size, dtype=dtype)

@@ -148,6 +148,17 @@ def test_guesses_stay_within_the_budget_and_give_way_to_prefill() -> None:
     assert bench.heard["a"].tokens == continuation(PROMPT[:6], 40)
 
 
+def test_an_import_that_waits_for_room_leaves_others_their_guesses() -> None:
+    bench = speculating(num_blocks=30, async_scheduling="off")
+    bench.submit(request("running", PROMPT, max_tokens=60))
+    bench.step()
+    bench.submit(request("waiting", range(3, 203), mode=Mode.IMPORT))
+    while not bench.heard["running"].over:
+        bench.step()
+    assert bench.core.load().draft_tokens > 30
+    bench.cancel("waiting")
+
+
 def test_nothing_is_guessed_for_a_prefill_or_under_penalties() -> None:
     sampling = SamplingParams(max_tokens=9, seed=0, frequency_penalty=0.5)
     bench = speculating(4)
@@ -168,7 +179,9 @@ def test_wrong_guesses_become_rare_and_right_ones_long_again() -> None:
     assert load.accepted_drafts[1:] == (0,) * 8
 
 
-@pytest.mark.parametrize(("setting", "value"), [("num_draft_tokens", 0), ("ngram_min", 0), ("ngram_max", 1)])
+@pytest.mark.parametrize(
+    ("setting", "value"), [("num_draft_tokens", 0), ("num_draft_tokens", 16), ("ngram_min", 0), ("ngram_max", 1)]
+)
 def test_a_setting_that_cannot_work_is_named(setting: str, value: int) -> None:
     with pytest.raises(ConfigError) as caught:
         EngineConfig(speculation=SpeculationConfig(**{setting: value}))
