@@ -96,12 +96,12 @@ def sampling_cases(device: torch.device) -> Iterator[Case]:
                 def run(
                     arguments: tuple[torch.Tensor, SamplingTensors, torch.Tensor, torch.Tensor, int] = arguments,
                 ) -> None:
-                    sample_rows(*arguments, record=False)
+                    sample_rows(*arguments)
 
                 def peer(
                     arguments: tuple[torch.Tensor, SamplingTensors, torch.Tensor, torch.Tensor, int] = arguments,
                 ) -> None:
-                    sample_rows_reference(*arguments, record=False)
+                    sample_rows_reference(*arguments)
 
                 tuned = ("sampling_draw", *(("sampling_logprobs",) if "logprobs" in settings else ()))
                 yield Case(f"sample {num_rows} x {vocab_size}, {name}", logits.nbytes, tuned, run, peer)

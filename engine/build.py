@@ -16,6 +16,7 @@ from engine.config import EngineConfig, SpeculationConfig
 from engine.cuda.build import build_cuda_runner
 from engine.cuda.limits import BatchLimits
 from engine.engine import Engine
+from engine.model.config import is_native
 from engine.model.options import (
     RunnerOptions,
     num_blocks_for_memory,
@@ -96,7 +97,7 @@ def plan_engine(config: NodeConfig) -> EnginePlan:
         seed=config.model.seed,
         gpu_memory_utilization=config.cache.gpu_memory_utilization,
     )
-    options = replace(options, device=_device(config, options))
+    options = replace(options, device=_device(config, options, files))
     layout = plan_layout(files, options)
     num_blocks = config.cache.num_blocks
     if not num_blocks and options.device == "cpu":
@@ -128,11 +129,18 @@ def engine_config(config: NodeConfig, device: Literal["cpu", "cuda"]) -> EngineC
     )
 
 
-def _device(config: NodeConfig, options: RunnerOptions) -> Literal["cpu", "cuda"]:
-    """Raises ConfigError for a GPU that is not there, or that has nothing to do."""
+def _device(config: NodeConfig, options: RunnerOptions, files: ModelFiles) -> Literal["cpu", "cuda"]:
+    """Raises ConfigError for a GPU that is not there, or that has nothing to do, or that cannot serve the model."""
     device = resolve_device(options).type
     if device == "cuda" and config.model.runner == "simulated":
         raise ConfigError("model.device cuda: the simulated runner computes on the CPU", param="model.device")
+    if device == "cuda" and not is_native(files.config_path):
+        if options.device == "cuda":
+            raise ConfigError(
+                "model.device cuda: models that the transformers library runs are served on CPUs only",
+                param="model.device",
+            )
+        return "cpu"
     return "cuda" if device == "cuda" else "cpu"
 
 

@@ -21,22 +21,19 @@ def sample_rows(
     rows: torch.Tensor,
     positions: torch.Tensor,
     max_top: int,
-    *,
-    record: bool,
 ) -> SampledRows:
     """One token for each row of logits ([num_rows, vocab_size], float32, rows dense; left as they are).
 
     rows ([num_rows], int64) are the rows of params; positions ([num_rows], int64) the output positions that are drawn for.
-    At most max_top alternatives are found. With `record` the tokens of rows with penalties are counted in params.observed;
-    rows must then be distinct. On a GPU nothing is waited for, and the call can be captured. Raises ValueError where
-    shapes do not fit.
+    At most max_top alternatives are found. What is drawn is not counted: SamplingTensors.observe_output does that. On a
+    GPU nothing is waited for, and the call can be captured. Raises ValueError where shapes do not fit.
     """
     _check(logits, params, rows, positions)
     if not logits.is_cuda:
-        return sample_rows_reference(logits, params, rows, positions, max_top, record=record)
+        return sample_rows_reference(logits, params, rows, positions, max_top)
     from kernels.gpu import sampling  # triton is there only where a GPU is
 
-    return sampling.sample_rows(logits, params, rows, positions, max_top, record=record)
+    return sampling.sample_rows(logits, params, rows, positions, max_top)
 
 
 def sample_rows_reference(
@@ -45,8 +42,6 @@ def sample_rows_reference(
     rows: torch.Tensor,
     positions: torch.Tensor,
     max_top: int,
-    *,
-    record: bool,
 ) -> SampledRows:
     """Specification of `sample_rows`. It sorts every row, and asks the device for nothing either."""
     finite = logits.isfinite().all(dim=-1)
@@ -59,9 +54,6 @@ def sample_rows_reference(
     normaliser = logits.logsumexp(-1, keepdim=True)
     top = logits.sort(dim=-1, descending=True, stable=True)
     width = min(max_top, logits.shape[1])
-    if record:
-        penalised = (params.adjusts[rows] & HAS_PENALTIES).bool() & finite
-        params.observed.index_put_((rows, tokens), torch.where(penalised, 2, 0).int(), accumulate=True)
     return SampledRows(
         token_ids=tokens,
         finite=finite,

@@ -3,7 +3,7 @@
 Life: allocated once for as many rows as a batch can have. A request that joins gets a row, and the row its parameters
 (`of` on the host, `map` to the device, `assign`); from then on nothing is copied for it. A step names, for each row of
 its logits, the row here that it belongs to. So a captured graph can go on reading the same tensors while requests come and
-go. A sequence with penalties also has a row of counts, which `observe_prompt` begins and drawn tokens go on.
+go. A sequence with penalties also has a row of counts, which `observe_prompt` begins and `observe_output` goes on with.
 """
 
 import dataclasses
@@ -128,9 +128,10 @@ class SamplingTensors:
         self.observed[row].zero_()
         self.observed[row].index_fill_(0, token_ids, 1)
 
-    def observe_output(self, row: int, token_ids: torch.Tensor) -> None:
-        """These tokens (int64) were emitted; in addition to those that the sampler itself has drawn and recorded."""
-        self.observed[row].index_add_(0, token_ids, torch.full_like(token_ids, 2, dtype=torch.int32))
+    def observe_output(self, rows: torch.Tensor, token_ids: torch.Tensor) -> None:
+        """Row rows[i] has emitted token_ids[i] (both [n], int64); the same pair counts as often as it comes."""
+        counts = self.observed.view(-1)
+        counts.index_add_(0, rows * self.vocab_size + token_ids, torch.full_like(token_ids, 2, dtype=counts.dtype))
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 
 from engine.cuda.cuda_device import CudaDevice
+from engine.cuda.device import Device
 from engine.cuda.limits import BatchLimits
 from engine.cuda.memory import measure, num_blocks_that_fit
 from engine.cuda.runner import CudaRunner
@@ -22,6 +23,7 @@ from engine.model.options import (
     resolve_max_model_len,
 )
 from engine.model.weights import DummySource, SafetensorsSource, WeightSource
+from engine.runner import StepPlan
 from protocol.kv_layout import KVLayout
 from runtime.models.model_files import ModelFiles
 
@@ -64,14 +66,12 @@ def _measured_blocks(
 ) -> int:
     device = CudaDevice()  # of its own: its graphs and their memory end with it
     plan = largest_plan(layout, model.config.vocab_size, max_model_len, limits)
-    trial_blocks = num_blocks_of(plan)
     runners: list[CudaRunner] = []
 
     def largest_step() -> int:
-        kv_cache = _kv_cache(layout, trial_blocks, device)
-        runners.append(CudaRunner(model, layout, kv_cache, max_model_len, limits, device))
+        runners.append(trial_runner(model, layout, plan, max_model_len, limits, device))
         runners[0].try_out(plan)
-        return trial_blocks * layout.block_bytes
+        return runners[0].num_blocks * layout.block_bytes
 
     def capture_step() -> None:
         runners[0].capture(log.debug, largest_only=True)
@@ -84,6 +84,16 @@ def _measured_blocks(
     return num_blocks_that_fit(memory, utilization, layout.block_bytes)
 
 
-def _kv_cache(layout: KVLayout, num_blocks: int, device: CudaDevice) -> torch.Tensor:
+def trial_runner(
+    model: LlamaModel, layout: KVLayout, plan: StepPlan, max_model_len: int, limits: BatchLimits, device: Device
+) -> CudaRunner:
+    """With a cache for the plan alone, but block tables for the longest sequence: what is measured with them, and with what
+    attention allocates for their width, is what serving will hold."""
+    kv_cache = _kv_cache(layout, num_blocks_of(plan), device)
+    max_blocks = layout.num_blocks_for(max_model_len)
+    return CudaRunner(model, layout, kv_cache, max_model_len, limits, device, max_blocks)
+
+
+def _kv_cache(layout: KVLayout, num_blocks: int, device: Device) -> torch.Tensor:
     shape = (num_blocks, *layout.block_shape)
     return torch.zeros(shape, dtype=TORCH_DTYPES[layout.dtype], device=device.torch_device)

@@ -46,7 +46,7 @@ class RowSampler:
             return None
         params = SamplingTensors.of([chunks[place].sampling for place in new])
         index = torch.tensor([rows[place] for place in new], dtype=torch.int64)
-        flat_index = self._flat_index(observed)
+        emitted = _emitted(observed)
 
         def work() -> None:
             if len(index):
@@ -54,11 +54,8 @@ class RowSampler:
             for each in observed:
                 if each.prompt is not None:
                     self._tensors.observe_prompt(each.row, self._device.upload(each.prompt))
-            if len(flat_index):
-                # As SamplingTensors.observe_output, of all rows at once.
-                places = self._device.upload(flat_index)
-                flat = self._tensors.observed.view(-1)
-                flat.index_add_(0, places, torch.full_like(places, 2, dtype=flat.dtype))
+            if emitted.numel():
+                self._tensors.observe_output(*self._device.upload(emitted).unbind(0))
 
         return work
 
@@ -69,7 +66,7 @@ class RowSampler:
     def draw(self, logits: torch.Tensor, rows: torch.Tensor, output_positions: torch.Tensor) -> SampledRows:
         """One token for each row of logits ([num_rows, vocab_size], float32), with the parameters of `rows` ([num_rows],
         int64, may repeat), for `output_positions` ([num_rows], int64). Device work, and may be captured."""
-        return sample_rows(logits, self._tensors, rows, output_positions, MAX_TOP_LOGPROBS, record=False)
+        return sample_rows(logits, self._tensors, rows, output_positions, MAX_TOP_LOGPROBS)
 
     def _observe(self, chunk: ScheduledChunk, row: int) -> _Observed:
         num_observed, prompt = self._num_observed.get(row), None
@@ -78,8 +75,8 @@ class RowSampler:
         self._num_observed[row] = len(chunk.output_token_ids)
         return _Observed(row, prompt, tuple(chunk.output_token_ids[num_observed:]))
 
-    def _flat_index(self, observed: Sequence[_Observed]) -> torch.Tensor:
-        """Of emitted tokens, in the counts of all rows laid out one after another."""
-        vocab_size = self._tensors.vocab_size
-        places = [each.row * vocab_size + token_id for each in observed for token_id in each.emitted]
-        return torch.tensor(places, dtype=torch.int64)
+
+def _emitted(observed: Sequence[_Observed]) -> torch.Tensor:
+    """int64 [2, n]: the row of every emitted token, and the token."""
+    rows = [each.row for each in observed for _ in each.emitted]
+    return torch.tensor([rows, [token_id for each in observed for token_id in each.emitted]], dtype=torch.int64)

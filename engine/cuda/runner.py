@@ -47,7 +47,8 @@ class _Slot:
 class CudaRunner:
     """Implements engine.runner.Runner; at most two steps are in flight. Called from one thread.
 
-    kv_cache is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] on the device's memory.
+    kv_cache is [num_blocks, num_layers, 2, num_kv_heads, block_size, head_dim] on the device's memory. `max_blocks`: of one
+    sequence, as its block table and captured steps have room for; 0: as many as it can have in this cache.
     """
 
     def __init__(
@@ -58,6 +59,7 @@ class CudaRunner:
         max_model_len: int,
         limits: BatchLimits,
         device: Device,
+        max_blocks: int = 0,
     ) -> None:
         self._model = model
         self._layout = layout
@@ -66,7 +68,7 @@ class CudaRunner:
         self._limits = limits
         self._device = device
         max_rows = limits.max_rows
-        self._max_blocks = min(layout.num_blocks_for(max_model_len), self.num_blocks)
+        self._max_blocks = max_blocks or min(layout.num_blocks_for(max_model_len), self.num_blocks)
         self._rows = RowTable(max_rows)
         self._tables = BlockTableRows(max_rows, self._max_blocks)
         with torch.inference_mode():

@@ -23,8 +23,6 @@ def sample_rows(
     rows: torch.Tensor,
     positions: torch.Tensor,
     max_top: int,
-    *,
-    record: bool,
 ) -> SampledRows:
     """As kernels.sampling.sample_rows, which has checked shapes."""
     num_rows, vocab_size = logits.shape
@@ -42,10 +40,8 @@ def sample_rows(
     draw_kernel[(num_rows,)](
         *(logits, adjusted, rows, positions),
         *(params.temperatures, params.top_k, params.top_p, params.min_scores, params.seeds, params.adjusts),
-        params.observed,
         torch.empty((num_rows, 2, tile), dtype=torch.int32, device=logits.device),
         *(sampled.token_ids, sampled.finite.view(torch.uint8), logits.stride(0), vocab_size),
-        RECORD=record,
         TILE=tile,
         num_warps=config.num_warps,
         enable_fp_fusion=False,  # weights are the same on every device

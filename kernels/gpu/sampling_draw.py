@@ -19,15 +19,12 @@ draw only where the uniform number falls within 2**-24 of a token's edge.
 import triton
 import triton.language as tl
 
-from kernels.sampling_tensors import HAS_PENALTIES
-
 _INFINITE = tl.constexpr(0x7F800000)
 """The magnitude of a score of -inf."""
 _BEYOND = tl.constexpr(0x7FFFFFFF)
 """The magnitude of no score."""
 _THIRTY = tl.constexpr(0x41F00000)
 """The magnitude of a score of -30."""
-_HAS_PENALTIES = tl.constexpr(HAS_PENALTIES)
 _QUARTER = tl.constexpr(4)
 
 
@@ -252,16 +249,14 @@ def draw_kernel(
     min_scores_ptr: tl.tensor,
     seeds_ptr: tl.tensor,
     adjusts_ptr: tl.tensor,
-    observed_ptr: tl.tensor,
     candidates_ptr: tl.tensor,  # int32, [num_rows, 2, TILE]
     token_ids_ptr: tl.tensor,  # int64, [num_rows]
     finite_ptr: tl.tensor,  # uint8, [num_rows]
     logits_stride: tl.tensor,
     vocab_size: tl.tensor,
-    RECORD: tl.constexpr,
     TILE: tl.constexpr,
 ) -> None:
-    """Program: one row of the logits. With RECORD the drawn token is counted for rows with penalties."""
+    """Program: one row of the logits."""
     place = tl.program_id(0).to(tl.int64)
     row = tl.load(rows_ptr + place)
     adjusts = tl.load(adjusts_ptr + row)
@@ -297,7 +292,3 @@ def draw_kernel(
             token = _draw_in_row(source_ptr, vocab_size, best, temperature, everything, seed, position, TILE)
     tl.store(token_ids_ptr + place, token)
     tl.store(finite_ptr + place, finite.to(tl.uint8))
-    if RECORD:  # noqa: SIM102 - known when compiling, the other when running
-        if (adjusts & _HAS_PENALTIES) * finite > 0:
-            counter_ptr = observed_ptr + row * vocab_size + token
-            tl.store(counter_ptr, tl.load(counter_ptr) + 2)

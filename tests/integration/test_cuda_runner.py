@@ -18,12 +18,14 @@ from transformers import LlamaConfig
 
 from engine.config import EngineConfig, SpeculationConfig
 from engine.core import EngineCore
+from engine.cuda.build import trial_runner
 from engine.cuda.device import Device, HostDevice
 from engine.cuda.limits import BatchLimits
 from engine.cuda.runner import CudaRunner
+from engine.cuda.trial_plans import largest_plan
 from engine.events import Failed, TokensSampled
 from engine.kv_event_log import KVEventLog
-from engine.model.llama import LlamaModel
+from engine.model.llama import LlamaModel, StepInputs
 from engine.model.options import RunnerOptions, plan_layout
 from engine.request import EngineRequest
 from engine.runner import PENDING, Runner, ScheduledChunk, StepPlan
@@ -322,3 +324,24 @@ def test_over_the_kernels_of_a_gpu(tmp_path: Path) -> None:
     reference = Driver(build_torch_runner(files, OPTIONS))
     for each, (tokens, settings) in zip(sequences, requests, strict=True):
         same_tokens(each.tokens, reference.generate(tokens, 3, **settings).tokens)
+
+
+def test_a_trial_s_captured_step_has_room_for_the_longest_sequence(
+    files: ModelFiles, model: LlamaModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though its cache holds no more than the trial: what a captured step takes grows with its block tables."""
+    layout, steps, forward = plan_layout(files, OPTIONS), list[StepInputs](), LlamaModel.forward
+
+    def watched(self: LlamaModel, inputs: StepInputs, kv_cache: torch.Tensor) -> torch.Tensor:
+        steps.append(inputs)
+        return forward(self, inputs, kv_cache)
+
+    monkeypatch.setattr(LlamaModel, "forward", watched)
+    plan = largest_plan(layout, model.config.vocab_size, MAX_MODEL_LEN, LIMITS)
+    trial = trial_runner(model, layout, plan, MAX_MODEL_LEN, LIMITS, HostDevice())
+    trial.try_out(plan)
+    trial.capture(lambda _line: None, largest_only=True)
+    captured = steps[-1].batch
+    assert trial.num_blocks < layout.num_blocks_for(MAX_MODEL_LEN)
+    assert captured.block_tables.shape == (LIMITS.max_rows, layout.num_blocks_for(MAX_MODEL_LEN))
+    assert captured.max_context_len == MAX_MODEL_LEN

@@ -31,7 +31,7 @@ def signature(kernel: Any, constexprs: dict[str, int]) -> dict[str, str]:
     ("kernel", "constexprs", "num_warps", "most_spilled"),
     [
         # 128 registers for each of 512 threads; a few scalars do not fit
-        (draw_kernel, {**DRAW_DEFAULT.sizes, "RECORD": 1}, DRAW_DEFAULT.num_warps, 64),
+        (draw_kernel, DRAW_DEFAULT.sizes, DRAW_DEFAULT.num_warps, 64),
         (penalise_kernel, {"TILE": 1024}, 4, 0),
         (apply_lists_kernel, {"MAX_BIASES": MAX_BIASES, "MAX_STOPS": MAX_STOPS}, 4, 0),
         (logprobs_kernel, {**LOGPROBS_DEFAULT.sizes, "SHARE": 256}, LOGPROBS_DEFAULT.num_warps, 0),

@@ -61,27 +61,24 @@ SETTINGS: dict[str, dict[str, object]] = {
     },
 }
 
-Sample = Callable[[torch.Tensor, SamplingTensors, torch.Tensor, torch.Tensor, bool], SampledRows]
+Sample = Callable[[torch.Tensor, SamplingTensors, torch.Tensor, torch.Tensor], SampledRows]
 
 
 def _in_triton(
-    logits: torch.Tensor, params: SamplingTensors, rows: torch.Tensor, positions: torch.Tensor, record: bool
+    logits: torch.Tensor, params: SamplingTensors, rows: torch.Tensor, positions: torch.Tensor
 ) -> SampledRows:
     """With tiles so small that a row has many, and candidates that do not always hold the cut."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     on_device = params.map(lambda tensor: tensor.to(device))
     with forced("sampling_draw", SMALL_TILE):
-        sampled = sample_rows_in_triton(
-            logits.to(device), on_device, rows.to(device), positions.to(device), MAX_TOP, record=record
-        )
-    params.observed.copy_(on_device.observed)
+        sampled = sample_rows_in_triton(logits.to(device), on_device, rows.to(device), positions.to(device), MAX_TOP)
     return SampledRows(*(getattr(sampled, name).cpu() for name in SampledRows.__slots__))
 
 
 def _in_torch(
-    logits: torch.Tensor, params: SamplingTensors, rows: torch.Tensor, positions: torch.Tensor, record: bool
+    logits: torch.Tensor, params: SamplingTensors, rows: torch.Tensor, positions: torch.Tensor
 ) -> SampledRows:
-    return sample_rows_reference(logits, params, rows, positions, MAX_TOP, record=record)
+    return sample_rows_reference(logits, params, rows, positions, MAX_TOP)
 
 
 @pytest.fixture(params=[_in_torch, _in_triton], ids=["torch", "triton"])
@@ -122,7 +119,8 @@ def tensors_of(chunks: Sequence[ScheduledChunk], vocab_size: int = VOCAB_SIZE) -
     params.assign(torch.arange(len(chunks)), SamplingTensors.of([chunk.sampling for chunk in chunks]))
     for index, chunk in enumerate(chunks):
         params.observe_prompt(index, torch.tensor(chunk.prompt_token_ids, dtype=torch.int64))
-        params.observe_output(index, torch.tensor(chunk.output_token_ids, dtype=torch.int64))
+        output = torch.tensor(chunk.output_token_ids, dtype=torch.int64)
+        params.observe_output(torch.full_like(output, index), output)
     return params
 
 
@@ -130,7 +128,7 @@ def draw(sample: Sample, chunks: Sequence[ScheduledChunk], logits: torch.Tensor)
     params = tensors_of(chunks, logits.shape[1])
     rows = torch.arange(len(chunks)).flip(0)
     positions = torch.tensor([chunk.output_position for chunk in chunks])
-    return sample(logits, params, rows, positions, False)
+    return sample(logits, params, rows, positions)
 
 
 def engine_tokens(chunks: Sequence[ScheduledChunk], logits: torch.Tensor) -> list[SampledToken]:
@@ -214,8 +212,8 @@ def test_all_logprobs_of_a_vocabulary_smaller_than_wanted(sample: Sample) -> Non
     assert sampled.top_ids[0, :5].tolist() == logits[0].sort(descending=True).indices.tolist()
 
 
-def test_what_is_drawn_is_counted(sample: Sample) -> None:
-    """A sequence with penalties, drawn from the same logits again and again, without a word about its output."""
+def test_what_is_emitted_is_counted(sample: Sample) -> None:
+    """A sequence with penalties, drawn from the same logits again and again. The draw itself counts nothing."""
     logits, settings = (
         random_logits(9, 2, 40),
         {"temperature": 0.0, "frequency_penalty": 2.0, "repetition_penalty": 1.1},
@@ -223,13 +221,22 @@ def test_what_is_drawn_is_counted(sample: Sample) -> None:
     params = tensors_of([row(), row([1, 2], **settings)], 40)  # the penalised one has row 0
     engine, output = Sampler(), list[int]()
     for position in range(12):
-        sampled = sample(logits, params, torch.tensor([1, 0]), torch.tensor([position, position]), True)
+        sampled = sample(logits, params, torch.tensor([1, 0]), torch.tensor([position, position]))
         (expected,) = engine.sample([row([1, 2], output, **settings)], logits[1:])
         assert isinstance(expected, SampledToken)
         assert int(sampled.token_ids[1]) == expected.token_id
         output.append(expected.token_id)
+        assert int((params.observed[0] >> 1).sum()) == position
+        params.observe_output(torch.tensor([0]), sampled.token_ids[1:])
     assert len(set(output)) > 5
     assert int(params.observed[1].abs().sum()) == 0
+
+
+def test_emitted_tokens_of_many_rows_are_counted_at_once() -> None:
+    params = SamplingTensors.allocate(3, 5, torch.device("cpu"))
+    params.observe_prompt(2, torch.tensor([4, 4, 1]))
+    params.observe_output(torch.tensor([2, 0, 2, 2]), torch.tensor([4, 0, 3, 4]))
+    assert params.observed.tolist() == [[2, 0, 0, 0, 0], [0, 0, 0, 0, 0], [0, 1, 0, 2, 5]]
 
 
 def test_a_row_can_be_given_to_another_sequence(sample: Sample) -> None:
@@ -238,7 +245,7 @@ def test_a_row_can_be_given_to_another_sequence(sample: Sample) -> None:
     params = tensors_of([first], 40)
     params.assign(torch.tensor([0]), SamplingTensors.of([second.sampling]))
     params.observe_prompt(0, torch.tensor([], dtype=torch.int64))
-    sampled = sample(logits, params, torch.tensor([0]), torch.tensor([0]), False)
+    sampled = sample(logits, params, torch.tensor([0]), torch.tensor([0]))
     assert sampled.token_ids.tolist() == [7]
     assert int(params.observed.sum()) == 0
 
@@ -255,7 +262,7 @@ def test_a_row_can_be_given_to_another_sequence(sample: Sample) -> None:
 def test_what_does_not_fit_is_refused(logits: torch.Tensor, rows: torch.Tensor) -> None:
     params = SamplingTensors.allocate(2, 40, torch.device("cpu"))
     with pytest.raises(ValueError, match="must be"):
-        sample_rows(logits, params, rows, torch.zeros(1, dtype=torch.int64), 1, record=False)
+        sample_rows(logits, params, rows, torch.zeros(1, dtype=torch.int64), 1)
 
 
 def test_a_list_that_is_too_long_is_refused() -> None:

@@ -1,10 +1,12 @@
 """How many KV blocks fit on a GPU, and what a node is told that cannot use one."""
 
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import make_model
+from tiny_models import SHAPE, make_model, write_model
+from transformers import Olmo2Config
 
 import prefill_node.main
 from engine.build import plan_engine
@@ -124,6 +126,17 @@ def test_a_gpus_cache_is_measured_and_no_arena_is_reserved_for_it(folder: str, m
     assert plan.served(10).max_model_len == 160
     with pytest.raises(ConfigError, match="simulated runner computes on the CPU"):
         plan_engine(config(folder, runner="simulated"))
+
+
+def test_a_model_that_is_not_native_is_planned_for_the_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = str(write_model(Olmo2Config(**SHAPE), tmp_path / "olmo2"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with pytest.raises(ConfigError, match="that the transformers library runs are served on CPUs only") as caught:
+        plan_engine(config(folder))
+    assert caught.value.param == "model.device"
+    plan = plan_engine(config(folder, device="auto"))
+    assert (plan.on_device, plan.options.device) == (False, "cpu")
+    assert plan.num_host_blocks == plan.num_blocks > 1
 
 
 def test_a_prefill_node_on_a_gpu_is_told_what_works(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
