@@ -35,6 +35,11 @@ class Cuts:
     top_p: torch.Tensor  # [num_rows], float64
     min_p: torch.Tensor  # [num_rows], float64
 
+    def __post_init__(self) -> None:
+        dtypes = (self.top_k.dtype, self.top_p.dtype, self.min_p.dtype)
+        if dtypes != (torch.int64, torch.float64, torch.float64):
+            raise ValueError(f"cuts are int64, float64 and float64, not {dtypes}")
+
     def take(self, rows: torch.Tensor | slice) -> "Cuts":
         return Cuts(self.top_k[rows], self.top_p[rows], self.min_p[rows])
 
@@ -47,8 +52,13 @@ class Cuts:
 def draw(logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor) -> torch.Tensor:
     """Tokens, [num_rows] int64. `logits` ([num_rows, vocab_size], float32, finite or -inf) may be overwritten.
 
-    temperatures [num_rows] float32, positive; uniforms [num_rows] float64 in [0, 1).
+    temperatures [num_rows] float32, positive; uniforms [num_rows] float64 in [0, 1). A row of nothing but -inf draws
+    token 0. Raises ValueError for other dtypes.
     """
+    if (logits.dtype, temperatures.dtype, uniforms.dtype) != (torch.float32, torch.float32, torch.float64):
+        raise ValueError(
+            f"draw takes float32, float32 and float64, not {logits.dtype}, {temperatures.dtype}, {uniforms.dtype}"
+        )
     native = native_library.function("draw", logits)
     if native is None:
         return draw_reference(logits, temperatures, cuts, uniforms)
@@ -76,7 +86,8 @@ def draw_reference(
 def _draw_group(logits: torch.Tensor, temperatures: torch.Tensor, cuts: Cuts, uniforms: torch.Tensor) -> torch.Tensor:
     """`draw` for a few rows: their working copies of the vocabulary stay in the caches."""
     # The maximum goes first: it makes the largest exponential 1, and no temperature is small enough to overflow.
-    scores = logits.sub_(logits.amax(dim=-1, keepdim=True)).div_(temperatures[:, None])
+    largest = logits.amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(torch.float32).min)  # a row may be all -inf
+    scores = logits.sub_(largest).div_(temperatures[:, None])
     weights = _weights(scores)
     mass = _chunks(weights).sum(dim=(1, 2), dtype=torch.float64)
     tokens = torch.empty(len(scores), dtype=torch.int64, device=scores.device)

@@ -12,10 +12,11 @@ enum Status : int {
     kBadLengths = 2,       // query starts, context lengths and block tables do not fit together
 };
 
-// Waking a thread costs some microseconds: give each at least this many elements to work on.
+// Waking a thread costs some microseconds: all or one, by whether each would have this many elements to work on. A team of
+// another size would end the surplus threads, and the next call start them again.
 inline int threads_for(int64_t elements, int threads) {
     constexpr int64_t kElementsPerThread = 16384;
-    return (int)std::clamp<int64_t>(elements / kElementsPerThread, 1, threads);
+    return elements >= kElementsPerThread * threads ? threads : 1;
 }
 
 // Where one layer of the paged KV cache lies, and how a page (the keys or the values of one block and head) stores its

@@ -17,7 +17,7 @@ namespace headrace {
 constexpr int64_t kPieceRows = 96;      // query rows of a piece of a prompt: they share what is read into the L1
 constexpr int64_t kFewQueries = 16;     // up to so many query tokens are a decode step, or drafts to be verified
 constexpr int64_t kDecodeSpan = 256;    // shorter spans cost more in merging than they win in balance
-constexpr int64_t kPrefillSpan = 2048;
+constexpr int64_t kPrefillSpan = 16384;  // partial results take memory: chunk x heads x spans of the context
 constexpr int64_t kPiecesPerThread = 2;
 
 inline int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }

@@ -74,6 +74,7 @@ class Row {
 
     int64_t draw(const float* logits, float temperature, const Cut& cut, double uniform) {
         weigh(logits, temperature);
+        if (count_ == 0) return 0;  // nothing is possible
         return ids_[invert(cut.any() ? floor_of(cut) : -std::numeric_limits<float>::infinity(), uniform)];
     }
 
@@ -252,7 +253,8 @@ class Row {
 extern "C" int headrace_draw_f32(const float* logits, const float* temperatures, const int64_t* top_k,
                                  const double* top_p, const double* min_p, const double* uniforms, int64_t* tokens,
                                  int64_t num_rows, int64_t vocab_size, int threads) {
-#pragma omp parallel num_threads(std::min<int64_t>(threads, num_rows))
+    // All threads or one: a team of another size would end the surplus threads, and the next call start them again.
+#pragma omp parallel num_threads(num_rows > 1 ? threads : 1)
     {
         headrace::Row row(vocab_size);
 #pragma omp for schedule(dynamic)

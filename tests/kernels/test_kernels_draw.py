@@ -84,3 +84,20 @@ def test_ties_of_the_last_token_that_top_k_keeps_count_for_top_p(num_tied: int) 
     uniforms = torch.tensor([0.999999], dtype=torch.float64)
     for function in (draw, draw_reference):  # the likely token alone is a little less than that share
         assert function(logits.clone(), torch.ones(1), cuts, uniforms).item() == 50 + num_tied - 1
+
+
+def test_a_row_without_a_possible_token_draws_token_0_and_disturbs_nobody() -> None:
+    logits = torch.tensor([[-torch.inf] * 3, [0.0, -torch.inf, -torch.inf]])
+    cuts = Cuts(
+        torch.tensor([2, 0]), torch.tensor([0.9, 1.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    )
+    for function in (draw, draw_reference):
+        assert function(logits.clone(), torch.ones(2), cuts, torch.full((2,), 0.5).double()).tolist() == [0, 0]
+
+
+def test_dtypes_are_checked() -> None:
+    cuts = Cuts(torch.zeros(1, dtype=torch.int64), torch.ones(1, dtype=torch.float64), torch.zeros(1).double())
+    with pytest.raises(ValueError, match="float64"):
+        draw(torch.zeros(1, 3), torch.ones(1), cuts, torch.zeros(1))
+    with pytest.raises(ValueError, match="int64"):
+        Cuts(torch.zeros(1), torch.ones(1), torch.zeros(1))
