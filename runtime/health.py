@@ -1,7 +1,8 @@
 """/health, /ready and /metrics: what an orchestrator asks every process, whatever its role.
 
-Liveness is "the work makes progress", readiness is "started, warm, not draining"; neither depends on a peer. The three
-routes need no key and show nothing secret.
+Liveness is "the work makes progress", readiness is "started, warm, not draining", and for a node that no
+router's refusal makes it useless; neither depends on a peer's being there. The three routes need no key and show nothing
+secret.
 """
 
 from collections.abc import Callable

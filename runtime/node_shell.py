@@ -100,7 +100,7 @@ class NodeShell:
         """
         self._role = role
         registration = Registration(client, self._config.routers, self._info, role.load, kv_events)
-        app = Starlette(routes=self._routes(role))
+        app = Starlette(routes=self._routes(role, registration))
         async with asyncio.TaskGroup() as tasks:
             background = [
                 tasks.create_task(registration.run(), name="registration"),
@@ -126,7 +126,7 @@ class NodeShell:
                 for task in background:
                     task.cancel()
 
-    def _routes(self, role: NodeRole) -> list[Route]:
+    def _routes(self, role: NodeRole, registration: Registration) -> list[Route]:
         key = self._config.cluster_key
 
         async def tokens(message: OpenTokenStream) -> AsyncIterator[bytes]:
@@ -141,7 +141,7 @@ class NodeShell:
             stream_route("/node/v1/tokens", OpenTokenStream, tokens, key),
             message_route("/node/v1/cancel", CancelRequest, cancel, key),
             *role.routes(),
-            *health_routes(self._life, role.stuck, lambda: None, self._registry, refresh=role.report),
+            *health_routes(self._life, role.stuck, registration.obstacle, self._registry, refresh=role.report),
         ]
 
     def _on_lost(self, request_ids: list[RequestId]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator
 
 import aiohttp
@@ -12,12 +13,15 @@ from starlette.routing import Route
 
 from protocol.errors import (
     ConfigError,
+    HeadraceError,
     InvalidParameter,
+    LayoutMismatch,
     MalformedMessage,
     MessageTooLarge,
     NodeLost,
     Overloaded,
     Unauthorized,
+    WireVersionMismatch,
 )
 from protocol.ids import RequestId, RouterId
 from protocol.kv_layout import KVLayout
@@ -33,6 +37,7 @@ from protocol.tokens import (
 )
 from protocol.wire import decode, encode_frame
 from protocol.workers import Heartbeat, HeartbeatReply, Leave, Registered, WorkerInfo, WorkerLoad
+from runtime import registration as registration_module
 from runtime.auth import check_bind
 from runtime.registration import Registration
 from runtime.rpc_client import RpcClient
@@ -387,3 +392,81 @@ async def test_registration_survives_the_routers_restart() -> None:
         assert isinstance(heard[-1], Leave)
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
+
+
+@pytest.mark.parametrize("kind", [LayoutMismatch, WireVersionMismatch])
+async def test_a_refused_node_says_so_once_for_each_reason_and_asks_again(
+    kind: type[HeadraceError], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(registration_module, "REFUSED_RETRY_S", 0.01)
+    asked = 0
+    reason: str | None = "page_format"
+
+    async def register(info: WorkerInfo) -> Registered:
+        nonlocal asked
+        asked += 1
+        if reason is not None:
+            raise kind(reason)
+        return Registered(0.01)
+
+    async def heartbeat(message: Heartbeat) -> HeartbeatReply:
+        return HeartbeatReply(True)
+
+    async def until_asked(times: int) -> None:
+        until = asked + times
+        while asked < until:
+            await asyncio.sleep(0.005)
+
+    prefix = "/internal/v1/workers"
+    routes = (
+        message_route(f"{prefix}/register", WorkerInfo, register, None),
+        message_route(f"{prefix}/heartbeat", Heartbeat, heartbeat, None),
+    )
+    caplog.set_level(logging.WARNING, "runtime.registration")
+    async with serving(*routes) as url, RpcClient(None) as client:
+        registration = Registration(client, (url,), INFO, lambda: LOAD)
+        assert registration.obstacle() == "registering with the routers"
+        task = asyncio.create_task(registration.run())
+        async with asyncio.timeout(10):
+            await until_asked(3)
+            assert registration.obstacle() == f"router {url} refuses this node: page_format"
+            reason = "dtype"
+            await until_asked(3)
+            assert registration.obstacle() == f"router {url} refuses this node: dtype"
+            reason = None
+            while registration.obstacle() is not None:
+                await asyncio.sleep(0.005)
+        assert registration.registered_with == {url}
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    assert [(record.levelname, record.getMessage()) for record in caplog.records] == [
+        ("ERROR", f"router {url} refuses this node: page_format"),
+        ("ERROR", f"router {url} refuses this node: dtype"),
+    ]
+
+
+async def test_a_router_that_is_away_or_one_that_refuses_beside_one_that_takes_it_is_no_obstacle() -> None:
+    async def take(info: WorkerInfo) -> Registered:
+        return Registered(0.01)
+
+    async def refuse(info: WorkerInfo) -> Registered:
+        raise LayoutMismatch("dtype")
+
+    async def heartbeat(message: Heartbeat) -> HeartbeatReply:
+        return HeartbeatReply(True)
+
+    prefix = "/internal/v1/workers"
+    beating = message_route(f"{prefix}/heartbeat", Heartbeat, heartbeat, None)
+    async with (
+        serving(message_route(f"{prefix}/register", WorkerInfo, take, None), beating) as taking,
+        serving(message_route(f"{prefix}/register", WorkerInfo, refuse, None), beating) as refusing,
+        RpcClient(None) as client,
+    ):
+        for urls in (("http://127.0.0.1:1",), (taking, refusing)):
+            registration = Registration(client, urls, INFO, lambda: LOAD)
+            task = asyncio.create_task(registration.run())
+            async with asyncio.timeout(10):
+                while registration.obstacle() is not None:
+                    await asyncio.sleep(0.005)
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
