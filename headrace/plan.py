@@ -1,5 +1,6 @@
 """ClusterPlan: which processes a cluster on one machine consists of, and what each is told. Values in, values out."""
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,16 @@ from runtime.config import ENVIRONMENT_KEYS, load_config, parse_size
 from runtime.node_config import NodeConfig
 
 _SETTING_GROUPS = ("router", "node", "prefill", "decode")
+_LAYOUT_SETTINGS = (
+    "model.model",
+    "model.dtype",
+    "model.quantization",
+    "model.load_format",
+    "model.seed",
+    "cache.block_size",
+    "cache.page_format",
+)
+"""What decides the meaning of a KV block's bytes: a router refuses a node that differs in it from those it has."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,8 +98,25 @@ def make_plan(options: UpOptions, cores: Sequence[int], environ: Mapping[str, st
         settings = _node_settings(name, threads, options) | by_group["node"] | by_group[role]
         pinned = cpus if exclusive and len(cpus) < len(cores) else ()
         nodes.append(_child(name, role, settings, pinned, environ))
+    _check_same_layout(nodes)
     router = _child("router", "router", _router_settings(options) | by_group["router"], (), environ)
     return ClusterPlan(router, tuple(nodes))
+
+
+def _check_same_layout(nodes: Sequence[ChildSpec]) -> None:
+    """Raise ConfigError where prefill and decode nodes could not read each other's KV. Nodes of a role are told the same."""
+    first = {spec.role: load_config(NodeConfig, None, spec.settings, {}) for spec in reversed(nodes)}
+    if len(first) < 2:
+        return
+    for key in _LAYOUT_SETTINGS:
+        of_setting = operator.attrgetter(key)
+        prefill, decode = of_setting(first["prefill"]), of_setting(first["decode"])
+        if prefill != decode:
+            raise ConfigError(
+                f"{key} is {prefill!r} on prefill nodes and {decode!r} on decode nodes, which then cannot read each "
+                f"other's KV; set it for both: --set node.{key}={_as_text(decode)}",
+                param=key,
+            )
 
 
 def _by_group(settings: Mapping[str, object]) -> dict[str, dict[str, object]]:

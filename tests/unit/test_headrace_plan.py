@@ -89,10 +89,10 @@ def test_flags_reach_the_nodes() -> None:
 
 
 def test_settings_go_to_whom_they_name_and_the_narrower_wins() -> None:
-    settings = {"node.cache.block_size": "32", "decode.cache.block_size": "64", "router.retries": "3"}
+    settings = {"node.scheduler.max_num_seqs": "32", "decode.scheduler.max_num_seqs": "16", "router.retries": "3"}
     made = plan(settings=settings)
     prefill, decode = made.nodes
-    assert (config_of(prefill).cache.block_size, config_of(decode).cache.block_size) == (32, 64)
+    assert (config_of(prefill).scheduler.max_num_seqs, config_of(decode).scheduler.max_num_seqs) == (32, 16)
     assert "retries=3" in made.router.arguments({})
 
 
@@ -111,6 +111,31 @@ def test_settings_go_to_whom_they_name_and_the_narrower_wins() -> None:
 def test_what_the_processes_would_refuse_is_refused_before_they_start(options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         plan(**options)
+
+
+@pytest.mark.parametrize(
+    ("key", "default", "other"),
+    [
+        ("model.model", "smollm2-135m-instruct", "another"),
+        ("model.dtype", "auto", "float32"),
+        ("model.quantization", "none", "int8"),
+        ("model.load_format", "auto", "dummy"),
+        ("model.seed", "0", "1"),
+        ("cache.block_size", "16", "32"),
+        ("cache.page_format", "auto", "plain"),
+    ],
+)
+def test_nodes_that_could_not_read_each_others_kv_are_refused(key: str, default: str, other: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"^{key} is .*{default}.* on prefill nodes and .*{other}.* on decode"
+    ) as caught:
+        plan(settings={f"decode.{key}": other})
+    assert caught.value.param == key
+    with pytest.raises(ConfigError, match=f"^{key} is .*{other}.* on prefill nodes and .*{default}.* on decode"):
+        plan(settings={f"prefill.{key}": other})
+    plan(settings={f"node.{key}": other}, num_prefill=2, num_decode=2)
+    plan(settings={f"prefill.{key}": other, f"decode.{key}": other})
+    plan(settings={f"decode.{key}": other}, num_prefill=0)
 
 
 def test_secrets_stay_off_the_command_line() -> None:
