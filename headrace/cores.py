@@ -6,6 +6,9 @@ from collections.abc import Collection, Sequence
 
 from protocol.errors import ConfigError
 
+MAX_CPUS = 4096
+"""Cores have numbers below this; so a list that is mistyped does not become a set of billions."""
+
 
 def divide_cores(cores: Sequence[int], num_nodes: int, threads: int = 0) -> list[tuple[int, ...]]:
     """Cut `cores` into one run for each node, the first ones longer by one where it does not come out even.
@@ -46,12 +49,17 @@ def stay_on(cpus: Collection[int]) -> None:
 def parse_cpus(text: str) -> tuple[int, ...]:
     """ "0-3,8" as (0, 1, 2, 3, 8), for argparse."""
     cpus: set[int] = set()
-    try:
-        for part in text.split(","):
-            first, dash, last = part.partition("-")
-            cpus.update(range(int(first), int(last if dash else first) + 1))
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(f'{text!r} is not a list of cores such as "0-3,8"') from error
+    for part in text.split(","):
+        first, dash, last = part.partition("-")
+        try:
+            run = range(int(first), int(last if dash else first) + 1)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(f'{text!r} is not a list of cores such as "0-3,8"') from error
+        if run.start >= run.stop:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r} ends before it begins")
+        if run.stop > MAX_CPUS:
+            raise argparse.ArgumentTypeError(f"{part.strip()!r}: cores have numbers below {MAX_CPUS}")
+        cpus.update(run)
     return tuple(sorted(cpus))
 
 

@@ -12,7 +12,7 @@ from headrace.serve import CONFIG_TYPES, NodeRole, Role
 from headrace.settings import given
 from protocol.errors import ConfigError
 from runtime.config import ENVIRONMENT_KEYS, load_config, parse_size
-from runtime.node_config import NodeConfig
+from runtime.node_config import MAX_THREADS, NodeConfig
 
 _SETTING_GROUPS = ("router", "node", "prefill", "decode")
 _LAYOUT_SETTINGS = (
@@ -87,6 +87,10 @@ def make_plan(options: UpOptions, cores: Sequence[int], environ: Mapping[str, st
     """Every process's settings are checked here as the process itself will check them. Raises ConfigError."""
     if options.num_decode < 1:
         raise ConfigError("a cluster needs at least one decode node: --decode 1", param="--decode")
+    if options.num_prefill < 0:
+        raise ConfigError(f"--prefill {options.num_prefill}: a number of nodes, or 0 for none", param="--prefill")
+    if not 0 <= options.threads <= MAX_THREADS:
+        raise ConfigError(f"--threads {options.threads}: from 0 to {MAX_THREADS}; 0: a node's cores", param="--threads")
     by_group = _by_group(options.settings)
     names: list[tuple[str, NodeRole]] = [(f"prefill-{i}", "prefill") for i in range(options.num_prefill)]
     names += [(f"decode-{i}", "decode") for i in range(options.num_decode)]

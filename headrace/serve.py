@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from headrace.cores import available_cores, parse_cpus, stay_on
 from headrace.settings import add_set_flag, given, parse_settings
+from protocol.errors import ConfigError
 from protocol.transfer import TransportKind
 from router.config import RouterConfig
 from runtime.config import format_config, load_config
@@ -25,6 +26,17 @@ RoleConfig = RouterConfig | NodeConfig
 
 CONFIG_TYPES: Mapping[Role, type[RoleConfig]] = {"router": RouterConfig, "prefill": NodeConfig, "decode": NodeConfig}
 _MODULES: Mapping[Role, str] = {"router": "router.main", "prefill": "prefill_node.main", "decode": "decode_node.main"}
+
+_NODE_FLAGS: Mapping[str, str] = {
+    "--router": "routers",
+    "--transport": "transfer.transport",
+    "--dtype": "model.dtype",
+    "--quantization": "model.quantization",
+    "--threads": "model.threads",
+    "--kv-memory": "cache.memory",
+    "--gpu-memory-utilization": "cache.gpu_memory_utilization",
+}
+"""Flags that are settings of nodes only."""
 
 _EPILOG = """\
 examples:
@@ -103,12 +115,10 @@ def _overrides(options: argparse.Namespace) -> dict[str, object]:
         f"{prefix}model": options.model,
         f"{prefix}served_name": options.served_name,
         "log_level": options.log_level,
-        "routers": options.router,
-        "transfer.transport": options.transport,
-        "model.dtype": options.dtype,
-        "model.quantization": options.quantization,
-        "model.threads": options.threads,
-        "cache.memory": options.kv_memory,
-        "cache.gpu_memory_utilization": options.gpu_memory_utilization,
     }
+    node_flags = {flag: getattr(options, flag.removeprefix("--").replace("-", "_")) for flag in _NODE_FLAGS}
+    for flag, value in given(node_flags).items():
+        if not node:
+            raise ConfigError(f"{flag}: {_NODE_FLAGS[flag]} is a setting of nodes, not of a router", param=flag)
+        flags[_NODE_FLAGS[flag]] = value
     return given(flags) | parse_settings(options.settings)

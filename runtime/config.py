@@ -85,14 +85,19 @@ def _check(
     fields = {field.name: field.type for field in msgspec.structs.fields(struct)}
     for name, value in values.items():
         key = prefix + name
+        nested = fields.get(name)
+        group = nested if isinstance(nested, type) and issubclass(nested, msgspec.Struct) else None
         if name not in fields:
             key = _first_leaf(key, value)
             raise ConfigError(f"{source}: unknown setting {key!r}{_nearest(key, known)}", param=key)
-        nested = fields[name]
-        if isinstance(nested, type) and issubclass(nested, msgspec.Struct):
+        if group is None and isinstance(value, dict) and value:
+            leaf = _first_leaf(key, value)
+            why = f"{key} is a value and has no settings of its own"
+            raise ConfigError(f"{source}: unknown setting {leaf!r}: {why}", param=leaf)
+        if group is not None:
             if not isinstance(value, dict):
                 raise ConfigError(f"{source}: {key} is a group of settings, not a value", param=key)
-            _check(nested, value, f"{key}.", known, source, lax)
+            _check(group, value, f"{key}.", known, source, lax)
         else:
             values[name] = _convert(key, value, fields[name], source, lax)
 

@@ -1,5 +1,6 @@
 """Which processes a cluster consists of, which cores they get, and what they are told."""
 
+import argparse
 import os
 from itertools import pairwise
 
@@ -68,6 +69,12 @@ def test_core_lists_survive_the_command_line(cpus: set[int]) -> None:
     assert set(parse_cpus(format_cpus(sorted(cpus)))) == cpus
 
 
+@pytest.mark.parametrize("text", ["", "3-1", "-1", "1-", "a", "0,3-1", "4096", "0-99999999999999999999"])
+def test_what_is_no_list_of_cores_is_refused(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError):
+        parse_cpus(text)
+
+
 def test_flags_reach_the_nodes() -> None:
     options = {
         "model": "/models/m",
@@ -100,6 +107,11 @@ def test_settings_go_to_whom_they_name_and_the_narrower_wins() -> None:
     ("options", "message"),
     [
         ({"num_decode": 0}, "at least one decode node"),
+        ({"num_prefill": -3}, "--prefill -3"),
+        ({"threads": -1}, "--threads -1"),
+        ({"threads": 99999999999999999999}, "--threads 99999999999999999999: from 0 to 4096"),
+        ({"settings": {"node.model.threads": "99999999999999999999"}}, "model.threads"),
+        ({"settings": {"node.model.threads": "4097"}}, "model.threads"),
         ({"settings": {"cache.block_size": "32"}}, "begin with whose setting it is"),
         ({"settings": {"prefill": "32"}}, "begin with whose setting it is"),
         ({"settings": {"decode.cache.blocksize": "32"}}, "cache.block_size"),

@@ -77,7 +77,7 @@ def test_a_wrong_file_is_refused_by_key(tmp_path: Path, text: str, key: str, mes
 
 @pytest.mark.parametrize(
     ("flags", "key"),
-    [({"model.threads": "two"}, "model.threads"), ({"port.x": "1"}, "port"), ({"model": "x"}, "model")],
+    [({"model.threads": "two"}, "model.threads"), ({"port.x": "1"}, "port.x"), ({"model": "x"}, "model")],
 )
 def test_wrong_flags_are_refused_by_key(flags: dict[str, object], key: str) -> None:
     with pytest.raises(ConfigError) as caught:
