@@ -115,7 +115,10 @@ class Scheduler:
             return None
         ready = [sequence for sequence in decodes if sequence.state is State.RUNNING and self._make_room(sequence)]
         step = _Step(self._max_tokens, self._max_chunk, self._layout)
-        draft_room = self._draft_room() if self._speculator else 0
+        draft_room = 0
+        if self._speculator is not None:
+            self._speculator.begin_step()
+            draft_room = self._draft_room()
         for sequence in ready:
             drafts = self._drafts(sequence, draft_room)
             draft_room -= len(drafts)

@@ -19,12 +19,21 @@ from protocol.ids import RequestId
 MAX_PAUSE = 32
 """Tokens, at most, that a sequence goes without guesses after guesses that were all wrong."""
 
-_INDEXED_AT_ONCE = 1024
-"""A long prompt is indexed over several steps, a millisecond of each."""
+INDEXED_PER_STEP = 1024
+"""Tokens that prompt lookup indexes in one step, of all sequences together: one to two milliseconds. Long prompts are
+indexed over several steps, those that are asked for first before the others."""
+
+INDEXED_PER_SEQUENCE = 16_384
+"""Last tokens of a sequence that prompt lookup knows at most. They take 5 MiB with n-grams of 2 to 4 tokens, and 10 MiB with
+all those of 1 to 8."""
 
 
 class Drafter(Protocol):
     """Guesses what follows. Called from the engine's thread, once a step and sequence: it must be quick."""
+
+    def begin_step(self) -> None:
+        """The proposals that follow, until the next call, are for one step: a bound on the work of a step starts anew."""
+        ...
 
     def propose(self, request_id: RequestId, token_ids: TokenIds[int], max_drafts: int) -> list[int]:
         """At most `max_drafts` tokens that may follow; none if nothing comes to mind. `token_ids` is the sequence so far,
@@ -41,18 +50,26 @@ class NgramDrafter:
     [min_n, max_n] that finds something.
 
     An index from n-grams to the place behind their latest occurrence grows with the sequence, so that a guess costs
-    O(max_n). It holds hashes; what it finds is compared before it is believed.
+    O(max_n). It holds hashes; what it finds is compared before it is believed. All sequences of a step share
+    INDEXED_PER_STEP; one whose index lags behind is guessed for from what is indexed. `max_indexed`, 2 or
+    more: tokens of a sequence that are known at most, the last ones, and half as many at least once the index has caught up;
+    what followed before them is not found.
     """
 
-    def __init__(self, min_n: int, max_n: int) -> None:
+    def __init__(self, min_n: int, max_n: int, max_indexed: int = INDEXED_PER_SEQUENCE) -> None:
         self._sizes = range(min_n, max_n + 1)
+        self._max_indexed = max_indexed
+        self._budget = INDEXED_PER_STEP
         self._indexes: dict[RequestId, _NgramIndex] = {}
+
+    def begin_step(self) -> None:
+        self._budget = INDEXED_PER_STEP
 
     def propose(self, request_id: RequestId, token_ids: TokenIds[int], max_drafts: int) -> list[int]:
         index = self._indexes.get(request_id)
         if index is None:
-            index = self._indexes[request_id] = _NgramIndex(self._sizes)
-        index.extend(token_ids)
+            index = self._indexes[request_id] = _NgramIndex(self._sizes, self._max_indexed)
+        self._budget -= index.extend(token_ids, self._budget)
         return index.continuation(token_ids, max_drafts)
 
     def forget(self, request_id: RequestId) -> None:
@@ -60,28 +77,44 @@ class NgramDrafter:
 
 
 class _NgramIndex:
-    """Where the n-grams of one sequence were last seen. Those that end the sequence are not in it: nothing follows them."""
+    """Where the n-grams of one sequence were last seen. Those that end the sequence are not in it: nothing follows them.
 
-    def __init__(self, sizes: range) -> None:
+    It is kept in two parts of up to `max_places` // 2 consecutive places each. When the recent part is full it becomes the
+    older one, and what was older is dropped: forgetting costs nothing, and neither part outgrows its share.
+    """
+
+    def __init__(self, sizes: range, max_places: int) -> None:
         self._sizes = sizes
-        self._followed_at: dict[int, int] = {}
-        self._num_indexed = 0
+        self._part = max_places // 2
+        self._recent: dict[int, int] = {}
+        self._older: dict[int, int] = {}
+        self._end = 1
+        """The next place to index."""
 
-    def extend(self, token_ids: TokenIds[int]) -> None:
-        end = min(len(token_ids), self._num_indexed + _INDEXED_AT_ONCE)
-        for place in range(max(self._num_indexed, 1), end):
+    def extend(self, token_ids: TokenIds[int], budget: int) -> int:
+        """Index the next places, `budget` at most. Returns how many."""
+        oldest = ((len(token_ids) - 1) // self._part - 1) * self._part
+        if oldest > self._end:
+            # It would be dropped before the index has caught up; so would all that is in it.
+            self._older, self._recent, self._end = {}, {}, oldest
+        places = range(self._end, min(len(token_ids), self._end + budget))
+        for place in places:
+            if place % self._part == 0:
+                self._older, self._recent = self._recent, {}
             for size in self._sizes:
                 if size > place:
                     break
-                self._followed_at[hash(tuple(token_ids[place - size : place]))] = place
-        self._num_indexed = end
+                self._recent[hash(tuple(token_ids[place - size : place]))] = place
+        self._end += len(places)
+        return len(places)
 
     def continuation(self, token_ids: TokenIds[int], count: int) -> list[int]:
         for size in reversed(self._sizes):
             if size >= len(token_ids):
                 continue
             last = token_ids[-size:]
-            place = self._followed_at.get(hash(tuple(last)))
+            key = hash(tuple(last))
+            place = self._recent.get(key, self._older.get(key))
             if place is not None and token_ids[place - size : place] == last:
                 return list(token_ids[place : place + count])
         return []
@@ -107,6 +140,10 @@ class Speculator:
         self.num_accepted_of_step = [0] * (config.num_draft_tokens + 1)
         """[i]: how many times exactly i guesses of a step and sequence were right."""
         self.num_drafts = 0
+
+    def begin_step(self) -> None:
+        """A step is being planned; the proposals that follow are for it."""
+        self._drafter.begin_step()
 
     def eager(self, sequence: Sequence) -> bool:
         """Whether guesses are wanted as soon as the sequence's last token is known."""

@@ -46,6 +46,9 @@ class Recorded:
     def __init__(self, streams: Streams) -> None:
         self._streams = streams
 
+    def begin_step(self) -> None:
+        """It keeps to no budget."""
+
     def propose(self, request_id: RequestId, token_ids: Sequence[int], max_drafts: int) -> list[int]:
         first = len(token_ids) - len(PROMPT) - 1
         guesses = [token.token_id for token in self._streams[request_id][first : first + max_drafts]]

@@ -83,6 +83,9 @@ def request(
 class Oracle:
     """A drafter that knows the simulated runner's rule, and is wrong from a place on that depends on the context."""
 
+    def begin_step(self) -> None:
+        """It keeps to no budget."""
+
     def propose(self, request_id: RequestId, token_ids: Sequence[int], max_drafts: int) -> list[int]:
         guesses = continuation(token_ids, max_drafts)
         wrong_from = sum(token_ids) % (max_drafts + 3)

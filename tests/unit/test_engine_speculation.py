@@ -1,6 +1,7 @@
 """Guesses: what prompt lookup finds, when it is asked, and that nobody can tell from the tokens."""
 
 import random
+import tracemalloc
 
 import pytest
 from engine_bench import VOCAB_SIZE, Bench, Oracle, continuation, request
@@ -10,7 +11,7 @@ from hypothesis import strategies as st
 from engine.build import engine_config
 from engine.config import EngineConfig, SpeculationConfig
 from engine.request import EngineRequest, Mode
-from engine.speculation import MAX_PAUSE, NgramDrafter
+from engine.speculation import INDEXED_PER_SEQUENCE, INDEXED_PER_STEP, MAX_PAUSE, NgramDrafter
 from protocol.errors import ConfigError
 from protocol.ids import RequestId
 from protocol.sampling import SamplingParams
@@ -20,20 +21,24 @@ R = RequestId("r")
 PROMPT = list(range(3, 17))
 
 
-def lookup(token_ids: list[int], count: int, min_n: int, max_n: int) -> list[int]:
+def lookup(token_ids: list[int], count: int, min_n: int, max_n: int, max_places: int = 1000) -> list[int]:
     """The rule, by scanning."""
     for size in range(max_n, min_n - 1, -1):
-        for place in range(len(token_ids) - 1, size - 1, -1):
+        for place in range(len(token_ids) - 1, max(size, len(token_ids) - max_places) - 1, -1):
             if token_ids[place - size : place] == token_ids[-size:]:
                 return token_ids[place : place + count]
     return []
 
 
 class Always:
-    """Guesses the same wrong thing each time, and counts how often it was asked."""
+    """Guesses the same wrong thing each time, and counts how often it was asked and for how many steps."""
 
     def __init__(self) -> None:
         self.num_asked = 0
+        self.num_steps = 0
+
+    def begin_step(self) -> None:
+        self.num_steps += 1
 
     def propose(self, request_id: RequestId, token_ids: object, max_drafts: int) -> list[int]:
         self.num_asked += 1
@@ -66,13 +71,72 @@ def test_the_latest_occurrence_of_the_longest_match_wins() -> None:
     assert drafter.propose(RequestId("t"), [1, 2, 3], 4) == []
 
 
+@given(st.lists(st.integers(0, 2), min_size=1, max_size=60), st.integers(1, 10), st.integers(1, 9))
+def test_lookup_equals_a_scan_of_the_last_tokens(token_ids: list[int], part: int, stride: int) -> None:
+    drafter = NgramDrafter(1, 3, max_indexed=2 * part)
+    for end in range(1, len(token_ids) + 1, stride):
+        so_far = token_ids[:end]
+        known = part + (end - 1) % part + 1
+        assert drafter.propose(R, so_far, 4) == lookup(so_far, 4, 1, 3, known)
+
+
+def long_prompt(length: int, repeated_at: int) -> list[int]:
+    """Its last two tokens also stand at `repeated_at`, and nowhere else."""
+    generator = random.Random(length)
+    prompt = [generator.randrange(3, 10_000) for _ in range(length)]
+    prompt[repeated_at : repeated_at + 2] = prompt[-2:] = [1, 2]
+    return prompt
+
+
 def test_a_long_prompt_is_indexed_little_by_little() -> None:
-    generator = random.Random(1)
-    prompt = [generator.randrange(10_000) for _ in range(5000)]
-    prompt[4000:4002] = prompt[-2:] = [1, 2]
+    prompt = long_prompt(5 * INDEXED_PER_STEP, repeated_at=4 * INDEXED_PER_STEP - 100)
     drafter = NgramDrafter(2, 2)
-    guesses = [drafter.propose(R, prompt, 2) for _ in range(5)]
-    assert guesses == [[], [], [], prompt[4002:4004], prompt[4002:4004]], "1024 tokens a call"
+    guesses = []
+    for _ in range(5):
+        drafter.begin_step()
+        guesses += [drafter.propose(R, prompt, 2), drafter.propose(R, prompt, 2)]
+    found = prompt[4 * INDEXED_PER_STEP - 98 :][:2]
+    assert guesses == [[]] * 6 + [found] * 4
+
+
+def test_sequences_share_the_indexing_of_a_step() -> None:
+    """Each would be found in one step, had it the step for itself."""
+    prompt = long_prompt(INDEXED_PER_STEP, repeated_at=INDEXED_PER_STEP - 100)
+    first, second = RequestId("first"), RequestId("second")
+    drafter = NgramDrafter(2, 2)
+    found = prompt[-98:][:2]
+    drafter.begin_step()
+    assert [drafter.propose(name, prompt, 2) for name in (first, second)] == [found, []]
+    drafter.begin_step()
+    assert [drafter.propose(name, prompt, 2) for name in (first, second)] == [found, found]
+
+
+@pytest.mark.parametrize(("distance", "known"), [(INDEXED_PER_SEQUENCE // 2, True), (INDEXED_PER_SEQUENCE + 10, False)])
+def test_only_the_last_tokens_of_a_very_long_prompt_are_known(distance: int, known: bool) -> None:
+    prompt = long_prompt(INDEXED_PER_SEQUENCE + 500, repeated_at=INDEXED_PER_SEQUENCE + 500 - distance)
+    drafter = NgramDrafter(2, 2)
+    for _ in range(INDEXED_PER_SEQUENCE // INDEXED_PER_STEP):
+        drafter.begin_step()
+        guesses = drafter.propose(R, prompt, 2)
+    assert bool(guesses) == known
+
+
+def test_a_sequence_that_grows_on_takes_no_more_memory() -> None:
+    generator = random.Random(2)
+    tokens = [generator.randrange(10_000) for _ in range(40 * 256)]
+    drafter = NgramDrafter(2, 4, max_indexed=256)
+    sizes = []
+    tracemalloc.start()
+    try:
+        for end in range(256, len(tokens), 32):
+            drafter.begin_step()
+            drafter.propose(R, tokens[:end], 4)
+            sizes.append(tracemalloc.get_traced_memory()[0])
+    finally:
+        tracemalloc.stop()
+    half = len(sizes) // 2
+    assert max(sizes[half:]) < 1.2 * max(sizes[:half])
+    assert max(sizes) < 256 * 3 * 250, "bytes of 3 n-grams a token, twice over"
 
 
 def test_what_is_forgotten_is_looked_up_anew() -> None:
@@ -179,8 +243,25 @@ def test_wrong_guesses_become_rare_and_right_ones_long_again() -> None:
     assert load.accepted_drafts[1:] == (0,) * 8
 
 
+def test_the_drafter_hears_of_every_step_once() -> None:
+    drafter = Always()
+    bench = speculating(num_blocks=128, drafter=drafter, async_scheduling="on")
+    for name in ("a", "b"):
+        bench.submit(request(name, PROMPT, max_tokens=50))
+    bench.run()
+    assert len(bench.runner.plans) <= drafter.num_steps <= len(bench.runner.plans) + 2, "some plans are empty"
+
+
 @pytest.mark.parametrize(
-    ("setting", "value"), [("num_draft_tokens", 0), ("num_draft_tokens", 16), ("ngram_min", 0), ("ngram_max", 1)]
+    ("setting", "value"),
+    [
+        ("num_draft_tokens", 0),
+        ("num_draft_tokens", 16),
+        ("ngram_min", 0),
+        ("ngram_min", 9),
+        ("ngram_max", 1),
+        ("ngram_max", 9),
+    ],
 )
 def test_a_setting_that_cannot_work_is_named(setting: str, value: int) -> None:
     with pytest.raises(ConfigError) as caught:
