@@ -8,13 +8,14 @@ import torch
 
 SCALE_GROUP = 64  # kScaleGroup in native/rows.h
 _LARGEST = 127.0
+_SMALLEST_SCALE = torch.finfo(torch.float32).tiny  # its inverse is finite; kSmallestLimit in native/rows.h
 
 
 def quantize_weight(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """weight [out_features, in_features] ~ int8 of the same shape * scales [out_features, float32]."""
     wide = weight.detach().float()
     scales = wide.abs().amax(1) / _LARGEST
-    quantized = (wide / scales.clamp_min(torch.finfo(torch.float32).tiny)[:, None]).round_()
+    quantized = (wide / scales.clamp_min(_SMALLEST_SCALE)[:, None]).round_()
     return quantized.to(torch.int8), scales
 
 
@@ -25,8 +26,8 @@ def int8_linear_reference(
     total = torch.zeros(x.shape[0], weight.shape[0], device=x.device)
     for first in range(0, weight.shape[1], SCALE_GROUP):
         group = x[:, first : first + SCALE_GROUP].float()
-        limit = group.abs().amax(1, keepdim=True)
-        inverse = torch.where(limit > 0, torch.full_like(limit, _LARGEST).div(limit), 0.0)  # `127 / limit` rounds twice
+        limit = group.abs().amax(1, keepdim=True).clamp_min(_LARGEST * _SMALLEST_SCALE)
+        inverse = torch.full_like(limit, _LARGEST).div(limit)  # `127 / limit` rounds twice
         rounded = (
             (group.double() * inverse.double()).round().float()
         )  # rounded once, as by a fused multiply-add; C++ on a CPU without one rounds twice

@@ -33,6 +33,7 @@ inline f32x16 silu_times(f32x16 gate, f32x16 up) {
 }
 
 constexpr int64_t kScaleGroup = 64;  // neighbouring activations that share a scale
+constexpr float kSmallestLimit = 127 * 0x1p-126f;  // a scale is no subnormal number: its inverse would be infinite
 constexpr int kZeroPoint = 128;  // what a quantised 0 is stored as: activations are unsigned bytes, weights signed
 
 constexpr int64_t groups_in(int64_t elements) { return (elements + kScaleGroup - 1) / kScaleGroup; }
@@ -48,7 +49,7 @@ inline void quantize_row(const T* x, uint8_t* bytes, float* scales, int64_t size
             largest = maximum(largest, maximum(value, -value));
             poison += value * 0.0f;  // bytes cannot hold what is not finite: the scale carries it on
         }
-        const float limit = max_lane(largest), inverse = limit > 0 ? 127.0f / limit : 0.0f;
+        const float limit = std::max(kSmallestLimit, max_lane(largest)), inverse = 127.0f / limit;
         scales[first / kScaleGroup] = limit / 127.0f + sum(poison);
         const f32x16 to_integer = splat(12582912.0f + kZeroPoint);  // 1.5 * 2^23: rounds, and leaves the integer below
         for (int64_t i = first; i < end; i += kLanes) {

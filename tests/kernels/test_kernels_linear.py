@@ -112,6 +112,21 @@ def test_int8_is_close_to_the_product() -> None:
     assert (layer(x) - x @ weight.T).square().mean().sqrt() < 0.01 * (x @ weight.T).square().mean().sqrt() + 0.4
 
 
+def test_int8_of_the_smallest_activations() -> None:
+    """Below 127 times the smallest normal number the scale stays, and numbers fade to 0 like everywhere in float32."""
+    torch.manual_seed(0)
+    weight = torch.randn(8, 128) * 1e30
+    quantized, scales = quantize_weight(weight)
+    sizes = torch.tensor([1e-45, 1e-39, 1e-38, 1e-37, 1.4e-36, 1e-35])
+    x = torch.randn(len(sizes), 128) * sizes[:, None]
+    x[-1, :64] *= 1e-3  # one group of a row that is not small
+    expected = int8_linear_reference(x, quantized, scales, None)
+    product = x @ weight.T
+    assert ((expected - product).abs().amax(1) <= 0.02 * product.abs().amax(1) + 1e-7).all()
+    assert expected[2:].any(1).all()
+    torch.testing.assert_close(PackedLinear(weight, quantization="int8")(x), expected, atol=0, rtol=1e-4)
+
+
 def test_int8_carries_on_what_is_not_finite() -> None:
     layer = PackedLinear(torch.randn(8, 512), quantization="int8")
     for value in (float("nan"), float("inf"), float("-inf")):
