@@ -13,7 +13,10 @@ from engine.model.rope import RopeConfig, parse_rope
 from protocol.errors import ConfigError
 from runtime.models.json_files import read_json
 
-Size = Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+MAX_SIZE, MAX_LAYERS = 1 << 24, 1 << 12
+"""Far above any model, and low enough that a malformed file cannot have us build for minutes."""
+
+Size = Annotated[int, msgspec.Meta(ge=1, le=MAX_SIZE)]
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 
@@ -76,7 +79,7 @@ class _ConfigJson(msgspec.Struct):
     vocab_size: Size
     hidden_size: Size
     intermediate_size: Size
-    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=1 << 12)]
+    num_hidden_layers: Annotated[int, msgspec.Meta(ge=1, le=MAX_LAYERS)]
     num_attention_heads: Size
     max_position_embeddings: Size
     model_type: str

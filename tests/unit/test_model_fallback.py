@@ -34,6 +34,7 @@ from transformers import (
 )
 
 from engine.model.fallback.attention import Route
+from engine.model.fallback.loading import make_up_weights
 from engine.model.fallback.probe import ModelShape
 from engine.model.fallback.self_check import SelfCheck, window_of
 from engine.model.llama import StepInputs
@@ -103,6 +104,11 @@ def test_what_cannot_work_is_refused_by_name_before_weights_are_read(kind: str, 
         ({"num_attention_heads": 3}, "'olmo2' .* query heads|cannot"),
         ({"hidden_act": "nonsense"}, "'olmo2' .* cannot build it .*nonsense"),
         ({"num_hidden_layers": "two"}, "num_hidden_layers"),
+        ({"num_hidden_layers": 100_000}, "'olmo2' .* num_hidden_layers 100000 is not from 1 to 4096"),
+        ({"num_attention_heads": 0}, "config.json: |num_attention_heads 0 is not"),
+        ({"num_key_value_heads": 0}, "'olmo2' .* num_key_value_heads 0 is not from 1"),
+        ({"hidden_size": 1 << 40}, "'olmo2' .* hidden_size 1099511627776 is not from 1 to 16777216"),
+        ({"max_position_embeddings": 1 << 30}, "'olmo2' .* max_position_embeddings 1073741824 is not from 1"),
         ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}}, "rope_type 'dynamic'"),
     ],
 )
@@ -168,6 +174,29 @@ def test_a_checkpoint_must_fit_its_configuration(
         build_torch_runner(resolve_model(str(folder)), OPTIONS)
 
 
+def test_a_checkpoint_that_is_cut_off_is_named(tmp_path: Path) -> None:
+    folder = write_model(Olmo2Config(**GQA), tmp_path / "olmo2")
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[: weights.stat().st_size // 2])
+    with pytest.raises(ConfigError, match=r"'olmo2' .* its weights in .*olmo2 cannot be loaded"):
+        build_torch_runner(resolve_model(str(folder)), OPTIONS)
+
+
+def test_weights_that_are_not_finite_are_told_from_a_model_that_does_not_fit(tmp_path: Path) -> None:
+    folder = write_model(Olmo2Config(**GQA), tmp_path / "olmo2")
+    weights = load_file(folder / "model.safetensors")
+    weights["model.norm.weight"][3] = float("nan")
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ConfigError, match=r"'olmo2' cannot be served: its logits are not finite"):
+        build_torch_runner(resolve_model(str(folder)), OPTIONS)
+
+
+def test_made_up_weights_beyond_memory_are_refused() -> None:
+    config = Olmo2Config(**{**GQA, "vocab_size": 1 << 24, "hidden_size": 1 << 24})
+    with pytest.raises(ConfigError, match=r"'olmo2' .* its weights cannot be made up: .*alloc"):
+        make_up_weights(config, 0, Route.INTERFACE, torch.float32, torch.device("cpu"))
+
+
 def test_pickled_weights_are_not_read(tmp_path: Path) -> None:
     folder = write_model(Olmo2Config(**GQA), tmp_path / "olmo2")
     (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
@@ -190,6 +219,19 @@ def test_a_window_is_read_off_the_rule_of_a_mask(window: int) -> None:
         return (distance >= 0) & (distance < (window or 1 << 20))
 
     assert window_of(rule, 1000) == window
+
+
+@pytest.mark.parametrize("window", [0, 4096, 1_000_000])
+def test_a_window_of_a_long_model_is_read_in_parts(window: int) -> None:
+    asked = []
+
+    def rule(_batch: object, _head: object, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        asked.append(key.numel())
+        distance = query - key
+        return (distance >= 0) & (distance < (window or 1 << 30))
+
+    assert window_of(rule, (1 << 22) + 5) == window
+    assert max(asked) < 1 << 20
 
 
 @pytest.mark.parametrize(

@@ -56,31 +56,38 @@ def load_checkpoint(
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below by name
         )
+        loaded: PreTrainedModel = model.to(device).eval()
     except LIBRARY_ERRORS as error:
         raise refusal(config, f"its weights in {folder} cannot be loaded: {first_line(error)}") from error
     for kind in ("missing_keys", "mismatched_keys", "unexpected_keys"):
         found = sorted(entry if isinstance(entry, str) else entry[0] for entry in report[kind])
         if found:
             raise ConfigError(f"{folder}: {kind.replace('_keys', '')} tensor {found[0]} ({len(found)} in all)")
-    loaded: PreTrainedModel = model.to(device).eval()
     return loaded
 
 
 def make_up_weights(
     config: PretrainedConfig, seed: int, route: Route, dtype: torch.dtype, device: torch.device
 ) -> PreTrainedModel:
-    """Weights from a seed, the same on every machine. Scales (vectors called weight) are ones."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_config(
-        config, dtype=dtype, attn_implementation=route.value, trust_remote_code=False
-    )
-    source = DummySource(seed, dtype, torch.device("cpu"))
+    """Weights from a seed, the same on every machine. Scales (vectors called weight) are ones. Raises ConfigError where
+    the model cannot be built, for want of memory, say."""
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=route.value, trust_remote_code=False
+        )
+        _fill(model, DummySource(seed, dtype, torch.device("cpu")))
+        return model.to(device).eval()
+    except LIBRARY_ERRORS as error:
+        raise refusal(config, f"its weights cannot be made up: {first_line(error)}") from error
+
+
+def _fill(model: PreTrainedModel, source: DummySource) -> None:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() == 1 and name.endswith("weight"):
                 parameter.fill_(1.0)
             else:
                 parameter.copy_(source.read(name, *parameter.shape))
-    return model.to(device).eval()
 
 
 def called_linears(model: PreTrainedModel, run: Callable[[], object]) -> frozenset[str]:

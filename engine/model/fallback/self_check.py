@@ -28,6 +28,9 @@ _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.15, torch.float16: 0.05}
 """Norm of the difference of two rows of logits, relative to the norm of the row, at most, in the median of a chunk.
 Rounding stays far below; attention that sees the wrong tokens is beyond 0.5."""
 
+_SPAN = 1 << 18
+"""Positions that a mask's rule is asked for at once: the memory it takes does not grow with the model's length."""
+
 
 class _MaskRecorder:
     """An AttentionHandler that keeps each layer's mask and lets no token see another."""
@@ -68,24 +71,21 @@ class SelfCheck:
         return sum(-(-len(prompt) // self._block_size) for prompt in self._prompts)
 
     def run_reference(self, model: PreTrainedModel) -> None:
-        """The library's own logits. `model` as it was loaded, for `route.value`."""
+        """The library's own logits. `model` as it was loaded, for `route.value`. Raises ConfigError where they are not
+        finite: weights are damaged, or too large for the dtype."""
         with torch.inference_mode():
             for prompt in self._prompts:
-                self._expected.append(self._plain_forward(model, prompt))
+                logits = self._plain_forward(model, prompt)
+                self._require_finite(logits, "")
+                self._expected.append(logits)
 
     def windows(self, model: PreTrainedModel, max_model_len: int) -> tuple[int, ...]:
         """Each layer's sliding window, 0 for none. Leaves `model` set to another attention function. Raises ConfigError
         where a layer sees anything else than its past, or a last part of it."""
-        recorder, route = _MaskRecorder(), self._shape.route
-        if route is Route.INTERFACE:
-            model.set_attn_implementation(MASKED)
-        with torch.inference_mode(), attention_by(recorder, route):
-            self._plain_forward(model, self._prompts[0])
-        known: dict[int, int] = {}  # by the mask's identity: layers share masks
-        for mask in recorder.masks:
-            if id(mask) not in known:
-                known[id(mask)] = self._window(mask, max_model_len)
-        windows = tuple(known[id(mask)] for mask in recorder.masks)
+        try:
+            windows = self._windows(model, max_model_len)
+        except LIBRARY_ERRORS as error:
+            raise refusal(self._settings, f"its attention masks cannot be examined: {first_line(error)}") from error
         self._check_cache(windows, max_model_len)
         return windows
 
@@ -108,6 +108,18 @@ class SelfCheck:
                 end = chunk.start + len(chunk.token_ids)
                 self._compare(logits[first : first + end - chunk.start], self._expected[row][chunk.start : end])
                 first, starts[row] = first + end - chunk.start, end
+
+    def _windows(self, model: PreTrainedModel, max_model_len: int) -> tuple[int, ...]:
+        recorder, route = _MaskRecorder(), self._shape.route
+        if route is Route.INTERFACE:
+            model.set_attn_implementation(MASKED)
+        with torch.inference_mode(), attention_by(recorder, route):
+            self._plain_forward(model, self._prompts[0])
+        known: dict[int, int] = {}  # by the mask's identity: layers share masks
+        for mask in recorder.masks:
+            if id(mask) not in known:
+                known[id(mask)] = self._window(mask, max_model_len)
+        return tuple(known[id(mask)] for mask in recorder.masks)
 
     def _plain_forward(self, model: PreTrainedModel, prompt: torch.Tensor) -> torch.Tensor:
         """Logits of all tokens of one prompt, [num_tokens, vocab_size], in the dtype of the model."""
@@ -138,6 +150,7 @@ class SelfCheck:
         )
 
     def _compare(self, logits: torch.Tensor, expected: torch.Tensor) -> None:
+        self._require_finite(logits, "over a paged cache ")
         errors = (logits - expected).norm(dim=1) / expected.float().norm(dim=1)
         error = float(errors.median())
         if not error <= _TOLERANCE[expected.dtype]:
@@ -146,6 +159,10 @@ class SelfCheck:
                 f"over a paged cache its logits are off by {error:.0%}: it does more than attend to tokens",
             )
         self.largest_error = max(self.largest_error, error)
+
+    def _require_finite(self, logits: torch.Tensor, where: str) -> None:
+        if not bool(logits.isfinite().all()):
+            raise refusal(self._settings, f"{where}its logits are not finite in {logits.dtype}")
 
     def _check_cache(self, windows: tuple[int, ...], max_model_len: int) -> None:
         """A few models have masks that see all and leave it to the library's cache to forget: there the library itself
@@ -181,7 +198,8 @@ def window_of(rule: MaskRule, num_positions: int) -> int | None:
     The window is what the last position sees. The rule is compared at the edges of windows and around powers of two.
     """
     last = torch.tensor([num_positions - 1])
-    seen = int(_visible(rule, last, torch.arange(num_positions)).sum())
+    spans = (torch.arange(start, min(start + _SPAN, num_positions)) for start in range(0, num_positions, _SPAN))
+    seen = sum(int(_visible(rule, last, span).sum()) for span in spans)
     window = 0 if seen == num_positions else seen
     edges = {edge for power in range(num_positions.bit_length()) for edge in _around(1 << power)}
     edges |= {edge for multiple in (1, 2, 3) for edge in _around(multiple * window)} | {num_positions - 1}

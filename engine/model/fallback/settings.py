@@ -10,15 +10,25 @@ from pathlib import Path
 import torch
 from blake3 import blake3
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
+from engine.model.config import MAX_LAYERS, MAX_SIZE
 from protocol.errors import ConfigError
 
 LIBRARY_ERRORS = (
     *(RuntimeError, ValueError, TypeError, AttributeError, LookupError, AssertionError, ImportError, OSError),
-    StrictDataclassError,
+    *(ArithmeticError, MemoryError, StrictDataclassError, SafetensorError),
 )
-"""What the library's code raises on a configuration that it cannot work with: it has no error type of its own."""
+"""What the library's code raises on a model that it cannot work with: it has no error type of its own."""
+
+_BOUNDS = {
+    "num_hidden_layers": (1, MAX_LAYERS),
+    **dict.fromkeys(("vocab_size", "hidden_size", "intermediate_size", "max_position_embeddings"), (1, MAX_SIZE)),
+    **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "head_dim"), (1, MAX_SIZE)),
+    **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), (0, MAX_LAYERS)),  # 0: it has none
+}
+"""Smallest and largest value of a setting, under the name that the library gives it in all families."""
 
 _ROPE_TEXT_CHARS = 900
 _DECODER_SUFFIXES = ("ForCausalLM", "LMHeadModel")
@@ -89,7 +99,15 @@ def _reason_against(config: PretrainedConfig, max_model_len: int) -> str | None:
         return f"architecture {architectures[0]} is no causal language model"
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         return "its attention is not causal"
-    return _reason_against_rope(config, max_model_len)
+    return _reason_against_sizes(config) or _reason_against_rope(config, max_model_len)
+
+
+def _reason_against_sizes(config: PretrainedConfig) -> str | None:
+    for name, (smallest, largest) in _BOUNDS.items():
+        value = vars(config).get(config.attribute_map.get(name, name))  # some attributes raise where layers differ
+        if isinstance(value, int) and not smallest <= value <= largest:
+            return f"{name} {value} is not from {smallest} to {largest}"
+    return None
 
 
 def _reason_against_rope(config: PretrainedConfig, max_model_len: int) -> str | None:
