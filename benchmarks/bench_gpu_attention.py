@@ -10,8 +10,6 @@ several repeats, and the largest difference from the plain torch reference. With
 
 import argparse
 import importlib.util
-import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,11 +17,10 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from benchmarks.gpu_device import best_time_s, measure_copy, the_gpu
 from kernels.attention_batch import AttentionBatch
 from kernels.paged_attention import paged_attention, paged_attention_reference
 
-REPEATS = 10
-COPY_BYTES = 1 << 30
 CACHE_BYTES = 1 << 29
 """What a case reads at the least, over its layers: ten times what the level 2 cache of an H100 holds."""
 
@@ -141,32 +138,6 @@ def make_inputs(case: Case, device: torch.device) -> Inputs:
     return Inputs(case, query, cache, batch)
 
 
-def best_time_s(run: Callable[[], object]) -> float:
-    """Seconds of the fastest replay of what `run` launches, by the device's own clock."""
-    run()  # compiles, and sets up what a capture may not
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    graph.replay()
-    best = float("inf")
-    for _ in range(REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch types its events in part
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        best = min(best, start.elapsed_time(end) / 1e3)
-    return best
-
-
-def measure_copy(device: torch.device) -> float:
-    """Bytes read and written a second by a copy of 1 GiB."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    return 2 * COPY_BYTES / best_time_s(lambda: target.copy_(source))
-
-
 def over_layers(inputs: Inputs) -> float:
     """Seconds a layer of our kernels."""
 
@@ -256,10 +227,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("This benchmark needs a CUDA device, and torch finds none.", file=sys.stderr)
-        sys.exit(2)
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = the_gpu()
     torch.manual_seed(0)
     with torch.inference_mode():
         copy_limit = measure_copy(device)

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 
+from benchmarks.gpu_device import measure_copy, the_gpu
 from engine.cuda.cuda_device import CudaDevice
 from engine.cuda.device import Device
 from engine.cuda.limits import BatchLimits
@@ -30,7 +31,6 @@ from protocol.sampling import SamplingParams
 
 BLOCK_SIZE = 16
 WARM_UP_STEPS, STEPS, REPEATS = 8, 32, 5
-COPY_BYTES = 1 << 30
 GREEDY = SamplingParams(max_tokens=1 << 20, seed=0, temperature=0.0)
 
 
@@ -129,21 +129,6 @@ class Bench:
         return elapsed_s / STEPS
 
 
-def copy_bandwidth(device: torch.device) -> float:
-    """Bytes a second that a copy reads and writes, the best of several."""
-    source = torch.ones(COPY_BYTES, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    best_ms = float("inf")
-    for _ in range(2 * REPEATS):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]  # torch types its events in part
-        start.record()
-        target.copy_(source)
-        end.record()
-        end.synchronize()
-        best_ms = min(best_ms, start.elapsed_time(end))
-    return 2 * COPY_BYTES / best_ms * 1e3
-
-
 def make_runner(
     model: LlamaModel, config: ModelConfig, dtype: torch.dtype, batch: int, max_context: int, device: Device
 ) -> CudaRunner:
@@ -192,11 +177,9 @@ def main() -> int:
     parser.add_argument("--contexts", type=int, nargs="+", default=[1024, 4096])
     parser.add_argument("--layers", type=int, default=32, help="fewer for a GPU with little memory")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("bench_gpu_engine: torch finds no CUDA device here", file=sys.stderr)
-        return 2
+    the_gpu()
     device, dtype, config = CudaDevice(), torch.bfloat16, llama_8b(options.layers)
-    bandwidth = copy_bandwidth(device.torch_device)
+    bandwidth = measure_copy(device.torch_device)
     weights = RandomWeights(device.torch_device, dtype)
     max_context = max(options.contexts) + WARM_UP_STEPS + STEPS
     with torch.inference_mode():

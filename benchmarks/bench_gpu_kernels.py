@@ -9,14 +9,13 @@ sampling the torch reference, which sorts every row. Without a CUDA device: says
 """
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from benchmarks.bench_gpu_attention import best_time_s, measure_copy
+from benchmarks.gpu_device import best_time_s, measure_copy, the_gpu
 from kernels.block_checksum import block_checksums
 from kernels.block_copy import gather_blocks, gather_blocks_reference, scatter_blocks, scatter_blocks_reference
 from kernels.sampling import sample_rows, sample_rows_reference
@@ -120,10 +119,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", default="", help="run the cases whose name contains this")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("This benchmark needs a CUDA device, and torch finds none.", file=sys.stderr)
-        sys.exit(2)
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = the_gpu()
     torch.manual_seed(0)
     with torch.inference_mode():
         copy_limit = measure_copy(device)

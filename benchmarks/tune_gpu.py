@@ -11,7 +11,6 @@ kernels/gpu/tuning_table.json. Takes minutes. Without a CUDA device: says so and
 
 import argparse
 import json
-import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
@@ -20,7 +19,7 @@ import torch
 import triton
 
 from benchmarks import bench_gpu_attention, bench_gpu_kernels
-from benchmarks.bench_gpu_attention import best_time_s
+from benchmarks.gpu_device import best_time_s, the_gpu
 from kernels.gpu.tuning import LaunchConfig, device_name, forced, write_user_file
 from kernels.paged_attention import paged_attention
 
@@ -82,10 +81,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="measure the cases whose name contains this")
     parser.add_argument("--table", action="store_true", help="print what was found as entries of the shipped table")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("Tuning needs a CUDA device, and torch finds none.", file=sys.stderr)
-        sys.exit(2)
-    device = torch.device("cuda", torch.cuda.current_device())
+    device = the_gpu()
     torch.manual_seed(0)
     found: dict[str, LaunchConfig] = {}
     with torch.inference_mode():
