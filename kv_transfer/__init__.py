@@ -12,6 +12,8 @@
     inproc_transport   the fake that ships, with faults to inject
     memory_copy, read_log    what transports share; telemetry carries their counts to the metrics
 
+    staging            between a node's KV blocks and the wire blocks that transports move
+
     exports            the owner's side: leases on blocks that others may read; export is one of them
     routes             the owner's control plane over HTTP
     imports            the reader's side: fetches contexts and tidies up after each
