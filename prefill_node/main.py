@@ -40,7 +40,7 @@ def run(config: NodeConfig) -> int:
             param="model.device",
         )
     block_bytes = plan.layout.block_bytes
-    arena = HostArena(plan.num_host_blocks, block_bytes, scratch_blocks(block_bytes))
+    arena = HostArena(1 if plan.on_device else plan.num_blocks, block_bytes, scratch_blocks(block_bytes))
     built = build_engine(config, plan, incarnation, arena.tensor())
     run_on_event_loop(_serve(config, incarnation, built, arena))
     return 0
