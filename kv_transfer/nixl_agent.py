@@ -21,7 +21,7 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from kv_transfer.nixl_blocks import NixlBlocks
-from kv_transfer.nixl_library import error_types, lost_peer_errors, make_agent
+from kv_transfer.nixl_library import error_types, lost_peer_errors, make_agent, register
 from kv_transfer.nixl_transfer import NixlPeer, NixlTransfer
 from protocol.errors import PeerLost, TransferError
 
@@ -51,7 +51,7 @@ class NixlAgent:
         self._errors = error_types(api)
         self._lost_errors = lost_peer_errors(api)
         self._agent = make_agent(api, name, progress_delay_us=None)
-        self._agent.register_memory([blocks.region], blocks.memory)
+        register(api, self._agent, blocks)
         self._local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", blocks.rows(), blocks.memory)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._transfers: deque[NixlTransfer] = deque()

@@ -21,7 +21,7 @@ from typing import Annotated
 
 import msgspec
 
-from kv_transfer.arena import HostArena
+from kv_transfer.device_arena import Arena
 from kv_transfer.nixl_agent import NixlAgent
 from kv_transfer.nixl_blocks import Memory, NixlBlocks
 from kv_transfer.nixl_library import load_nixl
@@ -67,11 +67,12 @@ class NixlTransport:
         best_piece_bytes=128 << 10,
     )
 
-    def __init__(self, arena: HostArena, incarnation: Incarnation, host: str) -> None:
+    def __init__(self, arena: Arena, incarnation: Incarnation, host: str) -> None:
         self.arena = arena
         self.log = ReadLog()
         self.chunk_blocks = max(1, CHUNK_BYTES // arena.block_bytes)
-        self.blocks = NixlBlocks("DRAM", 0, arena.address, arena.block_bytes, arena.num_wire_blocks)
+        memory: Memory = "VRAM" if arena.memory_kind == "cuda" else "DRAM"
+        self.blocks = NixlBlocks(memory, arena.device_id, arena.address, arena.block_bytes, arena.num_wire_blocks)
         api = load_nixl(host)
         name = f"headrace-{incarnation}-{next(_serials)}"
         self.passive = PassiveAgent(api, name, self.blocks)
