@@ -7,62 +7,25 @@ RDMA between hosts.
     | block 0 | block 1 | ... | block num_blocks - 1 | scratch blocks |
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar, Literal, Protocol
-
-import torch
+from dataclasses import dataclass, field
+from typing import ClassVar, Literal
 
 from kv_transfer.arena import HostArena
-from kv_transfer.device_staging import BlockCopier
-
-
-class DeviceBlocks(Protocol):
-    """What an engine whose KV cache is in device memory offers to those who move its blocks.
-
-    Block ids up to `num_blocks` are KV blocks; `num_scratch_blocks` more hold nothing of anybody's.
-    """
-
-    @property
-    def num_blocks(self) -> int: ...
-
-    @property
-    def num_scratch_blocks(self) -> int: ...
-
-    @property
-    def block_bytes(self) -> int: ...
-
-    @property
-    def address(self) -> int:
-        """Of block 0, on the device."""
-        ...
-
-    @property
-    def device_id(self) -> int: ...
-
-    def sums(self, block_ids: Sequence[int]) -> tuple[int, ...]:
-        """Checksums of blocks as they lie on the device. Blocking, from any thread."""
-        ...
-
-    def copier(self, wire_memory: torch.Tensor) -> BlockCopier:
-        """Copies to and from this host memory, which is pinned from now on: uint8 [num_wire_blocks, block_bytes]."""
-        ...
 
 
 @dataclass(frozen=True, slots=True)
 class DeviceArena:
-    """What HostArena says of host memory. There is no way to its bytes from here: only transports have one."""
+    """What HostArena says of host memory. `memory` keeps it where it is for as long as anybody holds this; there is no way
+    to its bytes from here: only transports have one."""
+
+    memory_kind: ClassVar[Literal["cuda"]] = "cuda"
 
     num_blocks: int
     num_scratch_blocks: int
     block_bytes: int
     address: int
     device_id: int
-    memory_kind: ClassVar[Literal["cuda"]] = "cuda"
-
-    @classmethod
-    def of(cls, blocks: DeviceBlocks) -> "DeviceArena":
-        return cls(blocks.num_blocks, blocks.num_scratch_blocks, blocks.block_bytes, blocks.address, blocks.device_id)
+    memory: object = field(repr=False)
 
     @property
     def num_wire_blocks(self) -> int:

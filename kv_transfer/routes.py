@@ -11,7 +11,7 @@ from collections.abc import AsyncIterator
 
 from starlette.routing import Route
 
-from kv_transfer.arena import HostArena
+from kv_transfer.device_arena import Arena
 from kv_transfer.exports import ExportTable
 from kv_transfer.transport import Transport, find_endpoint, introduce
 from protocol.ids import Incarnation, WorkerId
@@ -30,7 +30,7 @@ RELEASE_PATH = "/kv/release"
 def kv_routes(
     exports: ExportTable,
     transport: Transport,
-    arena: HostArena,
+    arena: Arena,
     layout: KVLayout,
     *,
     worker_id: WorkerId,

@@ -21,6 +21,7 @@ from typing import Protocol
 
 from kv_transfer.arena import HostArena
 from kv_transfer.checksum import checksums
+from kv_transfer.device_arena import Arena
 
 VERIFIER_THREADS = 2
 
@@ -45,7 +46,7 @@ class Staging(Protocol):
     """
 
     @property
-    def arena(self) -> HostArena: ...
+    def arena(self) -> Arena: ...
 
     @property
     def max_blocks(self) -> int: ...
@@ -86,14 +87,14 @@ class Staging(Protocol):
 class InPlaceStaging:
     """KV blocks that are wire blocks: the arena's own. Staging is their checksum, landing its comparison."""
 
-    def __init__(self, arena: HostArena, sums: SumBlocks) -> None:
+    def __init__(self, arena: Arena, sums: SumBlocks) -> None:
         self._arena = arena
         self._sums = sums
         self._stager = ThreadPoolExecutor(1, thread_name_prefix="kv-checksum")  # one: it keeps the order of calls
         self._verifier = ThreadPoolExecutor(VERIFIER_THREADS, thread_name_prefix="kv-verify")
 
     @property
-    def arena(self) -> HostArena:
+    def arena(self) -> Arena:
         return self._arena
 
     @property

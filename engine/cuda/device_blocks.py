@@ -22,21 +22,12 @@ class DeviceBlocks:
     some that hold nothing of anybody's. It stays where it is until the process ends. Any thread."""
 
     def __init__(self, memory: torch.Tensor, num_scratch_blocks: int, device: Device) -> None:
-        self._memory = memory
+        self.memory = memory
         self._device = device
         self.num_scratch_blocks = num_scratch_blocks
         self.num_blocks = memory.shape[0] - num_scratch_blocks
         self.block_bytes = memory.shape[1]
         self._submitting = threading.Lock()
-
-    @property
-    def address(self) -> int:
-        """Of block 0, on the device."""
-        return self._memory.data_ptr()
-
-    @property
-    def device_id(self) -> int:
-        return self._device.torch_device.index or 0
 
     def sums(self, block_ids: Sequence[int]) -> tuple[int, ...]:
         """Checksums (protocol.transfer.Checksum) of blocks as they lie on the device. Blocking. Raises IndexError for a
@@ -49,19 +40,19 @@ class DeviceBlocks:
         """Copies to and from this host memory, which is pinned from now on: uint8 [num_wire_blocks, block_bytes]. It must
         outlive the process's last copy. Raises RuntimeError where it cannot be pinned."""
         self._device.pin(wire_memory)
-        offload = OffloadStream(self._memory, self._device)
+        offload = OffloadStream(self.memory, self._device)
         return WireCopier(wire_memory, offload, self._submitting, self._submit_sums)
 
     def _submit_sums(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, Completion]:
         """Behind all copies before it."""
-        num_blocks = self._memory.shape[0]
+        num_blocks = self.memory.shape[0]
         if not all(0 <= block_id < num_blocks for block_id in block_ids):
             raise IndexError(f"not all of {block_ids} are in a cache of {num_blocks} blocks")
         index = torch.tensor(block_ids, dtype=torch.int64)
         found = self._device.pinned((len(block_ids),), torch.int64)
 
         def work() -> None:
-            found.copy_(block_checksums(self._memory, self._device.upload(index)), non_blocking=True)
+            found.copy_(block_checksums(self.memory, self._device.upload(index)), non_blocking=True)
 
         return found, self._device.copies.submit(work)
 

@@ -6,23 +6,26 @@ import time
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import torch
+from numpy.typing import NDArray
 
-from kv_transfer.arena import HostArena
 from kv_transfer.checksum import checksum
+
+Blocks = NDArray[np.uint8]
 
 
 class FakeDevice:
-    """A BlockCopier. `memory` is uint8 [num_blocks, block_bytes]. Copies wait for `delay_s`, and for `gate` where it is
+    """A BlockCopier. `memory` and `wire` are uint8 [number of blocks, block_bytes]. Copies wait for `delay_s`, and for `gate` where it is
     closed, half way through; no two may touch the same block meanwhile, and the source must not change."""
 
-    def __init__(self, num_blocks: int, arena: HostArena, delay_s: float = 0.0) -> None:
-        self.memory = np.zeros((num_blocks, arena.block_bytes), np.uint8)
+    def __init__(self, memory: Blocks, wire: Blocks, delay_s: float = 0.0) -> None:
+        self.memory = memory
         self.delay_s = delay_s
         self.gate = threading.Event()
         self.gate.set()
         self.fail: Exception | None = None
         self.num_under_way = 0
-        self._arena = arena
+        self._wire = wire
         self._lock = threading.Lock()
         self._busy: set[tuple[str, int]] = set()
 
@@ -38,15 +41,17 @@ class FakeDevice:
             self._wait()
             for place, (block_id, wire_id) in enumerate(zip(block_ids, wire_ids, strict=True)):
                 assert self.block(block_id) == before[place], f"block {block_id} changed while it was copied"
-                self._arena.block(wire_id)[:] = before[place]
+                self._wire[wire_id] = np.frombuffer(before[place], np.uint8)
             return tuple(checksum(block) for block in before)
 
     def scatter(self, wire_ids: Sequence[int], block_ids: Sequence[int]) -> tuple[int, ...]:
         with self._under_way(block_ids, wire_ids):
-            before = [bytes(self._arena.block(wire_id)) for wire_id in wire_ids]
+            before = [self._wire[wire_id].tobytes() for wire_id in wire_ids]
             self._wait()
             for place, (wire_id, block_id) in enumerate(zip(wire_ids, block_ids, strict=True)):
-                assert self._arena.block(wire_id) == before[place], f"wire block {wire_id} changed while it was copied"
+                assert self._wire[wire_id].tobytes() == before[place], (
+                    f"wire block {wire_id} changed while it was copied"
+                )
                 self.memory[block_id] = np.frombuffer(before[place], np.uint8)
             return tuple(checksum(self.block(block_id)) for block_id in block_ids)
 
@@ -71,3 +76,22 @@ class FakeDevice:
         if self.delay_s:
             time.sleep(self.delay_s)
         assert self.gate.wait(10), "nobody opened the gate"
+
+
+class FakeDeviceBlocks:
+    """A DeviceBlocks whose device is this machine's memory. `pins` says whether host memory can be pinned."""
+
+    def __init__(self, num_blocks: int, num_scratch_blocks: int, block_bytes: int, *, pins: bool = True) -> None:
+        self.num_blocks = num_blocks
+        self.num_scratch_blocks = num_scratch_blocks
+        self.block_bytes = block_bytes
+        self.memory = torch.zeros((num_blocks + num_scratch_blocks, block_bytes), dtype=torch.uint8)
+        self._pins = pins
+
+    def sums(self, block_ids: Sequence[int]) -> tuple[int, ...]:
+        return tuple(checksum(self.memory[block_id].numpy().data) for block_id in block_ids)
+
+    def copier(self, wire_memory: torch.Tensor) -> FakeDevice:
+        if not self._pins:
+            raise RuntimeError("no more memory may be locked")
+        return FakeDevice(self.memory.numpy(), wire_memory.numpy())

@@ -46,7 +46,7 @@ def test_what_the_device_offers() -> None:
     memory = cache()
     blocks, _, _ = make(memory, late=True)
     assert (blocks.num_blocks, blocks.num_scratch_blocks, blocks.block_bytes) == (10, 2, BLOCK_BYTES)
-    assert (blocks.address, blocks.device_id) == (memory.data_ptr(), 0)
+    assert blocks.memory is memory
     assert blocks.sums([11, 0]) == sums_of(memory[[11, 0]])
     assert blocks.sums([]) == ()
     for ids in ([12], [-1]):

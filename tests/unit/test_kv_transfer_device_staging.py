@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 
+import numpy as np
 import pytest
 from fake_device import FakeDevice
 
@@ -17,7 +18,8 @@ NUM_BLOCKS = 32
 class Node:
     def __init__(self, delay_s: float = 0.0) -> None:
         self.arena = HostArena(NUM_WIRE_BLOCKS, 64)
-        self.device = FakeDevice(NUM_BLOCKS, self.arena, delay_s)
+        wire = self.arena.tensor().view(NUM_WIRE_BLOCKS, 64).numpy()
+        self.device = FakeDevice(np.zeros((NUM_BLOCKS, 64), np.uint8), wire, delay_s)
         self.device.fill(1)
         self.staging = DeviceStaging(self.device, self.arena)
 
