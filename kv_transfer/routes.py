@@ -3,7 +3,7 @@
 GET  /kv/hello      who is here: the one message that every wire version can read
 POST /kv/connect    Introduction -> Introduction
 POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
-POST /kv/renew      RenewLease -> LeaseState
+POST /kv/renew      RenewLease -> LeasesHeld
 POST /kv/release    ReleaseLease -> LeaseState
 """
 
@@ -16,7 +16,7 @@ from kv_transfer.exports import ExportTable
 from kv_transfer.transport import Transport, find_endpoint, introduce
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Introduction, LeaseState, OpenHandoff, ReleaseLease, RenewLease
+from protocol.transfer import Introduction, LeasesHeld, LeaseState, OpenHandoff, ReleaseLease, RenewLease
 from protocol.wire import WIRE_VERSION, Hello
 from runtime.rpc_server import get_route, message_route, stream_route
 
@@ -50,7 +50,7 @@ def kv_routes(
     async def handoff(message: OpenHandoff) -> AsyncIterator[bytes]:
         return exports.attach(message)
 
-    async def renew(message: RenewLease) -> LeaseState:
+    async def renew(message: RenewLease) -> LeasesHeld:
         return exports.renew(message)
 
     async def release(message: ReleaseLease) -> LeaseState:
