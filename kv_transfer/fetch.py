@@ -153,8 +153,12 @@ class Fetch:
             if batch is None:
                 await self._announced.wait()
                 continue
-            link = await self._context.peers.link(self._ticket)
-            await self._read(link, batch)
+            peer = await self._context.peers.meet(
+                self._ticket.control_url, self._ticket.incarnation, self._ticket.owner
+            )
+            if peer.link is None:
+                raise TransferError(f"{self._ticket.owner} would have to push, which this fetch did not ask for")
+            await self._read(peer.link, batch)
             loop = asyncio.get_running_loop()
             found = await loop.run_in_executor(self._context.verifier, checksums, self._context.arena, batch.local_ids)
             self._landing.verify(batch, found)

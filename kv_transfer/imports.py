@@ -19,7 +19,8 @@ from kv_transfer.fetch import Fetch, FetchContext, FetchResult
 from kv_transfer.landing import Landing
 from kv_transfer.peers import Peers, Reader, as_transfer_error
 from kv_transfer.routes import RELEASE_PATH, RENEW_PATH
-from kv_transfer.transport import TransferAbandoned, Transport
+from kv_transfer.transport import TransferAbandoned
+from kv_transfer.transport_set import TransportSet
 from protocol.errors import (
     ChecksumMismatch,
     ErrorInfo,
@@ -81,20 +82,19 @@ class Importer:
         self,
         *,
         client: RpcClient,
-        transport: Transport,
+        transports: TransportSet,
         arena: HostArena,
         reader: Reader,
         options: TransferOptions,
         clock: Clock,
     ) -> None:
         self._client = client
-        self._transport = transport
         self._arena = arena
         self._reader = reader
         self._options = options
         self._clock = clock
         self._tasks = asyncio.TaskGroup()
-        self._peers = Peers(client, transport, arena, reader, options.stall_timeout_s, self._tasks)
+        self._peers = Peers(client, transports, reader, options, clock, self._tasks)
         self._verifier = ThreadPoolExecutor(VERIFIER_THREADS, thread_name_prefix="kv-verify")
         self._context = FetchContext(
             client=client,
@@ -188,7 +188,7 @@ class Importer:
         if isinstance(failure, ChecksumMismatch):
             self._totals.num_checksum_mismatches += 1
         if isinstance(failure, PeerLost):
-            self._peers.forget(ticket)
+            self._peers.forget(ticket.control_url, ticket.incarnation)
 
     def _tidy_up(self, ticket: TransferTicket, fetch: Fetch, *, succeeded: bool) -> asyncio.Event:
         """Release the lease in the background; say when the local blocks are safe."""
