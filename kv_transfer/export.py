@@ -71,7 +71,9 @@ class Export:
 
     def submit(self, first_block: int, block_ids: Sequence[int]) -> None:
         """Blocks first_block, ... are final."""
-        assert first_block == len(self._block_ids), f"block {first_block} is published after {len(self._block_ids)} blocks"
+        assert first_block == len(self._block_ids), (
+            f"block {first_block} is published after {len(self._block_ids)} blocks"
+        )
         assert self._pending_completion is None, "blocks are published after the prefill finished"
         self._block_ids.extend(block_ids)
 

@@ -111,12 +111,15 @@ class ExportTable:
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
-        """End what is left, as failed, and wait for the writes under way (each has its deadline). For the end of the
-        process, after draining."""
-        for request_id in list(self._by_request):
-            self.fail(request_id, PeerLost(f"{self._owner} stops"))
+        """Ends what is left and waits for the writes under way; each has its deadline."""
+        self.end_all()
         self._quarantine.close()
         await self._tasks.__aexit__(None, None, None)
+
+    def end_all(self) -> None:
+        """Whoever still listens hears that this node stops. For the end of the process, after draining."""
+        for request_id in list(self._by_request):
+            self.fail(request_id, PeerLost(f"{self._owner} stops"))
 
     def stats(self) -> ExportStats:
         return ExportStats(
@@ -275,6 +278,7 @@ class ExportTable:
         may_stage = self._staging.eager or export.attached
         if may_stage and export.staging is None and not export.ended and export.unstaged(1):
             export.staging = self._tasks.create_task(self._stage(export), name="kv-stage")
+            export.staging.add_done_callback(partial(self._staging_ended, export))  # also if it never began
 
     async def _stage(self, export: Export) -> None:
         """Raises nothing: the group that it runs in is everybody's."""
@@ -289,9 +293,11 @@ class ExportTable:
             log.exception("%s: cannot export KV blocks", export.ticket.request_id)
             if not export.ended:
                 self._end(export, "failed", InternalError("the owner could not export its KV blocks"))
-        finally:
-            export.staging = None
-            self._free_if_settled(export)
+
+    def _staging_ended(self, export: Export, _: asyncio.Task[None]) -> None:
+        export.staging = None
+        self._free_if_settled(export)
+        self._stage_rest(export)
 
     def _staged(self, export: Export, staged: StagedBlocks) -> None:
         export.stage(staged, self._clock.now())

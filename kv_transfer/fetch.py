@@ -22,7 +22,8 @@ from kv_transfer.handoff_timeline import HandoffTimeline
 from kv_transfer.landing import Landing, Piece
 from kv_transfer.leases import Leases
 from kv_transfer.link_queue import Lane, LinkQueues
-from kv_transfer.peers import PeerLink, Peers, Reader, as_transfer_error
+from kv_transfer.meeting import PeerLink
+from kv_transfer.peers import Peers, Reader, as_transfer_error
 from kv_transfer.quarantine import Quarantine
 from kv_transfer.routes import HANDOFF_PATH
 from kv_transfer.staging import Staging

@@ -86,7 +86,9 @@ class PrefillService:
 
         return hand_on
 
-    def on_engine_events(self, events: Sequence[EngineEvent], staged: Mapping[BlocksComputed, StagedBlocks | None]) -> None:
+    def on_engine_events(
+        self, events: Sequence[EngineEvent], staged: Mapping[BlocksComputed, StagedBlocks | None]
+    ) -> None:
         """One step's events, and what has been staged of their blocks. Announcements go out before the first token that
         depends on them."""
         messages: list[TokenMessage] = []

@@ -73,10 +73,19 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     checksum: Annotated[int, msgspec.Meta(ge=0)]
 
 
+class MissingTransport(msgspec.Struct, frozen=True):
+    """A transport that a process was told to run and cannot. `reason` is for people, and says how to mend it."""
+
+    transport: TransportKind
+    reason: Annotated[str, msgspec.Meta(max_length=1000)]
+
+
 class Introduction(msgspec.Struct, frozen=True, kw_only=True):
     """Phase two of a meeting, from either side: who it is, what its blocks are, and how its arena is reached.
 
-    Blocks `num_blocks`, ..., `num_blocks + num_scratch_blocks - 1` of the arena hold nothing: probes move those.
+    Blocks `num_blocks`, ..., `num_blocks + num_scratch_blocks - 1` of the arena hold nothing: probes move those. The first
+    half of them are samples, which probes copy; the others are where probes land. `scratch_seed` tells what the samples
+    hold (kv_transfer.scratch says how); it is empty where nobody could write into them.
     """
 
     worker: IdText
@@ -85,6 +94,8 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: BlockCount
     num_scratch_blocks: BlockCount
     endpoints: Annotated[tuple[Endpoint, ...], msgspec.Meta(max_length=8)]
+    missing: Annotated[tuple[MissingTransport, ...], msgspec.Meta(max_length=8)] = ()
+    scratch_seed: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
 
     @property
     def num_wire_blocks(self) -> int:
@@ -93,18 +104,24 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProbePush(msgspec.Struct, frozen=True, kw_only=True):
-    """Push scratch blocks to the reader, which has introduced itself, and say how long that took."""
+    """Write samples into these scratch blocks of the reader, which has introduced itself, and say how long that took.
+    Whatever the answer is, once it is there no more bytes move."""
 
     reader: IdText
     incarnation: IdText
     transport: TransportKind
+    block_ids: Annotated[tuple[BlockCount, ...], msgspec.Meta(min_length=1, max_length=1024)]
 
 
 class ProbeResult(msgspec.Struct, frozen=True):
-    """Of one block, and of large transfers. Measured by whoever moved the bytes."""
+    """What a transfer costs: so much for itself, and so much for its bytes. Measured by whoever moved them."""
 
     latency_s: Annotated[float, msgspec.Meta(ge=0)]
     bytes_per_s: Annotated[float, msgspec.Meta(gt=0)]
+
+    def seconds(self, num_bytes: int) -> float:
+        """How long a transfer of this size takes."""
+        return self.latency_s + num_bytes / self.bytes_per_s
 
 
 class PushTarget(msgspec.Struct, frozen=True):

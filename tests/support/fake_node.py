@@ -143,7 +143,7 @@ class FakeNode:
             max_model_len=self._max_model_len,
             num_blocks=1000,
             layout=LAYOUT,
-            transport="inproc",
+            transports=("inproc",),
         )
 
     def _load(self) -> WorkerLoad:

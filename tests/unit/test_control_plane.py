@@ -60,7 +60,7 @@ INFO = WorkerInfo(
     layout=KVLayout(
         model="m", revision="r", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, rope="x"
     ),
-    transport="nixl",
+    transports=("nixl",),
 )
 
 

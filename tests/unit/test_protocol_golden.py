@@ -26,6 +26,7 @@ from protocol.transfer import (
     Introduction,
     KVSource,
     LeaseState,
+    MissingTransport,
     OpenHandoff,
     PrefillDone,
     PrefixDone,
@@ -95,8 +96,10 @@ MESSAGES: dict[str, object] = {
         num_blocks=8,
         num_scratch_blocks=2,
         endpoints=(Endpoint(transport="nixl", payload=b"\x00\xff", checksum=1),),
+        missing=(MissingTransport("shm", "no memfd"),),
+        scratch_seed=b"\x01\x02",
     ),
-    "probe_push": ProbePush(reader="d0", incarnation="j", transport="nixl"),
+    "probe_push": ProbePush(reader="d0", incarnation="j", transport="nixl", block_ids=(102, 103)),
     "probe_result": ProbeResult(0.001, 1e9),
     "open_handoff": OpenHandoff(
         ticket_id="t",
@@ -126,7 +129,7 @@ MESSAGES: dict[str, object] = {
         max_model_len=20,
         num_blocks=30,
         layout=LAYOUT,
-        transport="nixl",
+        transports=("nixl", "tcp"),
     ),
     "heartbeat": Heartbeat(
         worker_id="p0",
@@ -183,14 +186,17 @@ GOLDEN: dict[str, str] = {
     ),
     "open_token_stream": "81a9726f757465725f6964a172",
     "introduction": (
-        "86a6776f726b6572a27030ab696e6361726e6174696f6ea169a66c61796f75748da56d6f64656ca16da87265766973696f6e"
+        "88a6776f726b6572a27030ab696e6361726e6174696f6ea169a66c61796f75748da56d6f64656ca16da87265766973696f6e"
         "a172a56474797065a862666c6f61743136aa6e756d5f6c617965727302ac6e756d5f6b765f686561647301a8686561645f64"
         "696d08aa626c6f636b5f73697a6510a4726f7065a764656661756c74ac7175616e74697a6174696f6ea46e6f6e65ab706167"
         "655f666f726d6174a5706c61696ea774705f73697a6501a774705f72616e6b00ac776972655f76657273696f6e02aa6e756d"
         "5f626c6f636b7308b26e756d5f736372617463685f626c6f636b7302a9656e64706f696e74739183a97472616e73706f7274"
-        "a46e69786ca77061796c6f6164c40200ffa8636865636b73756d01"
+        "a46e69786ca77061796c6f6164c40200ffa8636865636b73756d01a76d697373696e679182a97472616e73706f7274a37368"
+        "6da6726561736f6ea86e6f206d656d6664ac736372617463685f73656564c4020102"
     ),
-    "probe_push": "83a6726561646572a26430ab696e6361726e6174696f6ea16aa97472616e73706f7274a46e69786c",
+    "probe_push": (
+        "84a6726561646572a26430ab696e6361726e6174696f6ea16aa97472616e73706f7274a46e69786ca9626c6f636b5f696473926667"
+    ),
     "probe_result": "82a96c6174656e63795f73cb3f50624dd2f1a9fcab62797465735f7065725f73cb41cdcd6500000000",
     "open_handoff": (
         "86a97469636b65745f6964a174ab696e6361726e6174696f6ea169a6726561646572a26430b27265616465725f696e636172"
@@ -229,7 +235,7 @@ GOLDEN: dict[str, str] = {
         "6f64656ca16da87265766973696f6ea172a56474797065a862666c6f61743136aa6e756d5f6c617965727302ac6e756d5f6b"
         "765f686561647301a8686561645f64696d08aa626c6f636b5f73697a6510a4726f7065a764656661756c74ac7175616e7469"
         "7a6174696f6ea46e6f6e65ab706167655f666f726d6174a5706c61696ea774705f73697a6501a774705f72616e6b00ac7769"
-        "72655f76657273696f6e02a97472616e73706f7274a46e69786c"
+        "72655f76657273696f6e02aa7472616e73706f72747392a46e69786ca3746370"
     ),
     "heartbeat": (
         "84a9776f726b65725f6964a27030ab696e6361726e6174696f6ea169a46c6f616486a772756e6e696e6701a777616974696e"
