@@ -5,7 +5,6 @@ the engine decodes. One without is generated here from its first token on. Eithe
 the router gets to see.
 """
 
-import asyncio
 from collections.abc import Iterable, Sequence
 
 from decode_node.handoff import Handoffs
@@ -13,6 +12,7 @@ from engine.engine import Engine
 from engine.events import EngineEvent, Failed, Finished, PromptComputed, Reserved, TokensSampled
 from engine.request import EngineRequest, Mode
 from protocol import tokens
+from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError, InvalidParameter, TransferError
 from protocol.ids import RequestId, RouterId
 from protocol.requests import DecodeAccepted, DecodeRequest
@@ -21,8 +21,6 @@ from protocol.transfer import TransferTicket
 from runtime.clock import Deadline
 from runtime.metrics import NodeMetrics
 from runtime.token_outbox import TokenOutbox
-
-RENEWALS_PER_TTL = 3
 
 
 class DecodeService:
@@ -35,6 +33,7 @@ class DecodeService:
         outbox: TokenOutbox,
         metrics: NodeMetrics,
         vocab_size: int,
+        layout_identity: str,
         *,
         takes_imports: bool = True,
     ) -> None:
@@ -43,25 +42,26 @@ class DecodeService:
         self._outbox = outbox
         self._metrics = metrics
         self._vocab_size = vocab_size
+        self._layout_identity = layout_identity
         self._takes_imports = takes_imports
         self._expected: dict[RequestId, tuple[TransferTicket, Deadline]] = {}
-        self._ticket_came = asyncio.Event()
 
     def decode(self, request: DecodeRequest) -> DecodeAccepted:
         """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
         request.sampling.validate(self._vocab_size)
-        _check_ticket(request)
-        if request.ticket is not None and not self._takes_imports:
-            raise TransferError("this node's KV is in device memory, which no transport reaches yet")
+        if request.ticket is not None:
+            if not self._takes_imports:
+                raise TransferError("this node's KV is in device memory, which no transport reaches yet")
+            _check_ticket(request.ticket, request, self._layout_identity)
         request_id = RequestId(request.request_id)
         self._outbox.expect(request_id, RouterId(request.router_id))
         if request.ticket is not None:
             self._expected[request_id] = (request.ticket, Deadline(request.deadline_s))
-            self._ticket_came.set()
+            self._handoffs.keep(request.ticket)
         try:
             self._engine.submit(EngineRequest.of(request, Mode.GENERATE if request.ticket is None else Mode.IMPORT))
         except HeadraceError:
-            self._expected.pop(request_id, None)
+            self._forget(request_id)
             self._outbox.forget(request_id)
             raise
         return DecodeAccepted(request_id)
@@ -72,18 +72,8 @@ class DecodeService:
         self._engine.cancel(ids)
         self._handoffs.cancel(ids)
         for request_id in ids:
-            self._expected.pop(request_id, None)
+            self._forget(request_id)
             self._outbox.forget(request_id)
-
-    async def keep_leases(self) -> None:
-        """Renew the leases on what requests wait for that have no room here yet. Runs for the node's whole life."""
-        while True:
-            await self._ticket_came.wait()
-            await asyncio.sleep(min((t.ttl_s for t, _ in self._expected.values()), default=0.0) / RENEWALS_PER_TTL)
-            waiting = [ticket for ticket, _ in self._expected.values()]
-            await asyncio.gather(*(self._handoffs.renew(ticket) for ticket in waiting))
-            if not self._expected:
-                self._ticket_came.clear()
 
     def on_engine_events(self, events: Sequence[EngineEvent]) -> None:
         messages: list[TokenMessage] = []
@@ -99,7 +89,7 @@ class DecodeService:
                     messages.append(self._finished(event))
                 case Failed(request_id, error):
                     self._metrics.requests.labels(error.to_info().code).inc()
-                    self._expected.pop(request_id, None)
+                    self._forget(request_id)
                     messages.append(SequenceFailed(request_id, error.to_info()))
         self._outbox.post(messages)
 
@@ -111,6 +101,12 @@ class DecodeService:
         ticket, deadline = expected
         self._handoffs.start(event, ticket, max(deadline.remaining_s, 0.001))
 
+    def _forget(self, request_id: RequestId) -> None:
+        """It will not be imported. No error if it is not waiting for that."""
+        expected = self._expected.pop(request_id, None)
+        if expected is not None:
+            self._handoffs.drop(expected[0])
+
     def _computed(self, event: PromptComputed) -> tokens.PromptComputed:
         self._metrics.phases.labels("queue").observe(event.phases.queue_s)
         self._metrics.phases.labels("prefill").observe(event.phases.prefill_s)
@@ -120,14 +116,21 @@ class DecodeService:
         self._metrics.requests.labels("finished").inc()
         self._metrics.phases.labels("decode").observe(event.decode.decode_s)
         if event.imported:
-            self._metrics.handoff_seconds.observe(event.decode.handoff_s)
-            self._metrics.phases.labels("handoff").observe(event.decode.handoff_s)
+            self._metrics.observe_handoff(event.decode.handoff)
         return SequenceFinished(event.request_id, event.reason, event.decode, event.stop_token_id)
 
 
-def _check_ticket(request: DecodeRequest) -> None:
-    num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
-    if request.ticket is not None and request.ticket.num_tokens != num_tokens:
+def _check_ticket(ticket: TransferTicket, request: DecodeRequest, layout_identity: str) -> None:
+    """Raise InvalidParameter, naming what differs, for a ticket to anything but this request's own context: its blocks
+    would be valid KV of something else, which no checksum can tell."""
+    token_ids = request.prompt_token_ids + request.emitted_token_ids
+    if ticket.request_id != request.request_id:
+        raise InvalidParameter(f"the ticket is for request {ticket.request_id}, not for this one", param="ticket")
+    if ticket.num_tokens != len(token_ids):
         raise InvalidParameter(
-            f"the ticket is for {request.ticket.num_tokens} tokens, the request has {num_tokens}", param="ticket"
+            f"the ticket is for {ticket.num_tokens} tokens, the request has {len(token_ids)}", param="ticket"
+        )
+    if ticket.context_hash != context_hash(layout_identity, request.cache_salt, token_ids):
+        raise InvalidParameter(
+            "the ticket is for another context: tokens, cache_salt or model differ from the request's", param="ticket"
         )

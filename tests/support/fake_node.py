@@ -11,11 +11,12 @@ from typing import Any
 
 from starlette.applications import Starlette
 
+from protocol.block_hash import context_hash
 from protocol.errors import Draining, HeadraceError
 from protocol.ids import RequestId, RouterId, new_incarnation, new_ticket_id
 from protocol.kv_events import AllBlocksCleared, BlocksStored, KVEventBatch
 from protocol.kv_layout import KVLayout
-from protocol.phases import DecodePhases, PrefillPhases
+from protocol.phases import DecodePhases, HandoffPhases, PrefillPhases
 from protocol.requests import CancelRequest, DecodeAccepted, DecodeRequest, PrefillAccepted, PrefillRequest
 from protocol.sampling import SamplingParams
 from protocol.tokens import (
@@ -50,7 +51,7 @@ LAYOUT = KVLayout(
 )
 NUM_CACHED_TOKENS = 16
 PREFILL_PHASES = PrefillPhases(queue_s=0.0001, prefill_s=0.0002)
-DECODE_PHASES = DecodePhases(handoff_s=0.0003, decode_s=0.0004)
+DECODE_PHASES = DecodePhases(HandoffPhases(wire_s=0.0001, join_s=0.0002), decode_s=0.0004)
 
 
 class FakeNode:
@@ -142,7 +143,7 @@ class FakeNode:
             max_model_len=self._max_model_len,
             num_blocks=1000,
             layout=LAYOUT,
-            transport="inproc",
+            transports=("inproc",),
         )
 
     def _load(self) -> WorkerLoad:
@@ -181,7 +182,7 @@ class FakeNode:
 
     async def _prefill(self, request: PrefillRequest) -> PrefillAccepted:
         self._accept(request, self._run_prefill(request))
-        num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        token_ids = request.prompt_token_ids + request.emitted_token_ids
         return PrefillAccepted(
             TransferTicket(
                 ticket_id=new_ticket_id(),
@@ -190,7 +191,8 @@ class FakeNode:
                 incarnation=self.incarnation,
                 layout_fingerprint=LAYOUT.fingerprint,
                 control_url=self.url,
-                num_tokens=num_tokens,
+                num_tokens=len(token_ids),
+                context_hash=context_hash(LAYOUT.identity, request.cache_salt, token_ids),
                 ttl_s=30,
             )
         )
@@ -223,7 +225,7 @@ class FakeNode:
         ]
         reason, stop_token_id = self._end(index, token.token_id, request.sampling)
         if reason is not None:
-            none = DecodePhases(handoff_s=0.0, decode_s=0.0)
+            none = DecodePhases(HandoffPhases(), 0.0)
             messages.append(SequenceFinished(request.request_id, reason, none, stop_token_id))
         self.outbox.post(messages)
         self.outbox.forget(RequestId(request.request_id))

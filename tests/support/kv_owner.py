@@ -21,10 +21,13 @@ from starlette.applications import Starlette
 
 from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
-from kv_transfer.factory import make_transport
+from kv_transfer.factory import start_transports
+from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
-from kv_transfer.transport import Transport, introduce
-from protocol.ids import Incarnation, RequestId, WorkerId, new_incarnation
+from kv_transfer.staging import HostStaging
+from kv_transfer.transport import Transport
+from kv_transfer.transport_set import TransportSet
+from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
@@ -51,6 +54,8 @@ LAYOUT = KVLayout(
 NUM_BLOCKS = 64
 NUM_SCRATCH_BLOCKS = 4
 OWNER = WorkerId("prefill-0")
+CONTEXT = ContextHash(b"a context's hash")
+"""Of every request here: readers of KV do not look at it, decode nodes do."""
 
 
 def fill(arena: HostArena, seed: int) -> None:
@@ -61,18 +66,28 @@ def fill(arena: HostArena, seed: int) -> None:
 @dataclass
 class Owner:
     arena: HostArena
-    transport: Transport
+    transports: TransportSet
+    pushers: Pushers
     exports: ExportTable
     url: str
     incarnation: Incarnation
     released: list[RequestId] = field(default_factory=list)
 
+    @property
+    def transport(self) -> Transport:
+        """The first, which is the only one where a test names a kind."""
+        return next(iter(self.transports))
+
     def introduction(self) -> Introduction:
-        return introduce(OWNER, self.incarnation, LAYOUT, self.arena, [self.transport])
+        return self.transports.introduce(OWNER, self.incarnation, LAYOUT)
+
+    def open(self, request_id: str, num_tokens: int) -> TransferTicket:
+        """A prefill that has begun."""
+        return self.exports.open(RequestId(request_id), num_tokens, CONTEXT)
 
     def hand_off(self, request_id: str, num_tokens: int, block_ids: list[int]) -> TransferTicket:
         """A prefill that is over already."""
-        ticket = self.exports.open(RequestId(request_id), num_tokens)
+        ticket = self.open(request_id, num_tokens)
         self.exports.publish(RequestId(request_id), 0, block_ids)
         self.finish(request_id)
         return ticket
@@ -127,8 +142,17 @@ async def running_owner(
     arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
     fill(arena, seed)
     released: list[RequestId] = []
-    exports = ExportTable(
+    staging = HostStaging(arena)
+    transports = start_transports(
+        options,
         arena,
+        incarnation=incarnation,
+        host="127.0.0.1",
+        may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
+    )
+    pushers = Pushers(transports, MonotonicClock())
+    exports = ExportTable(
+        staging,
         owner=OWNER,
         incarnation=incarnation,
         layout=layout,
@@ -136,20 +160,21 @@ async def running_owner(
         options=options,
         clock=clock or MonotonicClock(),
         on_released=released.append,
+        push_links=pushers,
     )
-    transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1", may_read=exports.may_read)
     routes = kv_routes(
-        exports, transport, arena, layout, worker_id=OWNER, incarnation=incarnation, cluster_key=CLUSTER_KEY
+        exports, transports, pushers, layout, worker_id=OWNER, incarnation=incarnation, cluster_key=CLUSTER_KEY
     )
     reaper = asyncio.create_task(exports.run())
     try:
-        async with serving(Starlette(routes=routes), listener):
-            yield Owner(arena, transport, exports, url, incarnation, released)
-            await exports.close()
+        async with pushers, exports, serving(Starlette(routes=routes), listener):
+            yield Owner(arena, transports, pushers, exports, url, incarnation, released)
+            exports.end_all()
     finally:
         reaper.cancel()
         await asyncio.gather(reaper, return_exceptions=True)
-        await transport.close()
+        await staging.close()
+        await transports.close()
         arena.close()
 
 
@@ -210,7 +235,7 @@ def _act(owner: Owner, method: str, arguments: tuple[Any, ...]) -> Any:
         case "hand_off":
             return owner.hand_off(*arguments)
         case "open":
-            return owner.exports.open(*arguments)
+            return owner.open(*arguments)
         case "publish":
             return owner.exports.publish(*arguments)
         case "finish":
