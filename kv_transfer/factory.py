@@ -8,6 +8,7 @@ from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.shm_transport import ShmTransport
 from kv_transfer.tcp_transport import TcpTransport
 from kv_transfer.transport import MayRead, Transport
+from kv_transfer.ucx_transport import UcxTransport
 from protocol.ids import Incarnation, TicketId
 from protocol.transfer import TransportKind
 
@@ -35,6 +36,8 @@ def make_transport(
     match kind:
         case "nixl":
             return NixlTransport(arena, incarnation, host)
+        case "ucx":
+            return UcxTransport(arena, host, may_read)
         case "shm":
             return ShmTransport(arena)
         case "tcp":

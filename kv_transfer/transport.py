@@ -177,3 +177,9 @@ def check_block_ids(block_ids: Sequence[int], num_blocks: int, whose: str) -> No
     for block_id in block_ids:
         if not 0 <= block_id < num_blocks:
             raise TransferError(f"block {block_id} is not in {whose} arena of {num_blocks} blocks")
+
+
+def lends(arena: HostArena, may_read: MayRead, ticket_id: TicketId, runs: Sequence[tuple[int, int]]) -> bool:
+    """Whether an owner lends all these blocks, (first, count) each. Scratch blocks are lent to everybody."""
+    lent = [block for first, count in runs for block in range(first, first + count) if block < arena.num_blocks]
+    return not lent or may_read(ticket_id, lent)
