@@ -21,7 +21,7 @@ from kv_transfer.ucx_wire import UcxPayload, UcxRequest, open_request, seal_requ
 from protocol.errors import ConfigError, HeadraceError, LeaseExpired, PeerLost, TransferError
 from protocol.ids import TicketId
 from protocol.wire import decode, encode
-from tests.support.kv_owner import LAYOUT, NUM_BLOCKS, NUM_SCRATCH_BLOCKS, Owner, running_owner
+from tests.support.kv_owner import NUM_BLOCKS, NUM_SCRATCH_BLOCKS, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
 
 installed = pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="needs the extra `ucx`")
