@@ -8,19 +8,17 @@ to the helper, answers its questions, and sees it die.
 import asyncio
 import itertools
 import logging
-import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import msgspec
 
 from kv_transfer.arena import HEADER_BYTES, HostArena
+from kv_transfer.child_python import child_python
 from kv_transfer.plan import CopyRun
 from kv_transfer.ucx_library import require_ucxx, set_environment
 from kv_transfer.ucx_wire import (
@@ -67,12 +65,11 @@ class _Generation:
         self.ended = False
         self.control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         settings = HelperSettings(arena.fd, HEADER_BYTES, arena.block_bytes, arena.num_wire_blocks, theirs.fileno())
-        environment = dict(os.environ)
+        command, environment = child_python("kv_transfer.ucx_process", msgspec.json.encode(settings).decode())
         set_environment(environment, host)
-        environment["PYTHONPATH"] = os.pathsep.join(entry or str(Path.cwd()) for entry in sys.path)  # as we do
         with theirs:
             self.process = subprocess.Popen(  # noqa: S603  # our own interpreter and module
-                [sys.executable, "-P", "-m", "kv_transfer.ucx_process", msgspec.json.encode(settings).decode()],
+                command,
                 stdin=subprocess.PIPE,  # held open by this process alone: its end tells the helper of ours
                 pass_fds=(arena.fd, theirs.fileno()),
                 env=environment,
@@ -155,6 +152,11 @@ class UcxHelper:
             if self._current.number == peer.generation and not self._current.ended:
                 log.warning("ending the UCX helper process: a peer does not let a read end")
                 self._current.process.kill()
+
+    @property
+    def pid(self) -> int:
+        """Of the present helper process."""
+        return self._current.process.pid
 
     async def close(self) -> None:
         """End the helper, and with it every read. Idempotent."""

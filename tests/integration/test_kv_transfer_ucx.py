@@ -45,7 +45,7 @@ def ucx(node: Owner | ReaderNode) -> UcxTransport:
 
 
 def helper_pid(node: Owner | ReaderNode) -> int:
-    return ucx(node).helper._current.process.pid
+    return ucx(node).helper.pid
 
 
 async def announced(owner: Owner, request_id: str, block_ids: list[int]) -> TicketId:
@@ -171,7 +171,7 @@ def test_a_helper_does_not_outlive_its_node() -> None:
     script = (
         "from kv_transfer.arena import HostArena\nfrom kv_transfer.factory import make_transport\n"
         "transport = make_transport('ucx', HostArena(1, 4096), incarnation='i', host='127.0.0.1')\n"
-        "print(transport.helper._current.process.pid, flush=True)\n"
+        "print(transport.helper.pid, flush=True)\n"
         "input()\n"
     )
     with subprocess.Popen(
