@@ -81,7 +81,7 @@ def check_cores() -> Finding:
     usable, present = len(os.sched_getaffinity(0)), os.cpu_count() or 1
     detail = f"{usable} of {present} usable"
     if usable < 2:
-        return Finding("cores", "warn", detail, "two nodes on one core take turns; try headrace up --prefill 0")
+        return Finding("cores", "warn", detail, "two nodes on one core take turns; try headrace up --colocated 1")
     return Finding("cores", "ok", detail)
 
 

@@ -11,6 +11,7 @@ from kv_transfer.shm_transport import ShmTransport
 from kv_transfer.tcp_transport import TcpTransport
 from kv_transfer.transport import MayRead, Transport
 from kv_transfer.transport_set import TransportSet
+from kv_transfer.ucx_transport import UcxTransport
 from protocol.errors import ConfigError
 from protocol.ids import Incarnation, TicketId
 from protocol.transfer import Direction, MissingTransport, TransportKind
@@ -96,6 +97,8 @@ def make_transport(
             param="transfer.device_memory",
         )
     match kind:
+        case "ucx":
+            return UcxTransport(arena, host, may_read)
         case "shm":
             return ShmTransport(arena)
         case "tcp":

@@ -31,7 +31,7 @@ from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
 
-TransportKind = Literal["nixl", "shm", "tcp", "inproc"]
+TransportKind = Literal["nixl", "ucx", "shm", "tcp", "inproc"]
 Direction = Literal["pull", "push"]
 """Who moves the bytes: the reader, or the owner."""
 

@@ -7,6 +7,7 @@ and nothing of NIXL, which takes a tenth of the time of a spawn and is as safe.
 
 import asyncio
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -51,6 +52,8 @@ LAYOUT = KVLayout(
     rope="none",
 )
 NUM_BLOCKS = 64
+UCX: list[TransportKind] = ["ucx"] if importlib.util.find_spec("ucxx") else []
+"""An optional dependency: its transport is tested where it is installed."""
 NUM_SCRATCH_BLOCKS = 4
 OWNER = WorkerId("prefill-0")
 CONTEXT = ContextHash(b"a context's hash")
