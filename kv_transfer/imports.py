@@ -94,11 +94,11 @@ class Importer:
         self._options = options
         self._clock = clock
         self._tasks = asyncio.TaskGroup()
-        self._peers = Peers(client, transports, reader, options, clock, self._tasks)
+        self.peers = Peers(client, transports, reader, options, clock, self._tasks)
         self._verifier = ThreadPoolExecutor(VERIFIER_THREADS, thread_name_prefix="kv-verify")
         self._context = FetchContext(
             client=client,
-            peers=self._peers,
+            peers=self.peers,
             arena=arena,
             reader=reader,
             options=options,
@@ -115,7 +115,7 @@ class Importer:
 
     async def __aexit__(self, *exc_info: object) -> None:
         """Waits for releases and reads in flight (each has its deadline). What is in quarantine then stays there."""
-        self._peers.close()
+        self.peers.close()
         for _, watcher in self._unsettled.values():
             watcher.cancel()
         await self._tasks.__aexit__(None, None, None)
@@ -123,7 +123,7 @@ class Importer:
 
     def stats(self) -> ImportStats:
         self._totals.num_unsettled = len(self._unsettled)
-        self._totals.num_peers = self._peers.num_known
+        self._totals.num_peers = self.peers.num_known
         return self._totals
 
     async def fetch(
@@ -188,7 +188,7 @@ class Importer:
         if isinstance(failure, ChecksumMismatch):
             self._totals.num_checksum_mismatches += 1
         if isinstance(failure, PeerLost):
-            self._peers.forget(ticket.control_url, ticket.incarnation)
+            self.peers.forget(ticket.control_url, ticket.incarnation)
 
     def _tidy_up(self, ticket: TransferTicket, fetch: Fetch, *, succeeded: bool) -> asyncio.Event:
         """Release the lease in the background; say when the local blocks are safe."""

@@ -23,6 +23,7 @@ from starlette.applications import Starlette
 from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import start_transports
+from kv_transfer.link_report import LinkReporter
 from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
 from kv_transfer.transport import Transport
@@ -135,6 +136,7 @@ async def running_owner(
     layout: KVLayout = LAYOUT,
     options: TransferOptions | None = None,
     clock: Clock | None = None,
+    pusher_clock: Clock | None = None,
     seed: int = 1,
 ) -> AsyncIterator[Owner]:
     options = options or TransferOptions(transport=kind, stall_timeout_s=2.0)
@@ -155,13 +157,14 @@ async def running_owner(
         on_released=released.append,
     )
     transports = start_transports(options, arena, incarnation=incarnation, host="127.0.0.1", may_read=exports.may_read)
-    pushers = Pushers(transports, MonotonicClock())
+    pushers = Pushers(transports, pusher_clock or MonotonicClock())
+    reporter = LinkReporter(OWNER, transports, MonotonicClock(), pushers=pushers)
     routes = kv_routes(
         exports, transports, pushers, layout, worker_id=OWNER, incarnation=incarnation, cluster_key=CLUSTER_KEY
     )
     reaper = asyncio.create_task(exports.run())
     try:
-        async with pushers, serving(Starlette(routes=routes), listener):
+        async with pushers, serving(Starlette(routes=[*routes, reporter.route(CLUSTER_KEY)]), listener):
             yield Owner(arena, transports, pushers, exports, url, incarnation, released)
             await exports.close()
     finally:
