@@ -14,6 +14,7 @@ from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
 from kv_transfer.link_report import LinkReporter
 from kv_transfer.peers import Reader
+from kv_transfer.staging import HostStaging
 from kv_transfer.telemetry import TransferTelemetry
 from protocol.ids import Incarnation, WorkerId, new_incarnation
 from runtime.auth import check_bind
@@ -64,11 +65,13 @@ async def _serve(
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
         stack.push_async_callback(transports.close)
+        staging = HostStaging(arena)
+        stack.push_async_callback(staging.close)
         importer = await stack.enter_async_context(
             Importer(
                 client=client,
                 transports=transports,
-                arena=arena,
+                staging=staging,
                 reader=Reader(WorkerId(info.worker_id), incarnation, info.layout),
                 options=config.transfer,
                 clock=clock,
@@ -96,4 +99,4 @@ async def _serve(
             config.cluster_key,
         )
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
-        await shell.run(bound, node, client, feed, service.keep_leases())
+        await shell.run(bound, node, client, feed)

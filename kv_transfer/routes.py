@@ -4,7 +4,7 @@ GET  /kv/hello      who is here: the one message that every wire version can rea
 POST /kv/connect    Introduction -> Introduction
 POST /kv/probe      ProbePush -> ProbeResult
 POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
-POST /kv/renew      RenewLease -> LeaseState
+POST /kv/renew      RenewLease -> LeasesHeld
 POST /kv/release    ReleaseLease -> LeaseState
 """
 
@@ -17,7 +17,16 @@ from kv_transfer.pushers import Pushers
 from kv_transfer.transport_set import TransportSet
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Introduction, LeaseState, OpenHandoff, ProbePush, ProbeResult, ReleaseLease, RenewLease
+from protocol.transfer import (
+    Introduction,
+    LeasesHeld,
+    LeaseState,
+    OpenHandoff,
+    ProbePush,
+    ProbeResult,
+    ReleaseLease,
+    RenewLease,
+)
 from protocol.wire import WIRE_VERSION, Hello
 from runtime.rpc_server import get_route, message_route, stream_route
 
@@ -56,7 +65,7 @@ def kv_routes(
     async def handoff(message: OpenHandoff) -> AsyncIterator[bytes]:
         return exports.attach(message)
 
-    async def renew(message: RenewLease) -> LeaseState:
+    async def renew(message: RenewLease) -> LeasesHeld:
         return exports.renew(message)
 
     async def release(message: ReleaseLease) -> LeaseState:

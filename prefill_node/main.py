@@ -4,7 +4,6 @@ import asyncio
 from contextlib import AsyncExitStack
 
 from engine.build import BuiltEngine, build_engine, plan_engine
-from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
 from kv_transfer.exports import ExportTable
@@ -12,6 +11,7 @@ from kv_transfer.factory import start_transports
 from kv_transfer.link_report import LinkReporter
 from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
+from kv_transfer.staging import HostStaging
 from kv_transfer.telemetry import TransferTelemetry
 from prefill_node.node import PrefillNode
 from prefill_node.service import PrefillService
@@ -67,8 +67,9 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
     shell = NodeShell(config, info, life, registry)
     clock = MonotonicClock()
     pushers = Pushers(transports, clock)
+    staging = HostStaging(arena)
     exports = ExportTable(
-        arena,
+        staging,
         owner=WorkerId(info.worker_id),
         incarnation=incarnation,
         layout=info.layout,
@@ -76,6 +77,7 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
         options=config.transfer,
         clock=clock,
         on_released=engine.release,
+        push_links=pushers,
     )
     service = PrefillService(
         engine, exports, shell.outbox, NodeMetrics(registry), info.vocab_size, info.layout.identity
@@ -104,8 +106,9 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
         stack.push_async_callback(transports.close)
         await stack.enter_async_context(pushers)
-        stack.push_async_callback(exports.close)
-        engine.start(on_loop(loop, service.on_engine_events))
+        stack.push_async_callback(staging.close)
+        await stack.enter_async_context(exports)
+        engine.start(service.listener(loop))
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
         await shell.run(bound, node, client, feed, exports.run())

@@ -157,12 +157,14 @@ class BlocksReady(msgspec.Struct, frozen=True, tag="ready"):
 
 class PrefillDone(msgspec.Struct, frozen=True, tag="done"):
     """Every block has been announced; the first token is sampled. `since_computed_s` is how long ago the owner's last
-    chunk ended when this was written. If `finished` the first token was also the last and nothing is left to do."""
+    chunk ended when this was written, `wire_s` how much of that its push moved bytes. If `finished` the first token was
+    also the last and nothing is left to do."""
 
     first_token: SampledToken
     finished: bool
     since_computed_s: float
     phases: PrefillPhases
+    wire_s: float = 0.0
 
 
 class PrefixDone(msgspec.Struct, frozen=True, tag="lent"):
@@ -176,11 +178,20 @@ class HandoffFailed(msgspec.Struct, frozen=True, tag="failed"):
 HandoffMessage = BlocksReady | PrefillDone | PrefixDone | HandoffFailed
 
 
-class RenewLease(msgspec.Struct, frozen=True):
-    """The reader is still reading. Answered by LeaseState."""
+TicketIds = Annotated[tuple[IdText, ...], msgspec.Meta(min_length=1, max_length=4096)]
 
-    ticket_id: IdText
+
+class RenewLease(msgspec.Struct, frozen=True):
+    """The reader still wants what these tickets cover. Answered by LeasesHeld."""
+
+    ticket_ids: TicketIds
     incarnation: IdText
+
+
+class LeasesHeld(msgspec.Struct, frozen=True):
+    """In the order of the tickets that were asked for."""
+
+    held: tuple[bool, ...]
 
 
 class ReleaseLease(msgspec.Struct, frozen=True):
@@ -192,10 +203,12 @@ class ReleaseLease(msgspec.Struct, frozen=True):
 
 
 class LeaseState(msgspec.Struct, frozen=True):
-    """`writing`: a push of the owner has not ended; its bytes may still land in the reader's blocks."""
+    """`writing`: a push of the owner has not ended; its bytes may still land in the reader's blocks. `known`: this is the
+    incarnation that made the ticket; of what another did or does it can say nothing."""
 
     held: bool
     writing: bool = False
+    known: bool = True
 
 
 class BorrowPrefix(msgspec.Struct, frozen=True, kw_only=True):

@@ -26,6 +26,7 @@ from kv_transfer.factory import start_transports
 from kv_transfer.link_report import LinkReporter
 from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
+from kv_transfer.staging import HostStaging
 from kv_transfer.transport import Transport
 from kv_transfer.transport_set import TransportSet
 from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
@@ -146,8 +147,17 @@ async def running_owner(
     arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
     fill(arena, seed)
     released: list[RequestId] = []
-    exports = ExportTable(
+    staging = HostStaging(arena)
+    transports = start_transports(
+        options,
         arena,
+        incarnation=incarnation,
+        host="127.0.0.1",
+        may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
+    )
+    pushers = Pushers(transports, pusher_clock or MonotonicClock())
+    exports = ExportTable(
+        staging,
         owner=OWNER,
         incarnation=incarnation,
         layout=layout,
@@ -155,21 +165,21 @@ async def running_owner(
         options=options,
         clock=clock or MonotonicClock(),
         on_released=released.append,
+        push_links=pushers,
     )
-    transports = start_transports(options, arena, incarnation=incarnation, host="127.0.0.1", may_read=exports.may_read)
-    pushers = Pushers(transports, pusher_clock or MonotonicClock())
     reporter = LinkReporter(OWNER, transports, MonotonicClock(), pushers=pushers)
     routes = kv_routes(
         exports, transports, pushers, layout, worker_id=OWNER, incarnation=incarnation, cluster_key=CLUSTER_KEY
     )
     reaper = asyncio.create_task(exports.run())
     try:
-        async with pushers, serving(Starlette(routes=[*routes, reporter.route(CLUSTER_KEY)]), listener):
+        async with pushers, exports, serving(Starlette(routes=[*routes, reporter.route(CLUSTER_KEY)]), listener):
             yield Owner(arena, transports, pushers, exports, url, incarnation, released)
-            await exports.close()
+            exports.end_all()
     finally:
         reaper.cancel()
         await asyncio.gather(reaper, return_exceptions=True)
+        await staging.close()
         await transports.close()
         arena.close()
 

@@ -9,11 +9,12 @@ from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
 from kv_transfer.link_report import LinkReporter
 from kv_transfer.peers import Reader
+from kv_transfer.staging import HostStaging
 from kv_transfer.transport import Link, Transport, find_endpoint
 from kv_transfer.transport_set import TransportSet
 from protocol.ids import WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Introduction, TransportKind
+from protocol.transfer import Direction, Introduction, TransportKind
 from runtime.clock import MonotonicClock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
@@ -43,20 +44,22 @@ class ReaderNode:
 async def running_reader(
     kind: TransportKind,
     *,
+    direction: Direction = "pull",
     stall_timeout_s: float = 2.0,
     layout: KVLayout = LAYOUT,
     options: TransferOptions | None = None,
 ) -> AsyncIterator[ReaderNode]:
     incarnation = new_incarnation()
-    options = options or TransferOptions(transport=kind, direction="pull", stall_timeout_s=stall_timeout_s)
+    options = options or TransferOptions(transport=kind, direction=direction, stall_timeout_s=stall_timeout_s)
     arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
     transports = start_transports(options, arena, incarnation=incarnation, host="127.0.0.1")
     try:
         async with RpcClient(CLUSTER_KEY) as client:
+            staging = HostStaging(arena)
             importer = Importer(
                 client=client,
                 transports=transports,
-                arena=arena,
+                staging=staging,
                 reader=Reader(READER, incarnation, layout),
                 options=options,
                 clock=MonotonicClock(),
@@ -64,6 +67,7 @@ async def running_reader(
             async with importer:
                 reporter = LinkReporter(READER, transports, MonotonicClock(), peers=importer.peers)
                 yield ReaderNode(arena, transports, importer, client, reporter)
+            await staging.close()
     finally:
         await transports.close()
         arena.close()

@@ -5,7 +5,7 @@ import pytest
 from protocol.errors import ErrorInfo, InvalidParameter, MalformedMessage
 from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored, KVEvent, KVEventBatch
 from protocol.kv_layout import KVLayout
-from protocol.phases import DecodePhases, PrefillPhases
+from protocol.phases import DecodePhases, HandoffPhases, PrefillPhases
 from protocol.requests import CancelRequest, DecodeAccepted, DecodeRequest, PrefillAccepted, PrefillRequest
 from protocol.sampling import SamplingParams
 from protocol.tokens import (
@@ -84,7 +84,7 @@ MESSAGES: dict[str, object] = {
         (
             TokenChunk("q", 1, (SampledToken(5), SampledToken(6, -0.5, ((6, -0.5), (7, -1.0))))),
             PromptComputed("q", 16, PrefillPhases(0.5, 0.25)),
-            SequenceFinished("q", "stop", DecodePhases(0.125, 2.0), 2),
+            SequenceFinished("q", "stop", DecodePhases(HandoffPhases(0.125, 0.25, 0.5, 1.0), 2.0), 2),
             SequenceFailed("q", ERROR),
         ),
     ),
@@ -113,7 +113,7 @@ MESSAGES: dict[str, object] = {
     "done": PrefillDone(SampledToken(5), False, 0.001, PrefillPhases(0.5, 0.25)),
     "prefix_done": PrefixDone(),
     "handoff_failed": HandoffFailed(ERROR),
-    "renew": RenewLease("t", "i"),
+    "renew": RenewLease(("t", "u"), "i"),
     "release": ReleaseLease("t", "i"),
     "lease_state": LeaseState(True),
     "borrow": BorrowPrefix(request_id="q", reader="d0", block_hashes=(b"a" * 16,), first_block=0),
@@ -179,10 +179,11 @@ GOLDEN: dict[str, str] = {
         "7801a6746f6b656e73929305c0909306cbbfe0000000000000929206cbbfe00000000000009207cbbff000000000000084a4"
         "74797065a8636f6d7075746564aa726571756573745f6964a171b16e756d5f6361636865645f746f6b656e7310a670686173"
         "657382a771756575655f73cb3fe0000000000000a970726566696c6c5f73cb3fd000000000000085a474797065a866696e69"
-        "73686564aa726571756573745f6964a171a6726561736f6ea473746f70a66465636f646582a968616e646f66665f73cb3fc0"
-        "000000000000a86465636f64655f73cb4000000000000000ad73746f705f746f6b656e5f69640283a474797065a66661696c"
-        "6564aa726571756573745f6964a171a56572726f7284a4636f6465aa6f7665726c6f61646564a76d657373616765a466756c"
-        "6ca9726574727961626c65c3ad72657472795f61667465725f73cb3ff8000000000000"
+        "73686564aa726571756573745f6964a171a6726561736f6ea473746f70a66465636f646582a768616e646f666684a7717565"
+        "75655f73cb3fc0000000000000a6776972655f73cb3fd0000000000000a87665726966795f73cb3fe0000000000000a66a6f"
+        "696e5f73cb3ff0000000000000a86465636f64655f73cb4000000000000000ad73746f705f746f6b656e5f69640283a47479"
+        "7065a66661696c6564aa726571756573745f6964a171a56572726f7284a4636f6465aa6f7665726c6f61646564a76d657373"
+        "616765a466756c6ca9726574727961626c65c3ad72657472795f61667465725f73cb3ff8000000000000"
     ),
     "open_token_stream": "81a9726f757465725f6964a172",
     "introduction": (
@@ -205,18 +206,18 @@ GOLDEN: dict[str, str] = {
     ),
     "ready": ("84a474797065a57265616479ab66697273745f626c6f636b01a9626c6f636b5f696473920405a9636865636b73756d73920607"),
     "done": (
-        "85a474797065a4646f6e65ab66697273745f746f6b656e9305c090a866696e6973686564c2b073696e63655f636f6d707574"
+        "86a474797065a4646f6e65ab66697273745f746f6b656e9305c090a866696e6973686564c2b073696e63655f636f6d707574"
         "65645f73cb3f50624dd2f1a9fca670686173657382a771756575655f73cb3fe0000000000000a970726566696c6c5f73cb3f"
-        "d0000000000000"
+        "d0000000000000a6776972655f73cb0000000000000000"
     ),
     "prefix_done": "81a474797065a46c656e74",
     "handoff_failed": (
         "82a474797065a66661696c6564a56572726f7284a4636f6465aa6f7665726c6f61646564a76d657373616765a466756c6ca9"
         "726574727961626c65c3ad72657472795f61667465725f73cb3ff8000000000000"
     ),
-    "renew": "82a97469636b65745f6964a174ab696e6361726e6174696f6ea169",
+    "renew": "82aa7469636b65745f69647392a174a175ab696e6361726e6174696f6ea169",
     "release": "82a97469636b65745f6964a174ab696e6361726e6174696f6ea169",
-    "lease_state": "82a468656c64c3a777726974696e67c2",
+    "lease_state": "83a468656c64c3a777726974696e67c2a56b6e6f776ec3",
     "borrow": (
         "84aa726571756573745f6964a171a6726561646572a26430ac626c6f636b5f68617368657391c41061616161616161616161"
         "616161616161ab66697273745f626c6f636b00"
