@@ -24,7 +24,7 @@ from runtime.rpc_client import RpcClient
 REFERENCE_TOKENS = 128
 """What one transfer typically moves: the KV of a prefill chunk of this size."""
 
-MAX_PROBE_TIMEOUT_S = 0.5
+MAX_PROBE_TIMEOUT_S = 1.0
 PROBES_PER_STALL = 4
 ANSWER_TIMEOUT_S = 2.0
 

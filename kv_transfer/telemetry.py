@@ -1,4 +1,4 @@
-"""TransferTelemetry: brings the transfer metrics up to date with what transport, exports and imports have counted."""
+"""TransferTelemetry: brings the transfer metrics up to date with what transports, exports and imports have counted."""
 
 from kv_transfer.exports import ExportTable
 from kv_transfer.imports import Importer
@@ -22,15 +22,44 @@ class TransferTelemetry:
         self._importer = importer
         self._expired = Total(metrics.leases_expired)
         self._released = Total(metrics.leases_released)
+        self._failed = Total(metrics.leases_failed)
         self._mismatches = Total(metrics.checksum_failures)
 
     def update(self) -> None:
+        self._metrics.moved.set(self._moved())
         if self._exports is not None:
             exported = self._exports.stats()
             self._metrics.leases_open.set(exported.num_open)
             self._expired.set(exported.num_expired)
             self._released.set(exported.num_released)
+            self._failed.set(exported.num_failed)
         if self._importer is not None:
             imported = self._importer.stats()
             self._mismatches.set(imported.num_checksum_mismatches)
             self._metrics.imports_unsettled.set(imported.num_unsettled)
+            self._metrics.links.set(
+                {
+                    (link.worker, link.kind, link.direction): {
+                        "latency": link.measured.latency_s,
+                        "bandwidth": link.measured.bytes_per_s,
+                    }
+                    for link in self._importer.peers.links()
+                    if link.measured is not None
+                }
+            )
+
+    def _moved(self) -> dict[tuple[str, ...], dict[str, float]]:
+        block_bytes = self._transports.arena.block_bytes
+        return {
+            (peer, transport.kind, direction): {
+                "bytes": moved.num_bytes,
+                "blocks": moved.num_bytes // block_bytes,
+                "descriptors": moved.num_copies,
+                "transfers": moved.num_transfers,
+                "failures": moved.num_failed,
+                "seconds": moved.seconds,
+                "quarantined": moved.num_quarantined,
+            }
+            for transport in self._transports
+            for (peer, direction), moved in transport.stats().by_peer.items()
+        }

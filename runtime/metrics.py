@@ -11,14 +11,17 @@ seconds and sizes in bytes, and the name says so. Histogram buckets start where 
 | RouterMetrics | what clients see | as things happen |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from protocol.phases import HandoffPhases, PhaseLedger
+
+_Metric = TypeVar("_Metric", Counter, Gauge)
 
 _TTFT_BUCKETS_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
@@ -130,18 +133,56 @@ class EngineMetrics:
 
 
 class TransferMetrics:
-    """Hand-offs and leases, from either end. `transport` is nixl, shm, tcp or inproc."""
+    """Hand-offs and leases, from either end.
+
+    What moved is told by `peer` (a worker's name), `transport` (nixl, ucx, shm, tcp or inproc) and `direction` ("pull": this
+    node read the peer's blocks, "push": it wrote them into the peer's memory), by the side that moves the bytes. Series of
+    peers that are gone are removed: see PeerSeries.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.bytes = _per_transport("headrace_kv_transfer_bytes_total", "KV bytes read from peers", registry)
-        self.blocks = _per_transport(
-            "headrace_kv_transfer_blocks_total", "KV blocks read from peers and verified", registry
+        self.moved = PeerSeries(
+            {
+                "bytes": _per_peer(Counter, "headrace_kv_transfer_bytes_total", "KV bytes moved", registry),
+                "blocks": _per_peer(Counter, "headrace_kv_transfer_blocks_total", "KV blocks moved", registry),
+                "descriptors": _per_peer(
+                    Counter,
+                    "headrace_kv_transfer_descriptors_total",
+                    "Pieces of memory that transfers were made of, neighbours merged",
+                    registry,
+                ),
+                "transfers": _per_peer(
+                    Counter, "headrace_kv_transfers_total", "Reads and writes that ended well", registry
+                ),
+                "failures": _per_peer(
+                    Counter, "headrace_kv_transfers_failed_total", "Reads and writes that failed", registry
+                ),
+                "seconds": _per_peer(
+                    Counter, "headrace_kv_transfer_seconds_total", "Time spent in reads and writes", registry
+                ),
+                "quarantined": _per_peer(
+                    Gauge,
+                    "headrace_kv_transfers_quarantined",
+                    "Reads and writes that were given up, whose bytes may still land",
+                    registry,
+                ),
+            }
         )
-        self.descriptors = _per_transport(
-            "headrace_kv_transfer_descriptors_total", "Pieces of memory that reads were made of", registry
-        )
-        self.read_seconds = _per_transport(
-            "headrace_kv_transfer_read_seconds_total", "Time spent in reads from peers", registry
+        self.links = PeerSeries(
+            {
+                "latency": _per_peer(
+                    Gauge,
+                    "headrace_kv_link_latency_seconds",
+                    "Of the way that KV takes from a peer: what a transfer costs for itself, when it was chosen",
+                    registry,
+                ),
+                "bandwidth": _per_peer(
+                    Gauge,
+                    "headrace_kv_link_bytes_per_second",
+                    "Of the way that KV takes from a peer, when it was chosen",
+                    registry,
+                ),
+            }
         )
         self.checksum_failures = Counter(
             "headrace_checksum_failures_total", "KV blocks that arrived damaged", registry=registry
@@ -157,6 +198,9 @@ class TransferMetrics:
         )
         self.leases_released = Counter(
             "headrace_leases_released_total", "Exports that their reader released", registry=registry
+        )
+        self.leases_failed = Counter(
+            "headrace_leases_failed_total", "Exports whose prefill failed or was cancelled", registry=registry
         )
 
 
@@ -222,6 +266,36 @@ class Total:
             self._reached = total
 
 
+PEER_LABELS = ("peer", "transport", "direction")
+
+
+class PeerSeries:
+    """Metrics with PEER_LABELS, fed from totals and values that someone else keeps.
+
+    Who is no longer told of is removed: nodes get new names when they restart on a free port, and a series of each for ever
+    would be a leak here and in every scraper.
+    """
+
+    def __init__(self, metrics: Mapping[str, Counter | Gauge]) -> None:
+        self._metrics = metrics
+        self._totals: dict[tuple[str, ...], dict[str, Total]] = {}
+
+    def set(self, told: Mapping[tuple[str, ...], Mapping[str, float]]) -> None:
+        """All label values with, for each, all metrics by the names that the constructor got."""
+        for labels in self._totals.keys() - told.keys():
+            del self._totals[labels]
+            for metric in self._metrics.values():
+                metric.remove(*labels)
+        for labels, values in told.items():
+            totals = self._totals.setdefault(labels, {})
+            for name, metric in self._metrics.items():
+                series = metric.labels(*labels)
+                if isinstance(series, Gauge):
+                    series.set(values[name])
+                else:
+                    totals.setdefault(name, Total(series)).set(values[name])
+
+
 class CountHistogram(Collector):
     """A histogram of small whole numbers from running counts that someone else keeps: `counts[i]` observations of i."""
 
@@ -261,5 +335,5 @@ def _phases(registry: CollectorRegistry) -> Histogram:
     )
 
 
-def _per_transport(name: str, documentation: str, registry: CollectorRegistry) -> Counter:
-    return Counter(name, documentation, ["transport"], registry=registry)
+def _per_peer(kind: type[_Metric], name: str, documentation: str, registry: CollectorRegistry) -> _Metric:
+    return kind(name, documentation, PEER_LABELS, registry=registry)

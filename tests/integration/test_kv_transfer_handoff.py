@@ -10,10 +10,10 @@ from kv_transfer.imports import FetchFailed
 from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired
 from protocol.ids import RequestId
 from protocol.transfer import PrefillDone, TransportKind
-from tests.support.kv_owner import FIRST_TOKEN, LAYOUT, PHASES, Owner, running_owner
+from tests.support.kv_owner import FIRST_TOKEN, LAYOUT, PHASES, UCX, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
 
-KINDS: list[TransportKind] = ["inproc", "shm", "tcp", "nixl"]
+KINDS: list[TransportKind] = ["inproc", "shm", "tcp", "nixl", *UCX]
 
 
 @pytest.fixture(params=KINDS)
