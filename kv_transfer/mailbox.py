@@ -1,7 +1,7 @@
 """Mailbox: calls that other threads leave for the one thread that is to make them.
 
-queue.SimpleQueue would do, but for a fault of CPython 3.11: its get() may wait for ever when its timeout is so short that
-it has run out before the first look at the lock. Timeouts here are tens of microseconds.
+queue.SimpleQueue would do, but its get() in CPython 3.11 was seen to ignore a timeout of tens of microseconds and to wait
+for the next put instead: once in some thousands of transfers on a busy machine, which then stood still.
 """
 
 import contextlib
