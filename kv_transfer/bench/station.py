@@ -90,7 +90,9 @@ class Station:
     def _open(self, command: Open) -> Opened:
         arena = self._arena = HostArena(command.num_blocks, command.block_bytes)
         generator = np.random.default_rng(command.seed)
-        arena.memory[:] = generator.integers(0, 1 << 63, -(-arena.size_bytes // 8), np.int64).tobytes()[: arena.size_bytes]
+        arena.memory[:] = generator.integers(0, 1 << 63, -(-arena.size_bytes // 8), np.int64).tobytes()[
+            : arena.size_bytes
+        ]
         missing: dict[str, str] = {}
         for kind in command.transports:
             self._add(kind, lambda arena, kind=kind: TransportContestant(kind, arena), missing)
