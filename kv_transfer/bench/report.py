@@ -121,7 +121,8 @@ def compare(results: Sequence[Result]) -> list[Result]:
     memcpy = find("memcpy", ("", "pull"))
     compared = []
     for result in results:
-        places = ((result.setting, result.direction), ("", result.direction), ("", "pull"))
+        places: list[tuple[str, Direction]]
+        places = [(result.setting, result.direction), ("", result.direction), ("", "pull")]
         reference = find(REFERENCES.get(result.contestant), *places)
         compared.append(
             msgspec.structs.replace(
