@@ -20,5 +20,7 @@
     fetch              one hand-off as its reader lives it; landing is its state, without I/O
     peers              whom a reader has met
 
+    child_python       starts helper processes; bench is `headrace bench transfer`
+
 An owner composes HostArena, ExportTable, make_transport and kv_routes; a reader HostArena, make_transport and Importer.
 """
