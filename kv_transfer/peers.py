@@ -6,6 +6,7 @@ one is not remembered: the next use tries again.
 """
 
 import asyncio
+import functools
 import logging
 from dataclasses import dataclass
 
@@ -65,10 +66,9 @@ class Peers:
         meeting = self._meetings.get(key)
         if meeting is None:
             meeting = self._meetings[key] = self._tasks.create_task(self._meet(ticket), name=f"kv-meet:{ticket.owner}")
+            meeting.add_done_callback(functools.partial(self._drop_failed, key))
         outcome = await asyncio.shield(meeting)
         if isinstance(outcome, TransferError):
-            if self._meetings.get(key) is meeting:
-                del self._meetings[key]
             raise outcome
         return outcome
 
@@ -111,6 +111,12 @@ class Peers:
             await self._client.notify(url, message, self._timeout_s)  # refused, with the fields that differ
             raise LayoutMismatch(f"KV of {ticket.owner} has the fingerprint {hello.layout_fingerprint}, not ours")
         return await self._client.call(url, message, Introduction, self._timeout_s)
+
+    def _drop_failed(self, key: tuple[str, str], meeting: _Meeting) -> None:
+        """Whether or not anybody is still waiting for it: else the next to ask would hear of an old failure."""
+        failed = meeting.cancelled() or isinstance(meeting.result(), TransferError)
+        if failed and self._meetings.get(key) is meeting:
+            del self._meetings[key]
 
     def _forget(self, key: tuple[str, str]) -> None:
         meeting = self._meetings.pop(key, None)

@@ -433,14 +433,15 @@ class World:
         return Course(pauses_s, rng.randrange(num_blocks), failure, flips)
 
     def settle(self) -> None:
-        """Faults are lifted and time passes: everything ends, and everything is back where it was."""
+        """Faults are lifted and time passes: everything ends, everything is back where it was, and everybody can still
+        talk to everybody."""
         self.weather.clear_up()
         self.network.heal()
-        for _ in range(2):
-            self.pass_time(PATIENCE_S)
-            for reader in self.readers:
-                for request_id in list(reader.imports):
-                    reader.finish(request_id)
+        self.pass_time(PATIENCE_S)
+        self._finish_all()
+        self.run(self._all_meet())
+        self._finish_all()
+        self.pass_time(PATIENCE_S)
         for reader in self.readers:
             imported = reader.importer.stats()
             self.expect(not reader.imports, f"hand-offs of {list(reader.imports)} never ended")
@@ -455,6 +456,23 @@ class World:
         left = [str(task) for task in asyncio.all_tasks(self.loop)]
         self.expect(not left, f"tasks are left: {left}")
         self.check()
+
+    def _finish_all(self) -> None:
+        for reader in self.readers:
+            for request_id in list(reader.imports):
+                reader.finish(request_id)
+
+    async def _all_meet(self) -> None:
+        before = self.outcomes["activated"]
+        for i, owner in enumerate(self.owners):
+            for j, reader in enumerate(self.readers):
+                prompt = Prompt(RequestId(f"last-{i}-{j}"), 3 * LAYOUT.block_size + 1)
+                ticket = owner.now.prefill(prompt, 2, 0.1)
+                if ticket is not None:  # else the blocks have leaked, and it counts as failed
+                    reader.fetch(ticket, prompt, 0, 5.0)
+        await asyncio.sleep(5.0)
+        num_failed = before + len(self.owners) * len(self.readers) - self.outcomes["activated"]
+        self.expect(num_failed == 0, f"after everything was well again {num_failed} hand-offs failed")
 
     async def _start(self) -> None:
         for owner in self.owners:
