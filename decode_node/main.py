@@ -10,9 +10,10 @@ from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
-from kv_transfer.factory import make_transport
+from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
+from kv_transfer.staging import HostStaging
 from kv_transfer.telemetry import TransferTelemetry
 from protocol.ids import Incarnation, WorkerId, new_incarnation
 from runtime.auth import check_bind
@@ -34,7 +35,7 @@ def run(config: NodeConfig) -> int:
     incarnation = new_incarnation()
     plan = plan_engine(config)
     block_bytes = plan.layout.block_bytes
-    arena = HostArena(plan.num_host_blocks, block_bytes, scratch_blocks(block_bytes))
+    arena = HostArena(1 if plan.on_device else plan.num_blocks, block_bytes, scratch_blocks(block_bytes))
     built = build_engine(config, plan, incarnation, arena.tensor())
     run_on_event_loop(_serve(config, incarnation, built, arena, takes_imports=not plan.on_device))
     return 0
@@ -49,24 +50,26 @@ async def _serve(
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    info = describe_worker(config, "decode", incarnation, url, built.model)
-    shell = NodeShell(config, info, life, registry)
-    transport = make_transport(
-        config.transfer.transport,
+    transports = start_transports(
+        config.transfer,
         arena,
         incarnation=incarnation,
         host=config.host,
         advertise_host=advertised_host(url),
     )
+    info = describe_worker(config, "decode", incarnation, url, built.model, transports.kinds)
+    shell = NodeShell(config, info, life, registry)
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
-        stack.push_async_callback(transport.close)
+        stack.push_async_callback(transports.close)
+        staging = HostStaging(arena)
+        stack.push_async_callback(staging.close)
         importer = await stack.enter_async_context(
             Importer(
                 client=client,
-                transport=transport,
-                arena=arena,
+                transports=transports,
+                staging=staging,
                 reader=Reader(WorkerId(info.worker_id), incarnation, info.layout),
                 options=config.transfer,
                 clock=MonotonicClock(),
@@ -88,8 +91,8 @@ async def _serve(
             shell,
             service,
             EngineTelemetry(engine, EngineMetrics(registry)),
-            TransferTelemetry(TransferMetrics(registry), transport, importer=importer),
+            TransferTelemetry(TransferMetrics(registry), transports, importer=importer),
             config.cluster_key,
         )
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
-        await shell.run(bound, node, client, feed, service.keep_leases())
+        await shell.run(bound, node, client, feed)

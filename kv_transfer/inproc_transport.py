@@ -16,7 +16,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.memory_copy import copy_runs
 from kv_transfer.plan import CopyRun, coalesce
 from kv_transfer.read_log import LinkUse, ReadLog, bounded
-from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids, make_endpoint
+from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids, lends, make_endpoint
 from protocol.errors import LeaseExpired, PeerLost, TransferError
 from protocol.ids import TicketId
 from protocol.transfer import Endpoint, Introduction, TransportKind
@@ -72,6 +72,7 @@ class InprocTransport:
         self.faults = Faults()
         self.log = ReadLog()
         self.executor = ThreadPoolExecutor(4, thread_name_prefix="kv-inproc")
+        self.closed = False
         self._name = secrets.token_bytes(16)
         _open_transports[self._name] = self
 
@@ -85,6 +86,7 @@ class InprocTransport:
         return self.log.stats()
 
     async def close(self) -> None:
+        self.closed = True
         _open_transports.pop(self._name, None)
         self.executor.shutdown(wait=False)
 
@@ -94,8 +96,8 @@ class InprocLink:
         self._initiator = initiator
         self._peer_name = peer_name
         self._peer = peer
-        self._use = LinkUse(initiator.log, peer)
         self._target()
+        self._use = LinkUse(initiator.log, peer)
 
     async def read(
         self, ticket_id: TicketId, remote_block_ids: Sequence[int], local_block_ids: Sequence[int], timeout_s: float
@@ -104,13 +106,13 @@ class InprocLink:
         with self._use.transfer(len(local_block_ids) * self._initiator.arena.block_bytes, len(runs)):
             target = self._target()
             self._check(target, remote_block_ids, local_block_ids)
-            if not target.may_read(ticket_id, remote_block_ids):
+            if not lends(target.arena, target.may_read, ticket_id, [(block_id, 1) for block_id in remote_block_ids]):
                 raise LeaseExpired(f"{self._peer} does not lend these blocks to this ticket")
             await self._copy(target, self._initiator, runs, timeout_s)
 
     async def write(self, local_block_ids: Sequence[int], remote_block_ids: Sequence[int], timeout_s: float) -> None:
         runs = coalesce(local_block_ids, remote_block_ids)
-        with self._use.transfer(len(local_block_ids) * self._initiator.arena.block_bytes, len(runs)):
+        with self._use.transfer(len(local_block_ids) * self._initiator.arena.block_bytes, len(runs), "push"):
             target = self._target()
             self._check(target, remote_block_ids, local_block_ids)
             await self._copy(self._initiator, target, runs, timeout_s)
@@ -162,6 +164,8 @@ async def _follow(course: Course, source: InprocTransport, destination: HostAren
             await asyncio.sleep(course.pauses_s[index])
         if course.failure is not None and index == course.fails_at:
             raise course.failure
+        if source.closed:
+            raise PeerLost("the process that has the blocks is gone")
         copy_runs(source.arena.address, destination, [block])
         for flipped, bit in course.flips:
             if flipped == index:

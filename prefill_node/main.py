@@ -4,12 +4,13 @@ import asyncio
 from contextlib import AsyncExitStack
 
 from engine.build import BuiltEngine, build_engine, plan_engine
-from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
 from kv_transfer.exports import ExportTable
-from kv_transfer.factory import make_transport
+from kv_transfer.factory import start_transports
+from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
+from kv_transfer.staging import HostStaging
 from kv_transfer.telemetry import TransferTelemetry
 from prefill_node.node import PrefillNode
 from prefill_node.service import PrefillService
@@ -36,11 +37,11 @@ def run(config: NodeConfig) -> int:
     if plan.on_device:
         raise ConfigError(
             "model.device cuda: a prefill node hands its KV over, and no transport reaches device memory yet; a decode node"
-            " alone computes its own prompts on a GPU: headrace up --colocated 1 --set decode.model.device=cuda",
+            " alone computes its own prompts on a GPU: headrace up --prefill 0 --set decode.model.device=cuda",
             param="model.device",
         )
     block_bytes = plan.layout.block_bytes
-    arena = HostArena(plan.num_host_blocks, block_bytes, scratch_blocks(block_bytes))
+    arena = HostArena(1 if plan.on_device else plan.num_blocks, block_bytes, scratch_blocks(block_bytes))
     built = build_engine(config, plan, incarnation, arena.tensor())
     run_on_event_loop(_serve(config, incarnation, built, arena))
     return 0
@@ -53,33 +54,37 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    info = describe_worker(config, "prefill", incarnation, url, built.model)
-    shell = NodeShell(config, info, life, registry)
-    exports = ExportTable(
+    transports = start_transports(
+        config.transfer,
         arena,
+        incarnation=incarnation,
+        host=config.host,
+        advertise_host=advertised_host(url),
+        may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
+    )
+    info = describe_worker(config, "prefill", incarnation, url, built.model, transports.kinds)
+    shell = NodeShell(config, info, life, registry)
+    clock = MonotonicClock()
+    pushers = Pushers(transports, clock)
+    staging = HostStaging(arena)
+    exports = ExportTable(
+        staging,
         owner=WorkerId(info.worker_id),
         incarnation=incarnation,
         layout=info.layout,
         control_url=url,
         options=config.transfer,
-        clock=MonotonicClock(),
+        clock=clock,
         on_released=engine.release,
-    )
-    transport = make_transport(
-        config.transfer.transport,
-        arena,
-        incarnation=incarnation,
-        host=config.host,
-        advertise_host=advertised_host(url),
-        may_read=exports.may_read,
+        push_links=pushers,
     )
     service = PrefillService(
         engine, exports, shell.outbox, NodeMetrics(registry), info.vocab_size, info.layout.identity
     )
     routes = kv_routes(
         exports,
-        transport,
-        arena,
+        transports,
+        pushers,
         info.layout,
         worker_id=WorkerId(info.worker_id),
         incarnation=incarnation,
@@ -91,15 +96,17 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
         exports,
         routes,
         EngineTelemetry(engine, EngineMetrics(registry)),
-        TransferTelemetry(TransferMetrics(registry), transport, exports=exports),
+        TransferTelemetry(TransferMetrics(registry), transports, exports=exports),
         config.cluster_key,
     )
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
-        stack.push_async_callback(transport.close)
-        stack.push_async_callback(exports.close)
-        engine.start(on_loop(loop, service.on_engine_events))
+        stack.push_async_callback(transports.close)
+        await stack.enter_async_context(pushers)
+        stack.push_async_callback(staging.close)
+        await stack.enter_async_context(exports)
+        engine.start(service.listener(loop))
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
         await shell.run(bound, node, client, feed, exports.run())

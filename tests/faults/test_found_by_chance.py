@@ -11,7 +11,7 @@ from tests.support.kv_world import Prompt, World
 
 @pytest.fixture
 def world() -> Iterator[World]:
-    made = World(0, Counter())
+    made = World(0, Counter(), "pull")
     yield made
     made.settle()
     made.close()

@@ -29,7 +29,7 @@ MIN_FAULTS = 10_000
 """Not counting what was only late."""
 
 EXPECTED_OUTCOMES = ["activated", "cancelled", "checksum_mismatch", "lease_expired", "peer_lost", "transfer_timeout"]
-DIRECTIONS: list[Direction] = ["pull"]
+DIRECTIONS: list[Direction] = ["pull", "push"]
 
 MISHAPS = {
     "request delayed": 0.5,
@@ -75,7 +75,7 @@ class Faults(RuleBasedStateMachine):
 
     @initialize(seed=st.integers(0, 2**32 - 1), mishaps=SOME_MISHAPS, severity=SEVERITY)
     def begin(self, seed: int, mishaps: list[str], severity: float) -> None:
-        self.world = World(seed, self.counted)
+        self.world = World(seed, self.counted, self.direction)
         self.weather_changes(mishaps, severity)
 
     @rule(mishaps=SOME_MISHAPS, severity=SEVERITY)
@@ -131,12 +131,12 @@ class Faults(RuleBasedStateMachine):
 
         self._meanwhile(fail)
 
-    @rule(owner=INDEX, patience=PATIENCE)
-    def an_owner_restarts(self, owner: int, patience: int) -> None:
+    @rule(owner=INDEX, patience=PATIENCE, killed=st.booleans())
+    def an_owner_restarts(self, owner: int, patience: int, killed: bool) -> None:
         def restart() -> None:
             if patience == 0:
                 self.counted["owner restarted"] += 1
-                self._world.start(self._owners[owner % 2].restart())
+                self._world.start(self._owners[owner % 2].restart(killed=killed))
 
         self._meanwhile(restart)
 

@@ -5,13 +5,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from kv_transfer.arena import HostArena
-from kv_transfer.factory import make_transport
+from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
+from kv_transfer.staging import HostStaging
 from kv_transfer.transport import Link, Transport, find_endpoint
+from kv_transfer.transport_set import TransportSet
 from protocol.ids import WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Introduction, TransportKind
+from protocol.transfer import Direction, Introduction, TransportKind
 from runtime.clock import MonotonicClock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
@@ -21,9 +23,14 @@ from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS, NUM_SCRATCH_
 @dataclass
 class ReaderNode:
     arena: HostArena
-    transport: Transport
+    transports: TransportSet
     importer: Importer
     client: RpcClient
+
+    @property
+    def transport(self) -> Transport:
+        """The first, which is the only one where a test names a kind."""
+        return next(iter(self.transports))
 
     async def connect(self, peer: Introduction) -> Link:
         return await self.transport.connect(peer, find_endpoint(peer, self.transport.kind))
@@ -31,24 +38,31 @@ class ReaderNode:
 
 @contextlib.asynccontextmanager
 async def running_reader(
-    kind: TransportKind, *, stall_timeout_s: float = 2.0, layout: KVLayout = LAYOUT
+    kind: TransportKind,
+    *,
+    direction: Direction = "pull",
+    stall_timeout_s: float = 2.0,
+    layout: KVLayout = LAYOUT,
+    options: TransferOptions | None = None,
 ) -> AsyncIterator[ReaderNode]:
     incarnation = new_incarnation()
-    options = TransferOptions(transport=kind, stall_timeout_s=stall_timeout_s)
+    options = options or TransferOptions(transport=kind, direction=direction, stall_timeout_s=stall_timeout_s)
     arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
-    transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1")
+    transports = start_transports(options, arena, incarnation=incarnation, host="127.0.0.1")
     try:
         async with RpcClient(CLUSTER_KEY) as client:
+            staging = HostStaging(arena)
             importer = Importer(
                 client=client,
-                transport=transport,
-                arena=arena,
+                transports=transports,
+                staging=staging,
                 reader=Reader(WorkerId("decode-0"), incarnation, layout),
                 options=options,
                 clock=MonotonicClock(),
             )
             async with importer:
-                yield ReaderNode(arena, transport, importer, client)
+                yield ReaderNode(arena, transports, importer, client)
+            await staging.close()
     finally:
-        await transport.close()
+        await transports.close()
         arena.close()

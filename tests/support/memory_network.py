@@ -10,6 +10,7 @@ stream may be cut, end early, fall silent, or have frames delayed, lost, doubled
 """
 
 import asyncio
+import errno
 import random
 from collections import Counter
 from collections.abc import AsyncIterator, Collection
@@ -17,6 +18,7 @@ from typing import Any, Self
 from urllib.parse import urlsplit
 
 import aiohttp
+from aiohttp.client_reqrep import ConnectionKey
 from starlette.types import ASGIApp, Message
 
 from runtime.rpc_client import RpcClient
@@ -57,7 +59,7 @@ class MemoryNetwork:
     def __init__(self, weather: Weather) -> None:
         self.weather = weather
         self._apps: dict[str, ASGIApp] = {}
-        self._open: dict[str, set[_Connection]] = {}
+        self._open: dict[str, dict[_Connection, None]] = {}  # in order, unlike a set, and so is their end
         self._partitions: dict[str, asyncio.Event] = {}
         self._strays: set[asyncio.Task[None]] = set()
 
@@ -67,7 +69,7 @@ class MemoryNetwork:
 
     def listen(self, url: str, app: ASGIApp) -> None:
         self._apps[url] = app
-        self._open[url] = set()
+        self._open[url] = {}
 
     async def stop_listening(self, url: str) -> None:
         """The process there is gone: its handlers with it, and every peer's connection."""
@@ -97,8 +99,10 @@ class MemoryNetwork:
         weather = self.weather
         await weather.delay("request delayed")
         await self.passable(address)
-        if address not in self._apps or weather.strikes("request refused"):
-            raise aiohttp.ClientConnectionError("connection refused")
+        if address not in self._apps:
+            raise _refused(address)
+        if weather.strikes("request refused"):
+            raise aiohttp.ClientConnectionError("connection reset")
         if weather.strikes("request lost"):
             await asyncio.Event().wait()
         if weather.strikes("request doubled"):
@@ -126,8 +130,8 @@ class MemoryNetwork:
     def _serve(self, address: str, method: str, path: str, headers: dict[str, str], body: bytes) -> "_Connection":
         connection = _Connection(self, address, method, path, headers, body)
         connections = self._open[address]
-        connections.add(connection)
-        connection.serve(self._apps[address], on_end=lambda: connections.discard(connection))
+        connections[connection] = None
+        connection.serve(self._apps[address], on_end=lambda: connections.pop(connection, None))
         return connection
 
     async def _discard(self, address: str, method: str, path: str, headers: dict[str, str], body: bytes) -> None:
@@ -142,6 +146,12 @@ class MemoryNetwork:
         task = asyncio.create_task(work, name="network")
         self._strays.add(task)
         task.add_done_callback(self._strays.discard)
+
+
+def _refused(address: str) -> aiohttp.ClientConnectorError:
+    """What the kernel of a machine answers on which nobody listens any more."""
+    key = ConnectionKey(address, None, False, True, None, None, None)
+    return aiohttp.ClientConnectorError(key, OSError(errno.ECONNREFUSED, "connection refused"))
 
 
 class _Connection:
