@@ -17,16 +17,22 @@ def test_every_block_lands_once_in_its_place_in_any_order(num_blocks: int, data:
     landed: dict[int, int] = {}
     moving: list[Piece] = []
     while not landing.complete:
-        if landing.num_announced < num_blocks and data.draw(st.booleans()):
-            first = landing.num_announced
-            ids = tuple(range(first, first + data.draw(st.integers(0, num_blocks - first))))
-            landing.announce(BlocksReady(first, ids, ids))
-        if landing.num_taken < landing.num_announced and data.draw(st.booleans()):
-            moving.append(landing.take(data.draw(st.integers(1, 8))))
-        if moving and data.draw(st.booleans()):
-            piece = moving.pop(data.draw(st.integers(0, len(moving) - 1)))
-            landed |= dict(zip(piece.remote_ids, piece.local_ids, strict=True))
-            landing.prove(piece, piece.num_blocks)
+        can = {
+            "announce": landing.num_announced < num_blocks,
+            "take": landing.num_taken < landing.num_announced,
+            "prove": bool(moving),
+        }
+        match data.draw(st.sampled_from([action for action, possible in can.items() if possible])):
+            case "announce":
+                first = landing.num_announced
+                ids = tuple(range(first, first + data.draw(st.integers(1, num_blocks - first))))
+                landing.announce(BlocksReady(first, ids, ids))
+            case "take":
+                moving.append(landing.take(data.draw(st.integers(1, 8))))
+            case "prove":
+                piece = moving.pop(data.draw(st.integers(0, len(moving) - 1)))
+                landed |= dict(zip(piece.remote_ids, piece.local_ids, strict=True))
+                landing.prove(piece, piece.num_blocks)
         assert all(index in landed for index in range(cached, landing.num_valid_blocks))
     assert landed == {index: 1000 + index for index in range(cached, num_blocks)}
     assert landing.num_taken == num_blocks
