@@ -38,7 +38,7 @@ def run(config: NodeConfig) -> int:
     if plan.on_device:
         raise ConfigError(
             "model.device cuda: a prefill node hands its KV over, and no transport reaches device memory yet; a decode node"
-            " alone computes its own prompts on a GPU: headrace up --colocated 1 --set decode.model.device=cuda",
+            " alone computes its own prompts on a GPU: headrace up --prefill 0 --set decode.model.device=cuda",
             param="model.device",
         )
     block_bytes = plan.layout.block_bytes
