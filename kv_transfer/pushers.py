@@ -153,7 +153,7 @@ class Pushers:
             self._tasks.create_task(_close(connecting), name="kv-push-goodbye")
 
 
-def _drop_failed(known: _KnownReader, kind: TransportKind, connecting: _Connecting) -> None:
+def _drop_failed(known: KnownReader, kind: TransportKind, connecting: _Connecting) -> None:
     """Whether or not anybody is still waiting for it: else the next to ask would hear of an old failure."""
     failed = connecting.cancelled() or isinstance(connecting.result(), TransferError)
     if failed and known.links.get(kind) is connecting:
