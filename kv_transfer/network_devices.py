@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
 from runtime.auth import is_loopback
@@ -32,15 +32,16 @@ _REPLY_BYTES = 1 << 16
 log = logging.getLogger(__name__)
 
 
-def confine_ucx(host: str) -> None:
-    """Keep UCX, in this process, to the devices of `host`, which is what the node binds. Before the first agent.
+def confine_ucx(host: str, environment: MutableMapping[str, str] = os.environ) -> None:
+    """Keep UCX, in the process of this environment, to the devices of `host`, which is what the node binds. Before UCX
+    starts there.
 
     Where that names no single interface, all stay open, and a warning says which setting closes them.
     """
-    if SETTING in os.environ:
+    if SETTING in environment:
         return
     if is_loopback(host):
-        os.environ[SETTING] = LOOPBACK_DEVICE
+        environment[SETTING] = LOOPBACK_DEVICE
         return
     interface = interface_of(host, interface_addresses())
     if interface is None:
@@ -51,8 +52,8 @@ def confine_ucx(host: str) -> None:
             SETTING,
         )
         return
-    os.environ[SETTING] = ",".join([interface, *rdma_devices(interface)])
-    log.info("KV blocks are served on %s, which has the address %s", os.environ[SETTING], host)
+    environment[SETTING] = ",".join([interface, *rdma_devices(interface)])
+    log.info("KV blocks are served on %s, which has the address %s", environment[SETTING], host)
 
 
 def interface_of(host: str, addresses: Mapping[str, str]) -> str | None:

@@ -10,8 +10,8 @@ from collections.abc import MutableMapping
 from types import ModuleType
 from typing import Any
 
+from kv_transfer.network_devices import confine_ucx
 from protocol.errors import ConfigError
-from runtime.auth import is_loopback
 
 INSTALL_HINT = 'pip install "headrace[ucx]"'
 
@@ -36,14 +36,10 @@ def require_ucxx() -> None:
 
 
 def set_environment(environment: MutableMapping[str, str], host: str) -> None:
-    """What a helper process is to find in its environment, where the user has not chosen otherwise.
-
-    UCX listens on every network interface. A node that binds loopback keeps it there too.
-    """
+    """What a helper process is to find in its environment, where the user has not chosen otherwise."""
     for name, value in _TUNING.items():
         environment.setdefault(name, value)
-    if is_loopback(host):
-        environment.setdefault("UCX_NET_DEVICES", "lo")
+    confine_ucx(host, environment)
 
 
 class UcxApi:
