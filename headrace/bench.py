@@ -71,7 +71,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     transfer.add_argument(
         "--num-blocks", type=_list, metavar="LIST", help=f"blocks in a transfer (default: {','.join(NUM_BLOCKS)})"
     )
-    transfer.add_argument("--rounds", type=int, metavar="N", help="turns of each contestant (default: 8)")
+    transfer.add_argument("--rounds", type=int, metavar="N", help="turns of each contestant (default: 12, quick 5)")
     transfer.add_argument("--no-ucx-tcp", action="store_true", help="do not measure again with UCX_TLS=tcp")
     transfer.add_argument("--json", type=Path, metavar="FILE", help="write all numbers there as well")
 
@@ -93,8 +93,8 @@ def run_transfer(options: argparse.Namespace) -> int:
         transports=tuple(options.transports),
         block_bytes=tuple(parse_size(size, "--block-bytes") for size in block_bytes),
         num_blocks=tuple(_count(count) for count in num_blocks),
-        rounds=options.rounds or (3 if options.quick else 8),
-        slice_s=0.1 if options.quick else 0.25,
+        rounds=options.rounds or (5 if options.quick else 12),
+        slice_s=0.04 if options.quick else 0.1,
         idle_s=1.0 if options.quick else 5.0,
         ucx_tcp=not options.no_ucx_tcp,
     )

@@ -23,7 +23,7 @@ _TUNING = {
 }
 """Settings of UCX that the user has not chosen. The first lets peers on one host copy directly: UCX holds that back where
 a dead peer must be noticed, because it could not stop such a copy from reading memory that was freed meanwhile. An arena
-never is. It makes transfers four to six times as fast; larger segments make tcp twice as fast."""
+never is. It makes transfers four to six times as fast; larger segments make tcp up to twice as fast."""
 
 
 def require_ucxx() -> None:

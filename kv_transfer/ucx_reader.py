@@ -21,7 +21,7 @@ from kv_transfer.ucx_wire import (
 )
 from kv_transfer.ucx_worker import Flow, Request, UcxWorker, failed
 from protocol.errors import HeadraceError, PeerLost, TransferError
-from protocol.wire import FrameReader, decode
+from protocol.wire import FRAME_HEADER_BYTES, decode
 
 
 @dataclass
@@ -84,7 +84,7 @@ class UcxReader:
         yield begun
         if failed(begun):
             return _lost()
-        refusal = _refusal(reply.tobytes())
+        refusal = _refusal(reply.data)
         if refusal is not None:
             return refusal
         begun = []
@@ -103,14 +103,13 @@ class UcxReader:
             owner.endpoint = None
 
 
-def _refusal(message: bytes) -> HeadraceError | None:
+def _refusal(message: memoryview) -> HeadraceError | None:
+    """The error that a reply carries. The message is as long as our buffer; its frame says how much of it counts."""
+    end = FRAME_HEADER_BYTES + int.from_bytes(message[:FRAME_HEADER_BYTES], "little")
     try:
-        bodies = FrameReader(MAX_REPLY_BYTES).feed(message)
-        reply = decode(bodies[0], UcxReply) if bodies else None
+        reply = decode(message[FRAME_HEADER_BYTES:end], UcxReply)
     except HeadraceError as error:
         return TransferError(f"the peer does not follow the ucx transport's protocol: {error.message}")
-    if reply is None:
-        return TransferError("the peer does not follow the ucx transport's protocol: its reply is cut short")
     return None if reply.error is None else reply.error.to_error()
 
 

@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Self, TypeVar
 
+from kv_transfer.bench.cpu_time import cpu_seconds
 from kv_transfer.bench.messages import (
     MAX_MESSAGE_BYTES,
     Command,
@@ -22,7 +23,6 @@ from kv_transfer.bench.messages import (
     Sums,
     Wipe,
 )
-from kv_transfer.bench.cpu_time import cpu_seconds
 from kv_transfer.bench.shapes import Shape
 from kv_transfer.child_python import child_python
 from protocol.errors import InternalError, NodeLost

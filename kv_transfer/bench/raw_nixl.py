@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from kv_transfer.arena import HostArena
 from kv_transfer.nixl_library import load_nixl, make_agent
+from kv_transfer.nixl_passive import PROGRESS_DELAY_US
 from kv_transfer.plan import coalesce
 from protocol.errors import TransferTimeout
 from protocol.transfer import Direction
@@ -42,7 +43,9 @@ class RawNixl:
         self._arena = arena
         api = load_nixl("127.0.0.1")
         name = f"bench-{os.getpid()}-{secrets.token_hex(4)}"
-        self._passive, self._active = (make_agent(api, f"{name}-{role}") for role in ("passive", "active"))
+        self._passive, self._active = (
+            make_agent(api, f"{name}-{role}", progress_delay_us=PROGRESS_DELAY_US) for role in ("passive", "active")
+        )
         for agent in (self._passive, self._active):
             agent.register_memory([(arena.address, arena.size_bytes, 0, "")], "DRAM")
         self._ours = self._descriptors("NIXL_INIT_AGENT", arena.address, arena.num_wire_blocks)

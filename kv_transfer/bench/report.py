@@ -12,10 +12,11 @@ REFERENCES = {"nixl": "raw nixl", "ucx": "raw nixl", "tcp": "raw socket", "shm":
 
 
 class Result(msgspec.Struct, frozen=True, kw_only=True):
-    """One contestant moving one shape. Rates are of the median transfer, in bytes a second; `best_rate` of the fastest.
+    """One contestant moving one shape. Rates are in bytes a second: of the median transfer, of the fastest, and of the
+    median of each turn; `checked` ones include the reader's checksums of all blocks.
 
-    `checked_rate` includes the reader's checksums of all blocks. `reference_ratio` compares with the `reference` in the
-    same rounds under the same setting of UCX. `verified`: the blocks that arrived have the owner's checksums.
+    A ratio is the median of those between turns of the same round, which noise that lasts for seconds leaves alone. The
+    `reference` ran under the same setting of UCX. `verified`: the blocks that arrived have the owner's checksums.
     """
 
     contestant: str
@@ -32,6 +33,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True):
     latency_median_s: float
     latency_p99_s: float
     cpu_s_per_gb: float
+    turn_rates: tuple[float, ...]
+    checked_turn_rates: tuple[float, ...]
     memcpy_ratio: float | None = None
     reference: str | None = None
     reference_ratio: float | None = None
@@ -71,12 +74,14 @@ def summarize(
     placement: Placement,
     direction: Direction,
     verified: bool,
-    seconds: Sequence[float],
-    checked_seconds: Sequence[float],
+    turns: Sequence[Sequence[float]],
+    checked_turns: Sequence[Sequence[float]],
     cpu_s: float,
 ) -> Result:
-    """`seconds` and `cpu_s` are of transfers alone, `checked_seconds` of transfers with checksums."""
+    """`turns` are seconds of transfers alone, which took `cpu_s` together; `checked_turns` of transfers with checksums."""
     num_bytes = block_bytes * num_blocks
+    seconds = [duration for turn in turns for duration in turn]
+    checked_seconds = [duration for turn in checked_turns for duration in turn]
     return Result(
         contestant=contestant,
         setting=setting,
@@ -92,6 +97,8 @@ def summarize(
         latency_median_s=quantile(seconds, 0.5),
         latency_p99_s=quantile(seconds, 0.99),
         cpu_s_per_gb=cpu_s / (num_bytes * len(seconds) / 1e9),
+        turn_rates=tuple(num_bytes / quantile(turn, 0.5) for turn in turns),
+        checked_turn_rates=tuple(num_bytes / quantile(turn, 0.5) for turn in checked_turns),
     )
 
 
@@ -102,33 +109,37 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def compare(results: Sequence[Result]) -> list[Result]:
-    """The results of one shape and both directions with their ratios. A push is compared with pushes where there are any."""
-    memcpy = _rate(results, "memcpy", "", "pull")
+    """The results of one shape with their ratios. What a setting of UCX does not touch was measured without one."""
+
+    def find(contestant: str | None, *places: tuple[str, Direction]) -> Result | None:
+        for place in places:
+            for result in results:
+                if (result.contestant, result.setting, result.direction) == (contestant, *place):
+                    return result
+        return None
+
+    memcpy = find("memcpy", ("", "pull"))
     compared = []
     for result in results:
-        name = REFERENCES.get(result.contestant)
-        reference = _rate(results, name, result.setting, result.direction) if name else None
-        if name and reference is None:  # some are measured once, whatever UCX is set to
-            reference = _rate(results, name, "", result.direction) or _rate(results, name, "", "pull")
+        places: list[tuple[str, Direction]]
+        places = [(result.setting, result.direction), ("", result.direction), ("", "pull")]
+        reference = find(REFERENCES.get(result.contestant), *places)
         compared.append(
             msgspec.structs.replace(
                 result,
-                memcpy_ratio=result.rate / memcpy if memcpy else None,
-                reference=name if reference else None,
-                reference_ratio=result.rate / reference if reference else None,
-                checked_reference_ratio=(
-                    result.checked_rate / reference if reference and result.checked_rate is not None else None
-                ),
+                memcpy_ratio=_ratio(result.turn_rates, memcpy),
+                reference=reference.contestant if reference is not None else None,
+                reference_ratio=_ratio(result.turn_rates, reference),
+                checked_reference_ratio=_ratio(result.checked_turn_rates, reference),
             )
         )
     return compared
 
 
-def _rate(results: Sequence[Result], contestant: str | None, setting: str, direction: Direction) -> float | None:
-    for result in results:
-        if (result.contestant, result.setting, result.direction) == (contestant, setting, direction):
-            return result.rate
-    return None
+def _ratio(rates: Sequence[float], reference: Result | None) -> float | None:
+    if reference is None or not rates:
+        return None
+    return quantile([rate / other for rate, other in zip(rates, reference.turn_rates, strict=True)], 0.5)
 
 
 def format_shape(results: Sequence[Result]) -> str:
@@ -146,7 +157,7 @@ def format_shape(results: Sequence[Result]) -> str:
         lines.append(
             f"  {name:<24}{result.direction:<6}{result.rate / 1e9:>7.2f}{result.best_rate / 1e9:>7.2f}{checked:>7}"
             f"{_duration(result.latency_median_s):>10}{_duration(result.latency_p99_s):>10}{result.cpu_s_per_gb:>10.3f}"
-            f"{_ratio(result.memcpy_ratio):>8}  {_reference(result)}".rstrip()
+            f"{_number(result.memcpy_ratio):>8}  {_reference(result)}".rstrip()
             + ("" if result.verified else "  WRONG BYTES")
         )
     return "\n".join(lines)
@@ -169,7 +180,7 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1e6:.0f} us" if seconds < 1e-3 else f"{seconds * 1e3:.2f} ms"
 
 
-def _ratio(ratio: float | None) -> str:
+def _number(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}"
 
 

@@ -32,8 +32,8 @@ class _Entry:
     name: str
     direction: Direction
     verified: bool
-    seconds: list[float] = field(default_factory=list)
-    checked_seconds: list[float] = field(default_factory=list)
+    turns: list[tuple[float, ...]] = field(default_factory=list)
+    checked_turns: list[tuple[float, ...]] = field(default_factory=list)
     cpu_s: float = 0.0
 
 
@@ -101,8 +101,8 @@ def _measure(
             placement=shape.placement,
             direction=entry.direction,
             verified=entry.verified,
-            seconds=entry.seconds,
-            checked_seconds=entry.checked_seconds,
+            turns=entry.turns,
+            checked_turns=entry.checked_turns,
             cpu_s=entry.cpu_s,
         )
         for entry in entries
@@ -114,13 +114,13 @@ def _take_turn(entry: _Entry, shape: Shape, options: BenchOptions) -> None:
     seconds, cpu_s = entry.pair.move(
         entry.name, entry.direction, moved, checksums=False, seconds=options.slice_s, at_least=MIN_TRANSFERS
     )
-    entry.seconds += seconds
+    entry.turns.append(seconds)
     entry.cpu_s += cpu_s
     if entry.direction == "pull" and not _is_baseline(entry.name):
         checked, _ = entry.pair.move(
             entry.name, entry.direction, moved, checksums=True, seconds=options.slice_s, at_least=MIN_TRANSFERS
         )
-        entry.checked_seconds += checked
+        entry.checked_turns.append(checked)
 
 
 def _is_baseline(name: str) -> bool:

@@ -4,6 +4,7 @@
 """
 
 import asyncio
+import functools
 import os
 import socket
 import sys
@@ -16,8 +17,8 @@ import numpy as np
 
 from kv_transfer.arena import HostArena
 from kv_transfer.bench.baselines import Memcpy, RawSocket
-from kv_transfer.bench.cpu_time import cpu_seconds
 from kv_transfer.bench.contestant import Contestant, TransportContestant
+from kv_transfer.bench.cpu_time import cpu_seconds
 from kv_transfer.bench.messages import (
     MAX_MESSAGE_BYTES,
     Command,
@@ -38,7 +39,6 @@ from kv_transfer.bench.messages import (
 from kv_transfer.bench.raw_nixl import RawNixl
 from kv_transfer.checksum import checksums
 from protocol.errors import ConfigError, HeadraceError, InternalError
-from protocol.transfer import TransportKind
 from protocol.wire import decode, encode
 
 BASELINES: dict[str, Callable[[HostArena], Contestant]] = {
@@ -90,10 +90,12 @@ class Station:
     def _open(self, command: Open) -> Opened:
         arena = self._arena = HostArena(command.num_blocks, command.block_bytes)
         generator = np.random.default_rng(command.seed)
-        arena.memory[:] = generator.integers(0, 1 << 63, -(-arena.size_bytes // 8), np.int64).tobytes()[: arena.size_bytes]
+        arena.memory[:] = generator.integers(0, 1 << 63, -(-arena.size_bytes // 8), np.int64).tobytes()[
+            : arena.size_bytes
+        ]
         missing: dict[str, str] = {}
         for kind in command.transports:
-            self._add(kind, lambda arena, kind=kind: TransportContestant(kind, arena), missing)
+            self._add(kind, functools.partial(TransportContestant, kind), missing)
         baselines = BASELINES if command.baselines else {"raw nixl": RawNixl} if "nixl" in command.transports else {}
         for name, make in baselines.items():
             self._add(name, make, missing)
@@ -150,7 +152,7 @@ async def serve(control: socket.socket) -> None:
                 reply = await station.obey(decode(message, Command))
             except HeadraceError as error:
                 reply = Failed(error.to_info())
-            except Exception as error:  # the benchmark says what went wrong, and goes on with the others
+            except Exception as error:  # noqa: BLE001  # the benchmark says what went wrong, and goes on with the others
                 reply = Failed(InternalError(f"{type(error).__name__}: {error}").to_info())
             await loop.sock_sendall(control, encode(reply))
     finally:
