@@ -28,7 +28,9 @@
     meeting            how the two choose their transport: link_probe measures over scratch blocks, link_choice decides,
                        local_limits knows what would be possible
     pushers            the readers that an owner knows, and its links into their memory
+
     child_python       starts helper processes; bench is `headrace bench transfer`
 
-An owner composes HostArena, ExportTable, start_transports, Pushers and kv_routes; a reader HostArena, start_transports and Importer.
+An owner composes HostArena, start_transports, Pushers, ExportTable and kv_routes; a reader HostArena, start_transports and
+Importer.
 """

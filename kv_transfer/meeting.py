@@ -13,7 +13,7 @@ from kv_transfer.link_choice import Choice, Obstacle, Trial, choose
 from kv_transfer.link_probe import probe_pull, probe_push
 from kv_transfer.local_limits import transport_limits
 from kv_transfer.routes import PROBE_PATH
-from kv_transfer.transport import Link, OutOfReach, Transport, find_endpoint, nothing_in_common
+from kv_transfer.transport import Link, OutOfReach, Transport, close_link, find_endpoint, nothing_in_common
 from kv_transfer.transport_set import TransportSet
 from protocol.errors import HeadraceError, PeerLost, TransferError
 from protocol.ids import Incarnation, WorkerId
@@ -100,7 +100,7 @@ class Meeting:
         pulls = choice.taken.direction == "pull"
         kept = self._links.pop(choice.taken.kind) if pulls else None
         for link in self._links.values():
-            await link.close()
+            await close_link(link)
         return PeerLink(
             worker=WorkerId(self._owner.worker),
             incarnation=Incarnation(self._owner.incarnation),

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Self
 
 from kv_transfer.link_probe import push_samples
-from kv_transfer.transport import Link, find_endpoint
+from kv_transfer.transport import Link, close_link, find_endpoint
 from kv_transfer.transport_set import TransportSet
 from protocol.errors import PeerLost, TransferError
 from protocol.ids import WorkerId
@@ -162,9 +162,5 @@ def _drop_failed(known: KnownReader, kind: TransportKind, connecting: _Connectin
 
 async def _close(connecting: _Connecting) -> None:
     outcome = await connecting
-    if isinstance(outcome, TransferError):
-        return
-    try:
-        await outcome.close()
-    except TransferError as error:
-        log.info("a link did not close cleanly: %s", error.message)
+    if not isinstance(outcome, TransferError):
+        await close_link(outcome)

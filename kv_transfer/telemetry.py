@@ -23,19 +23,28 @@ class TransferTelemetry:
         self._expired = Total(metrics.leases_expired)
         self._released = Total(metrics.leases_released)
         self._failed = Total(metrics.leases_failed)
-        self._mismatches = Total(metrics.checksum_failures)
+        self._retries = Total(metrics.retries)
+        self._queue_seconds = Total(metrics.queue_seconds)
 
     def update(self) -> None:
         self._metrics.moved.set(self._moved())
+        queues = [side.queue_stats() for side in (self._exports, self._importer) if side is not None]
+        self._metrics.queued_blocks.set(sum(queue.num_waiting_blocks for queue in queues))
+        self._metrics.blocks_in_flight.set(sum(queue.num_blocks_in_flight for queue in queues))
+        self._queue_seconds.set(sum(queue.waited_s for queue in queues))
         if self._exports is not None:
             exported = self._exports.stats()
             self._metrics.leases_open.set(exported.num_open)
             self._expired.set(exported.num_expired)
             self._released.set(exported.num_released)
             self._failed.set(exported.num_failed)
+            self._metrics.leases_unsettled.set(exported.num_unsettled)
         if self._importer is not None:
             imported = self._importer.stats()
-            self._mismatches.set(imported.num_checksum_mismatches)
+            self._retries.set(imported.num_retries)
+            self._metrics.checksum_failures.set(
+                {(peer,): {"failures": count} for peer, count in imported.checksum_mismatches_of.items()}
+            )
             self._metrics.imports_unsettled.set(imported.num_unsettled)
             self._metrics.links.set(
                 {

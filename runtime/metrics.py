@@ -184,8 +184,27 @@ class TransferMetrics:
                 ),
             }
         )
-        self.checksum_failures = Counter(
-            "headrace_checksum_failures_total", "KV blocks that arrived damaged", registry=registry
+        self.checksum_failures = PeerSeries(
+            {
+                "failures": Counter(
+                    "headrace_checksum_failures_total",
+                    "Hand-offs of which a KV block arrived damaged",
+                    ["peer"],
+                    registry=registry,
+                )
+            }
+        )
+        self.retries = Counter(
+            "headrace_kv_transfer_retries_total", "Reads that were done again over a new link", registry=registry
+        )
+        self.queued_blocks = Gauge(
+            "headrace_kv_queue_blocks", "KV blocks that are ready and wait for their turn on a link", registry=registry
+        )
+        self.blocks_in_flight = Gauge("headrace_kv_blocks_in_flight", "KV blocks being moved", registry=registry)
+        self.queue_seconds = Counter(
+            "headrace_kv_queue_seconds_total",
+            "Time that hand-offs had blocks to move and none moving, summed over hand-offs",
+            registry=registry,
         )
         self.imports_unsettled = Gauge(
             "headrace_kv_imports_quarantined",
@@ -193,6 +212,11 @@ class TransferMetrics:
             registry=registry,
         )
         self.leases_open = Gauge("headrace_leases_open", "Exports that a reader may still read", registry=registry)
+        self.leases_unsettled = Gauge(
+            "headrace_leases_unsettled",
+            "Exports that have ended and whose blocks are still being read for a push",
+            registry=registry,
+        )
         self.leases_expired = Counter(
             "headrace_leases_expired_total", "Exports that no reader showed interest in", registry=registry
         )
@@ -270,7 +294,7 @@ PEER_LABELS = ("peer", "transport", "direction")
 
 
 class PeerSeries:
-    """Metrics with PEER_LABELS, fed from totals and values that someone else keeps.
+    """Metrics that share their labels, a peer among them, fed from totals and values that someone else keeps.
 
     Who is no longer told of is removed: nodes get new names when they restart on a free port, and a series of each for ever
     would be a leak here and in every scraper.

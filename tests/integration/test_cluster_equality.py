@@ -67,7 +67,7 @@ def test_nodes_choose_their_transport_and_the_doctor_tells_why(
         tmp_path,
         str(model),
         transport="auto",
-        settings=SETTINGS | {"transfer.direction": "pull"},
+        settings=SETTINGS,
         router_settings=REMOTE,
     ) as cluster:
         assert asyncio.run(complete_all(cluster.url, prompts(2), NUM_TOKENS)) == expected
