@@ -4,6 +4,7 @@ GET  /kv/hello      who is here: the one message that every wire version can rea
 POST /kv/connect    Introduction -> Introduction
 POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
 POST /kv/renew      RenewLease -> LeaseState
+POST /kv/landed     BlocksLanded -> LeaseState
 POST /kv/release    ReleaseLease -> LeaseState
 """
 
@@ -16,7 +17,7 @@ from kv_transfer.exports import ExportTable
 from kv_transfer.transport import Transport, find_endpoint, introduce
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Introduction, LeaseState, OpenHandoff, ReleaseLease, RenewLease
+from protocol.transfer import BlocksLanded, Introduction, LeaseState, OpenHandoff, ReleaseLease, RenewLease
 from protocol.wire import WIRE_VERSION, Hello
 from runtime.rpc_server import get_route, message_route, stream_route
 
@@ -24,6 +25,7 @@ HELLO_PATH = "/kv/hello"
 CONNECT_PATH = "/kv/connect"
 HANDOFF_PATH = "/kv/handoff"
 RENEW_PATH = "/kv/renew"
+LANDED_PATH = "/kv/landed"
 RELEASE_PATH = "/kv/release"
 
 
@@ -53,6 +55,9 @@ def kv_routes(
     async def renew(message: RenewLease) -> LeaseState:
         return exports.renew(message)
 
+    async def landed(message: BlocksLanded) -> LeaseState:
+        return exports.landed(message)
+
     async def release(message: ReleaseLease) -> LeaseState:
         return exports.release(message)
 
@@ -61,5 +66,6 @@ def kv_routes(
         message_route(CONNECT_PATH, Introduction, connect, cluster_key),
         stream_route(HANDOFF_PATH, OpenHandoff, handoff, cluster_key),
         message_route(RENEW_PATH, RenewLease, renew, cluster_key),
+        message_route(LANDED_PATH, BlocksLanded, landed, cluster_key),
         message_route(RELEASE_PATH, ReleaseLease, release, cluster_key),
     ]

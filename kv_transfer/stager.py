@@ -39,12 +39,15 @@ class Stager:
         self._final.extend(block_ids)
         self._start()
 
-    def attach(self, first_block: int) -> None:
-        """A reader is there, and lacks the blocks from here on. What another was told before holds no more."""
+    def attach(self, first_block: int) -> tuple[int, ...]:
+        """A reader is there, and lacks the blocks from here on. What another was told before holds no more: returns the wire
+        ids of that, given back."""
+        given_back = self.detach()
         if not self._staging.eager:
             self._next = first_block
             self._wanted = True
             self._start()
+        return given_back
 
     def landed(self, num_blocks: int) -> tuple[int, ...]:
         """The reader has this many leading blocks, and reads no longer what they were staged in. Returns the wire ids that
