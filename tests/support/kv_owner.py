@@ -23,7 +23,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import make_transport
 from kv_transfer.routes import kv_routes
-from kv_transfer.staging import HostStaging
+from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Transport, introduce
 from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
@@ -126,15 +126,18 @@ async def running_owner(
     options: TransferOptions | None = None,
     clock: Clock | None = None,
     seed: int = 1,
+    staging: Staging | None = None,
 ) -> AsyncIterator[Owner]:
+    """`staging`: where the blocks come from, if not from an arena filled with noise. Closed in the end with its arena."""
     options = options or TransferOptions(transport=kind, stall_timeout_s=2.0)
     listener = _listen(port)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     incarnation = new_incarnation()
-    arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
+    staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
+    arena = staging.arena
+    assert isinstance(arena, HostArena)
     fill(arena, seed)
     released: list[RequestId] = []
-    staging = HostStaging(arena)
     exports = ExportTable(
         staging,
         owner=OWNER,
