@@ -63,7 +63,7 @@ def fill(arena: HostArena, seed: int) -> None:
 
 @dataclass
 class Owner:
-    arena: HostArena
+    staging: Staging
     transport: Transport
     exports: ExportTable
     url: str
@@ -72,6 +72,11 @@ class Owner:
 
     def introduction(self) -> Introduction:
         return introduce(OWNER, self.incarnation, LAYOUT, self.arena, [self.transport])
+
+    @property
+    def arena(self) -> HostArena:
+        assert isinstance(self.staging.arena, HostArena)
+        return self.staging.arena
 
     def open(self, request_id: str, num_tokens: int) -> TransferTicket:
         """A prefill that has begun."""
@@ -135,8 +140,8 @@ async def running_owner(
     incarnation = new_incarnation()
     staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
     arena = staging.arena
-    assert isinstance(arena, HostArena)
-    fill(arena, seed)
+    if isinstance(arena, HostArena):
+        fill(arena, seed)
     released: list[RequestId] = []
     exports = ExportTable(
         staging,
@@ -155,14 +160,15 @@ async def running_owner(
     reaper = asyncio.create_task(exports.run())
     try:
         async with serving(Starlette(routes=routes), listener):
-            yield Owner(arena, transport, exports, url, incarnation, released)
+            yield Owner(staging, transport, exports, url, incarnation, released)
             await exports.close()
     finally:
         reaper.cancel()
         await asyncio.gather(reaper, return_exceptions=True)
         await transport.close()
         await staging.close()
-        arena.close()
+        if isinstance(arena, HostArena):
+            arena.close()
 
 
 class OwnerProcess:

@@ -21,10 +21,15 @@ from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS, NUM_SCRATCH_
 
 @dataclass
 class ReaderNode:
-    arena: HostArena
+    staging: Staging
     transport: Transport
     importer: Importer
     client: RpcClient
+
+    @property
+    def arena(self) -> HostArena:
+        assert isinstance(self.staging.arena, HostArena)
+        return self.staging.arena
 
     async def connect(self, peer: Introduction) -> Link:
         return await self.transport.connect(peer, find_endpoint(peer, self.transport.kind))
@@ -39,7 +44,6 @@ async def running_reader(
     options = TransferOptions(transport=kind, stall_timeout_s=stall_timeout_s)
     staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
     arena = staging.arena
-    assert isinstance(arena, HostArena)
     transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1")
     try:
         async with RpcClient(CLUSTER_KEY) as client:
@@ -52,8 +56,9 @@ async def running_reader(
                 clock=MonotonicClock(),
             )
             async with importer:
-                yield ReaderNode(arena, transport, importer, client)
+                yield ReaderNode(staging, transport, importer, client)
     finally:
         await transport.close()
         await staging.close()
-        arena.close()
+        if isinstance(arena, HostArena):
+            arena.close()
