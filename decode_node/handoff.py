@@ -7,6 +7,7 @@ blocks belong to the transfer; after a failed one they go back only when no byte
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from engine.engine import Engine
@@ -15,7 +16,7 @@ from kv_transfer.fetch import FetchResult
 from kv_transfer.imports import FetchFailed, Importer
 from protocol.errors import Cancelled, HeadraceError, InternalError
 from protocol.ids import RequestId, TicketId
-from protocol.transfer import TransferTicket
+from protocol.transfer import PrefillDone, TransferTicket
 
 CLOSE_TIMEOUT_S = 5.0
 
@@ -24,7 +25,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """`task` answers to the engine for what `fetching` does."""
+    """`task` answers to the engine for what `fetching` does, unless it has arrived."""
 
     task: asyncio.Task[None]
     fetching: asyncio.Task[FetchResult]
@@ -56,17 +57,23 @@ class Handoffs:
             await asyncio.gather(*unsettled)
 
     def start(self, event: Reserved, ticket: TransferTicket, deadline_s: float) -> None:
-        """Fetch into the blocks of `event`. The outcome reaches the engine, whatever it is."""
+        """Fetch into the blocks of `event`. The outcome reaches the engine, whatever it is; success at the very moment when
+        the last block is proven, before any task gets to run."""
         request_id = event.request_id
-        fetch = self._importer.fetch(ticket, event.block_ids, event.num_cached_blocks, deadline_s)
+        arrived = partial(self._arrived, request_id)
+        fetch = self._importer.fetch(ticket, event.block_ids, event.num_cached_blocks, deadline_s, arrived)
         fetching = asyncio.create_task(fetch, name=f"fetch:{request_id}")
         task = asyncio.create_task(self._run(event, ticket, fetching), name=f"handoff:{request_id}")
         self._running[request_id] = _Running(task, fetching)
         task.add_done_callback(lambda _: self._running.pop(request_id, None))
 
-    async def renew(self, ticket: TransferTicket) -> None:
-        """Keep what `ticket` covers alive while there is no room for it here."""
-        await self._importer.renew(ticket)
+    def keep(self, ticket: TransferTicket) -> None:
+        """Keep what `ticket` covers alive until `start` or `drop`: there is no room for it here yet."""
+        self._importer.keep(ticket)
+
+    def drop(self, ticket: TransferTicket) -> None:
+        """Nobody wants it any more."""
+        self._importer.drop(ticket)
 
     def refuse(self, event: Reserved, error: HeadraceError) -> None:
         """Give the blocks of `event` back untouched."""
@@ -85,7 +92,7 @@ class Handoffs:
     async def _run(self, event: Reserved, ticket: TransferTicket, fetching: asyncio.Task[FetchResult]) -> None:
         request_id = event.request_id
         try:
-            fetched = await fetching
+            await fetching
         except FetchFailed as failed:
             await self._give_back(event, failed.num_valid_blocks, failed.settled, failed)
         except asyncio.CancelledError:
@@ -96,8 +103,10 @@ class Handoffs:
             settled = self._importer.settled(TicketId(ticket.ticket_id))
             error = InternalError("the hand-off failed; see the decode node's log")
             await self._give_back(event, event.num_cached_blocks, settled, error)
-        else:
-            self._engine.activate(request_id, fetched.first_token, fetched.computed_at)
+
+    def _arrived(self, request_id: RequestId, fetched: FetchResult) -> None:
+        assert isinstance(fetched.end, PrefillDone), "a fetch for a request ends with its first token"
+        self._engine.activate(request_id, fetched.end.first_token, fetched.computed_at, fetched.landing)
 
     async def _give_back(
         self, event: Reserved, num_valid_blocks: int, settled: asyncio.Event, error: HeadraceError

@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from functools import partial
 
 from decode_node.handoff import Handoffs
 from decode_node.node import DecodeNode
@@ -10,13 +11,11 @@ from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
-from kv_transfer.device_arena import Arena
 from kv_transfer.device_blocks import DeviceBlocks, open_staging
-from kv_transfer.factory import make_transport
+from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
 from kv_transfer.telemetry import TransferTelemetry
-from kv_transfer.transport import Transport
 from protocol.ids import Incarnation, WorkerId, new_incarnation
 from runtime.auth import check_bind
 from runtime.clock import MonotonicClock
@@ -55,28 +54,25 @@ async def _serve(
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    info = describe_worker(config, "decode", incarnation, url, built.model)
+    start = partial(
+        start_transports,
+        config.transfer,
+        incarnation=incarnation,
+        host=config.host,
+        advertise_host=advertised_host(url),
+    )
+    staging, transports = open_staging(memory, config.transfer, start)
+    info = describe_worker(config, "decode", incarnation, url, built.model, transports.kinds)
     shell = NodeShell(config, info, life, registry)
-
-    def open_transport(arena: Arena) -> Transport:
-        return make_transport(
-            config.transfer.transport,
-            arena,
-            incarnation=incarnation,
-            host=config.host,
-            advertise_host=advertised_host(url),
-        )
-
-    staging, transport = open_staging(memory, config.transfer, open_transport)
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
+        stack.push_async_callback(transports.close)
         stack.push_async_callback(staging.close)
-        stack.push_async_callback(transport.close)
         importer = await stack.enter_async_context(
             Importer(
                 client=client,
-                transport=transport,
+                transports=transports,
                 staging=staging,
                 reader=Reader(WorkerId(info.worker_id), incarnation, info.layout),
                 options=config.transfer,
@@ -98,8 +94,8 @@ async def _serve(
             shell,
             service,
             EngineTelemetry(engine, EngineMetrics(registry)),
-            TransferTelemetry(TransferMetrics(registry), transport, importer=importer),
+            TransferTelemetry(TransferMetrics(registry), transports, importer=importer),
             config.cluster_key,
         )
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
-        await shell.run(bound, node, client, feed, service.keep_leases())
+        await shell.run(bound, node, client, feed)

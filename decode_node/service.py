@@ -5,7 +5,6 @@ the engine decodes. One without is generated here from its first token on. Eithe
 the router gets to see.
 """
 
-import asyncio
 from collections.abc import Iterable, Sequence
 
 from decode_node.handoff import Handoffs
@@ -22,8 +21,6 @@ from protocol.transfer import TransferTicket
 from runtime.clock import Deadline
 from runtime.metrics import NodeMetrics
 from runtime.token_outbox import TokenOutbox
-
-RENEWALS_PER_TTL = 3
 
 
 class DecodeService:
@@ -43,7 +40,6 @@ class DecodeService:
         self._vocab_size = vocab_size
         self._layout_identity = layout_identity
         self._expected: dict[RequestId, tuple[TransferTicket, Deadline]] = {}
-        self._ticket_came = asyncio.Event()
 
     def decode(self, request: DecodeRequest) -> DecodeAccepted:
         """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
@@ -54,11 +50,11 @@ class DecodeService:
         self._outbox.expect(request_id, RouterId(request.router_id))
         if request.ticket is not None:
             self._expected[request_id] = (request.ticket, Deadline(request.deadline_s))
-            self._ticket_came.set()
+            self._handoffs.keep(request.ticket)
         try:
             self._engine.submit(EngineRequest.of(request, Mode.GENERATE if request.ticket is None else Mode.IMPORT))
         except HeadraceError:
-            self._expected.pop(request_id, None)
+            self._forget(request_id)
             self._outbox.forget(request_id)
             raise
         return DecodeAccepted(request_id)
@@ -69,18 +65,8 @@ class DecodeService:
         self._engine.cancel(ids)
         self._handoffs.cancel(ids)
         for request_id in ids:
-            self._expected.pop(request_id, None)
+            self._forget(request_id)
             self._outbox.forget(request_id)
-
-    async def keep_leases(self) -> None:
-        """Renew the leases on what requests wait for that have no room here yet. Runs for the node's whole life."""
-        while True:
-            await self._ticket_came.wait()
-            await asyncio.sleep(min((t.ttl_s for t, _ in self._expected.values()), default=0.0) / RENEWALS_PER_TTL)
-            waiting = [ticket for ticket, _ in self._expected.values()]
-            await asyncio.gather(*(self._handoffs.renew(ticket) for ticket in waiting))
-            if not self._expected:
-                self._ticket_came.clear()
 
     def on_engine_events(self, events: Sequence[EngineEvent]) -> None:
         messages: list[TokenMessage] = []
@@ -96,7 +82,7 @@ class DecodeService:
                     messages.append(self._finished(event))
                 case Failed(request_id, error):
                     self._metrics.requests.labels(error.to_info().code).inc()
-                    self._expected.pop(request_id, None)
+                    self._forget(request_id)
                     messages.append(SequenceFailed(request_id, error.to_info()))
         self._outbox.post(messages)
 
@@ -108,6 +94,12 @@ class DecodeService:
         ticket, deadline = expected
         self._handoffs.start(event, ticket, max(deadline.remaining_s, 0.001))
 
+    def _forget(self, request_id: RequestId) -> None:
+        """It will not be imported. No error if it is not waiting for that."""
+        expected = self._expected.pop(request_id, None)
+        if expected is not None:
+            self._handoffs.drop(expected[0])
+
     def _computed(self, event: PromptComputed) -> tokens.PromptComputed:
         self._metrics.phases.labels("queue").observe(event.phases.queue_s)
         self._metrics.phases.labels("prefill").observe(event.phases.prefill_s)
@@ -117,8 +109,7 @@ class DecodeService:
         self._metrics.requests.labels("finished").inc()
         self._metrics.phases.labels("decode").observe(event.decode.decode_s)
         if event.imported:
-            self._metrics.handoff_seconds.observe(event.decode.handoff_s)
-            self._metrics.phases.labels("handoff").observe(event.decode.handoff_s)
+            self._metrics.observe_handoff(event.decode.handoff)
         return SequenceFinished(event.request_id, event.reason, event.decode, event.stop_token_id)
 
 

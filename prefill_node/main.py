@@ -1,22 +1,22 @@
 """The prefill node's process: from configuration to exit."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 
 from engine.build import BuiltEngine, build_engine, plan_engine
-from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
-from kv_transfer.device_arena import Arena
 from kv_transfer.device_blocks import DeviceBlocks, open_staging
 from kv_transfer.exports import ExportTable
-from kv_transfer.factory import make_transport
+from kv_transfer.factory import start_transports
+from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
 from kv_transfer.telemetry import TransferTelemetry
-from kv_transfer.transport import Transport
 from prefill_node.node import PrefillNode
 from prefill_node.service import PrefillService
-from protocol.ids import Incarnation, WorkerId, new_incarnation
+from protocol.ids import Incarnation, TicketId, WorkerId, new_incarnation
 from runtime.auth import check_bind
 from runtime.clock import MonotonicClock
 from runtime.life import ProcessLife, install_signal_handlers
@@ -54,20 +54,23 @@ async def _serve(
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    info = describe_worker(config, "prefill", incarnation, url, built.model)
+
+    def may_read(ticket_id: TicketId, block_ids: Sequence[int]) -> bool:
+        return exports.may_read(ticket_id, block_ids)
+
+    start = partial(
+        start_transports,
+        config.transfer,
+        incarnation=incarnation,
+        host=config.host,
+        advertise_host=advertised_host(url),
+        may_read=may_read,
+    )
+    staging, transports = open_staging(memory, config.transfer, start)
+    info = describe_worker(config, "prefill", incarnation, url, built.model, transports.kinds)
     shell = NodeShell(config, info, life, registry)
-
-    def open_transport(arena: Arena) -> Transport:
-        return make_transport(
-            config.transfer.transport,
-            arena,
-            incarnation=incarnation,
-            host=config.host,
-            advertise_host=advertised_host(url),
-            may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
-        )
-
-    staging, transport = open_staging(memory, config.transfer, open_transport)
+    clock = MonotonicClock()
+    pushers = Pushers(transports, clock)
     exports = ExportTable(
         staging,
         owner=WorkerId(info.worker_id),
@@ -75,16 +78,17 @@ async def _serve(
         layout=info.layout,
         control_url=url,
         options=config.transfer,
-        clock=MonotonicClock(),
+        clock=clock,
         on_released=engine.release,
+        push_links=pushers,
     )
     service = PrefillService(
         engine, exports, shell.outbox, NodeMetrics(registry), info.vocab_size, info.layout.identity
     )
     routes = kv_routes(
         exports,
-        transport,
-        staging.arena,
+        transports,
+        pushers,
         info.layout,
         worker_id=WorkerId(info.worker_id),
         incarnation=incarnation,
@@ -96,16 +100,17 @@ async def _serve(
         exports,
         routes,
         EngineTelemetry(engine, EngineMetrics(registry)),
-        TransferTelemetry(TransferMetrics(registry), transport, exports=exports),
+        TransferTelemetry(TransferMetrics(registry), transports, exports=exports),
         config.cluster_key,
     )
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
+        stack.push_async_callback(transports.close)
+        await stack.enter_async_context(pushers)
         stack.push_async_callback(staging.close)
-        stack.push_async_callback(transport.close)
-        stack.push_async_callback(exports.close)
-        engine.start(on_loop(loop, service.on_engine_events))
+        await stack.enter_async_context(exports)
+        engine.start(service.listener(loop))
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
         await shell.run(bound, node, client, feed, exports.run())

@@ -49,7 +49,8 @@ class PrefillNode:
         return self._engine_telemetry.stuck()
 
     def idle(self) -> bool:
-        return self._engine_telemetry.idle() and self._exports.stats().num_open == 0
+        exports = self._exports.stats()
+        return self._engine_telemetry.idle() and exports.num_open == 0 and exports.num_unsettled == 0
 
     def report(self) -> None:
         self._engine_telemetry.update()

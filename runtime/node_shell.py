@@ -21,6 +21,7 @@ from protocol.errors import Draining
 from protocol.ids import Incarnation, RequestId, RouterId
 from protocol.requests import CancelRequest
 from protocol.tokens import OpenTokenStream
+from protocol.transfer import TransportKind
 from protocol.wire import WIRE_VERSION
 from protocol.workers import Role, WorkerInfo, WorkerLoad
 from runtime.health import health_routes
@@ -92,11 +93,11 @@ class NodeShell:
         role: NodeRole,
         client: RpcClient,
         kv_events: KVEventFeed,
-        duty: Coroutine[Any, Any, None],
+        duty: Coroutine[Any, Any, None] | None = None,
     ) -> None:
         """From the first served request to the last; takes over the socket. Returns when the life has ended.
 
-        `duty` is what the role has to do all the while; it never ends by itself, and its failure is the node's.
+        `duty` is what the role has to do all the while, if anything; it never ends by itself, and its failure is the node's.
         """
         self._role = role
         registration = Registration(client, self._config.routers, self._info, role.load, kv_events)
@@ -105,8 +106,9 @@ class NodeShell:
             background = [
                 tasks.create_task(registration.run(), name="registration"),
                 tasks.create_task(self._report(role), name="report"),
-                tasks.create_task(duty, name="duty"),
             ]
+            if duty is not None:
+                background.append(tasks.create_task(duty, name="duty"))
 
             async def drain() -> None:
                 await registration.leave()
@@ -156,7 +158,12 @@ class NodeShell:
 
 
 def describe_worker(
-    config: NodeConfig, role: Role, incarnation: Incarnation, control_url: str, model: ServedModel
+    config: NodeConfig,
+    role: Role,
+    incarnation: Incarnation,
+    control_url: str,
+    model: ServedModel,
+    transports: tuple[TransportKind, ...],
 ) -> WorkerInfo:
     """Who this node is to its routers. Without a configured name it is called after its role, host and port."""
     parts = urlsplit(control_url)
@@ -171,7 +178,7 @@ def describe_worker(
         max_model_len=model.max_model_len,
         num_blocks=model.num_blocks,
         layout=model.layout,
-        transport=config.transfer.transport,
+        transports=transports,
     )
 
 
