@@ -43,6 +43,20 @@ class AllLent:
     """What ends the announcements of a lent prefix."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExportStats:
+    """Totals since start; `num_open` and `num_unsettled` are now. opened = open + released + expired + failed, always.
+    `num_unsettled`: exports that have ended and whose blocks something still copies or writes from."""
+
+    num_open: int
+    num_opened: int
+    num_released: int
+    num_expired: int
+    num_failed: int
+    num_bytes_announced: int
+    num_unsettled: int
+
+
 class Export:
     """Created by ExportTable.open. `changed` is set whenever a reader may find something new."""
 

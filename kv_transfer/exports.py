@@ -17,11 +17,11 @@ Decisions that the protocol leaves open:
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self
 
-from kv_transfer.export import AllLent, Completion, Export, lease_gone
+from kv_transfer.export import AllLent, Completion, Export, ExportStats, lease_gone
+from kv_transfer.export_stream import tell
 from kv_transfer.link_queue import LinkQueues, QueueStats
 from kv_transfer.push import Push, PushContext, PushEvents, PushLinks, PushPath
 from kv_transfer.quarantine import Quarantine
@@ -35,7 +35,6 @@ from protocol.transfer import (
     BlocksLanded,
     BlocksReady,
     HandoffFailed,
-    HandoffMessage,
     LeasesHeld,
     LeaseState,
     OpenHandoff,
@@ -53,20 +52,6 @@ REAP_INTERVAL_S = 1.0
 Ending = Literal["released", "expired", "failed"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ExportStats:
-    """Totals since start; `num_open` and `num_unsettled` are now. opened = open + released + expired + failed, always.
-    `num_unsettled`: exports that have ended and whose blocks something still copies or writes from."""
-
-    num_open: int
-    num_opened: int
-    num_released: int
-    num_expired: int
-    num_failed: int
-    num_bytes_announced: int
-    num_unsettled: int
 
 
 class ExportTable:
@@ -369,34 +354,13 @@ class ExportTable:
             yield encode_frame(BlocksReady(cursor, (), ()))
             self._start_push(export, message)
             self._stage_rest(export)
-            while True:
-                export.changed.clear()
-                news = self._news(export, cursor)
-                if news:
-                    yield b"".join(map(encode_frame, news))
-                    if not isinstance(news[-1], BlocksReady):
-                        told_all = True
-                        return
-                    cursor += sum(len(ready.block_ids) for ready in news if isinstance(ready, BlocksReady))
-                elif export.ended:
-                    return
-                elif not await _set_within(export.changed, sign_of_life_s):
-                    yield encode_frame(BlocksReady(cursor, (), ()))
+            async for frames in tell(export, cursor, self._clock, sign_of_life_s):
+                yield frames
+            told_all = True
         except TransferError as error:
             yield encode_frame(HandoffFailed(error.to_info()))
         finally:
             self._detach(export, told_all=told_all)
-
-    def _news(self, export: Export, cursor: int) -> list[HandoffMessage]:
-        """All that there is to say, to be sent in one write: each write wakes the reader once."""
-        news: list[HandoffMessage] = []
-        now = self._clock.now()
-        while (message := export.next_message(cursor, now)) is not None:
-            news.append(message)
-            if not isinstance(message, BlocksReady):
-                break
-            cursor += len(message.block_ids)
-        return news
 
     def _start_push(self, export: Export, message: OpenHandoff) -> None:
         """Raises TransferError for a push that cannot be. Ids outside of the reader's arena are refused by the link."""
@@ -427,12 +391,3 @@ class ExportTable:
     def _push_failed(self, export: Export, error: TransferError) -> None:
         if not export.ended:
             self._end(export, "failed", error)
-
-
-async def _set_within(event: asyncio.Event, seconds: float) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True
