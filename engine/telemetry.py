@@ -55,9 +55,9 @@ class EngineTelemetry:
         )
 
     def idle(self) -> bool:
-        """Nothing admitted, imported or held for a reader."""
+        """Nothing admitted, imported, or held for a reader."""
         load = self._engine.load()
-        return load.running + load.waiting + load.num_importing + load.num_held == 0
+        return load.running + load.waiting + load.num_importing + load.num_held + load.num_pins == 0
 
     def stuck(self) -> str | None:
         """Why the node should be restarted, None if there is no reason."""
