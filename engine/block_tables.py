@@ -38,7 +38,7 @@ class BlockTables:
         if num_new + sum(map(self.pool.is_free, hit)) + keep_free > self.pool.num_free:
             return False
         self.pool.share(hit)
-        sequence.block_ids = hit + self.pool.allocate(num_new)
+        sequence.block_ids = hit + self.pool.allocate(num_new, after=hit[-1] if hit else None)
         sequence.num_computed = len(hit) * self._block_size
         sequence.num_indexed_blocks = len(hit)
         return True
@@ -51,7 +51,7 @@ class BlockTables:
         num_new = self._layout.num_blocks_for(num_tokens) - len(sequence.block_ids)
         if self.pool.num_free < num_new + keep_free:
             return False
-        sequence.block_ids += self.pool.allocate(num_new)
+        sequence.block_ids += self.pool.allocate(num_new, after=sequence.block_ids[-1])
         return True
 
     def index(self, sequence: Sequence) -> None:
