@@ -9,7 +9,7 @@ from decode_node.service import DecodeService
 from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
-from kv_transfer.arena import HostArena
+from kv_transfer.arena import HostArena, scratch_blocks
 from kv_transfer.factory import make_transport
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
@@ -33,7 +33,8 @@ def run(config: NodeConfig) -> int:
     check_bind(config.host, config.cluster_key)
     incarnation = new_incarnation()
     plan = plan_engine(config)
-    arena = HostArena(plan.num_host_blocks, plan.layout.block_bytes)
+    block_bytes = plan.layout.block_bytes
+    arena = HostArena(plan.num_host_blocks, block_bytes, scratch_blocks(block_bytes))
     built = build_engine(config, plan, incarnation, arena.tensor())
     run_on_event_loop(_serve(config, incarnation, built, arena, takes_imports=not plan.on_device))
     return 0

@@ -9,9 +9,10 @@ nothing is left behind however the process dies. Its size is sealed: a peer's ma
 mapped at the start (0.3 s per GiB, several times that on a virtual machine that must ask its host): too little memory
 shows at start and not under load, and no transfer pays for first touches, which made it ten times as long.
 
-    | header page: magic, token | block 0 | block 1 | ... | block num_blocks - 1 |
+    | header page: magic, token | block 0 | block 1 | ... | block num_blocks - 1 | scratch blocks |
 
-The token is random. A peer that finds it in what it mapped has mapped this arena and no other file.
+The token is random. A peer that finds it in what it mapped has mapped this arena and no other file. Scratch blocks hold
+nothing of anybody's: peers may read and write them to measure how fast that is.
 """
 
 import contextlib
@@ -29,6 +30,9 @@ import torch
 from protocol.errors import ConfigError
 
 HEADER_BYTES = mmap.PAGESIZE
+SCRATCH_BYTES = 8 << 20
+MIN_SCRATCH_BLOCKS = 2
+MAX_SCRATCH_BLOCKS = 64
 _MADV_POPULATE_WRITE = 23
 """Of Linux 5.14; the standard library does not name it. Maps and reserves without changing contents."""
 
@@ -43,17 +47,24 @@ _CGROUP_FILES = (
 """Of a container, seen from inside: version 2 and version 1."""
 
 
+def scratch_blocks(block_bytes: int) -> int:
+    """How many scratch blocks of this size make a measurement that means something."""
+    return max(MIN_SCRATCH_BLOCKS, min(MAX_SCRATCH_BLOCKS, SCRATCH_BYTES // block_bytes))
+
+
 class HostArena:
-    """`num_blocks` blocks of `block_bytes` bytes each, contiguous, starting at a page boundary.
+    """`num_blocks` blocks of `block_bytes` bytes each, contiguous, starting at a page boundary; `num_scratch_blocks` more
+    follow them, with the ids that come next.
 
     Raises ConfigError when the memory is not to be had. Views (`memory`, `tensor()`, `block()`) are zero-copy, writable
     and valid until the process ends.
     """
 
-    def __init__(self, num_blocks: int, block_bytes: int) -> None:
+    def __init__(self, num_blocks: int, block_bytes: int, num_scratch_blocks: int = 0) -> None:
         if num_blocks < 1 or block_bytes < 1:
             raise ValueError(f"an arena needs at least one block of one byte, not {num_blocks} of {block_bytes}")
         self.num_blocks = num_blocks
+        self.num_scratch_blocks = num_scratch_blocks
         self.block_bytes = block_bytes
         self.token = secrets.token_bytes(TOKEN_BYTES)
         _check_memory(self.file_bytes)
@@ -71,25 +82,31 @@ class HostArena:
         self.address = int(self._bytes.ctypes.data)
         """Where block 0 starts, in this process."""
         self.memory = memoryview(self._map)[HEADER_BYTES : HEADER_BYTES + self.size_bytes]
-        """All blocks, without the header: [num_blocks * block_bytes]"""
+        """All blocks, scratch blocks included: [num_wire_blocks * block_bytes]"""
+
+    @property
+    def num_wire_blocks(self) -> int:
+        """Blocks that a peer may name: scratch blocks are the last of them."""
+        return self.num_blocks + self.num_scratch_blocks
 
     @property
     def size_bytes(self) -> int:
-        """Of the blocks, without the header."""
-        return self.num_blocks * self.block_bytes
+        """Of all blocks, without the header."""
+        return self.num_wire_blocks * self.block_bytes
 
     @property
     def file_bytes(self) -> int:
         return HEADER_BYTES + self.size_bytes
 
     def tensor(self) -> torch.Tensor:
-        """The blocks as one flat tensor: uint8 [num_blocks * block_bytes]. The caller views it as what it is."""
-        return torch.from_numpy(self._bytes)
+        """The blocks as one flat tensor, without scratch blocks: uint8 [num_blocks * block_bytes]. The caller views it as
+        what it is."""
+        return torch.from_numpy(self._bytes[: self.num_blocks * self.block_bytes])
 
     def block(self, block_id: int) -> memoryview:
         """One block's bytes. Raises IndexError outside of the arena (a negative id as well)."""
-        if not 0 <= block_id < self.num_blocks:
-            raise IndexError(f"block {block_id} is not in an arena of {self.num_blocks} blocks")
+        if not 0 <= block_id < self.num_wire_blocks:
+            raise IndexError(f"block {block_id} is not in an arena of {self.num_wire_blocks} blocks")
         start = block_id * self.block_bytes
         return self.memory[start : start + self.block_bytes]
 

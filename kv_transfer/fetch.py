@@ -32,6 +32,7 @@ from protocol.transfer import (
     LeaseState,
     OpenHandoff,
     PrefillDone,
+    PrefixDone,
     RenewLease,
     TransferTicket,
 )
@@ -118,6 +119,7 @@ class Fetch:
             ticket_id=self._ticket.ticket_id,
             incarnation=self._ticket.incarnation,
             reader=self._context.reader.worker_id,
+            reader_incarnation=self._context.reader.incarnation,
             skip_blocks=self._num_cached_blocks,
         )
         stall_s = self._context.options.stall_timeout_s
@@ -130,6 +132,8 @@ class Fetch:
                     return self._accept_end(arrived)
                 if isinstance(arrived, HandoffFailed):
                     raise as_transfer_error(arrived.error.to_error())
+                if isinstance(arrived, PrefixDone):
+                    raise TransferError(f"{self._ticket.owner} lent a prefix where a prefill was asked for")
                 if arrived is None:
                     raise PeerLost(f"{self._ticket.owner} ended the hand-off in the middle")
                 self._landing.announce(arrived)

@@ -19,7 +19,7 @@ from kv_transfer.fetch import Fetch, FetchContext, FetchResult
 from kv_transfer.landing import Landing
 from kv_transfer.peers import Peers, Reader, as_transfer_error
 from kv_transfer.routes import RELEASE_PATH, RENEW_PATH
-from kv_transfer.transport import ReadAbandoned, Transport
+from kv_transfer.transport import TransferAbandoned, Transport
 from protocol.errors import (
     ChecksumMismatch,
     ErrorInfo,
@@ -94,7 +94,7 @@ class Importer:
         self._options = options
         self._clock = clock
         self._tasks = asyncio.TaskGroup()
-        self._peers = Peers(client, transport, reader, options.stall_timeout_s, self._tasks)
+        self._peers = Peers(client, transport, arena, reader, options.stall_timeout_s, self._tasks)
         self._verifier = ThreadPoolExecutor(VERIFIER_THREADS, thread_name_prefix="kv-verify")
         self._context = FetchContext(
             client=client,
@@ -194,7 +194,7 @@ class Importer:
         """Release the lease in the background; say when the local blocks are safe."""
         self._tasks.create_task(self._release(ticket, succeeded), name=f"kv-release:{ticket.request_id}")
         reading = fetch.reading
-        if reading is None or (reading.done() and not isinstance(reading.result(), ReadAbandoned)):
+        if reading is None or (reading.done() and not isinstance(reading.result(), TransferAbandoned)):
             return _set_event()
         ticket_id = TicketId(ticket.ticket_id)
         settled = asyncio.Event()
@@ -206,7 +206,7 @@ class Importer:
         self, ticket_id: TicketId, reading: asyncio.Task[TransferError | None], settled: asyncio.Event
     ) -> None:
         outcome = await asyncio.shield(reading)
-        if isinstance(outcome, ReadAbandoned):
+        if isinstance(outcome, TransferAbandoned):
             await outcome.settled.wait()
         settled.set()
         del self._unsettled[ticket_id]

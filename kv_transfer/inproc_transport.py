@@ -1,6 +1,6 @@
 """InprocTransport: owner and reader in one process. For tests of everything above the seam, with faults to inject.
 
-Faults are set on the owner's transport and act on every read from it.
+Faults are set on a transport and act on every transfer out of its arena.
 """
 
 import asyncio
@@ -16,10 +16,10 @@ from kv_transfer.arena import HostArena
 from kv_transfer.memory_copy import copy_runs
 from kv_transfer.plan import CopyRun, coalesce
 from kv_transfer.read_log import LinkUse, ReadLog, bounded
-from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids
+from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids, make_endpoint
 from protocol.errors import LeaseExpired, PeerLost, TransferError
 from protocol.ids import TicketId
-from protocol.transfer import TransportKind, TransportMetadata
+from protocol.transfer import Endpoint, Introduction, TransportKind
 
 _open_transports: dict[bytes, "InprocTransport"] = {}
 """The wire of this transport: payload -> the owner's end."""
@@ -39,12 +39,15 @@ class Faults:
 class InprocTransport:
     kind: TransportKind = "inproc"
     capabilities = Capabilities(
-        direction="pull",
+        directions=("pull", "push"),
         one_sided=True,
         needs_peer_progress=False,
         crosses_hosts=False,
+        device_memory=False,
         owner_checks_lease=True,
         may_abandon=True,
+        notices_death=True,
+        best_piece_bytes=1,
     )
 
     def __init__(self, arena: HostArena, may_read: MayRead) -> None:
@@ -56,11 +59,11 @@ class InprocTransport:
         self._name = secrets.token_bytes(16)
         _open_transports[self._name] = self
 
-    def local_payload(self) -> bytes:
-        return self._name
+    def endpoint(self) -> Endpoint:
+        return make_endpoint(self.kind, self._name)
 
-    async def connect(self, metadata: TransportMetadata) -> "InprocLink":
-        return InprocLink(self, metadata.payload, metadata.owner)
+    async def connect(self, peer: Introduction, endpoint: Endpoint) -> "InprocLink":
+        return InprocLink(self, endpoint.payload, peer.worker)
 
     def stats(self) -> TransportStats:
         return self.log.stats()
@@ -71,46 +74,60 @@ class InprocTransport:
 
 
 class InprocLink:
-    def __init__(self, reader: InprocTransport, owner_name: bytes, peer: str) -> None:
-        self._reader = reader
-        self._owner_name = owner_name
+    def __init__(self, initiator: InprocTransport, peer_name: bytes, peer: str) -> None:
+        self._initiator = initiator
+        self._peer_name = peer_name
         self._peer = peer
-        self._use = LinkUse(reader.log, peer)
-        self._owner()
+        self._use = LinkUse(initiator.log, peer)
+        self._target()
 
     async def read(
         self, ticket_id: TicketId, remote_block_ids: Sequence[int], local_block_ids: Sequence[int], timeout_s: float
     ) -> None:
-        arena = self._reader.arena
-        check_block_ids(local_block_ids, arena.num_blocks, "our")
         runs = coalesce(remote_block_ids, local_block_ids)
-        with self._use.read(len(local_block_ids) * arena.block_bytes, len(runs)):
-            owner = self._owner()
-            check_block_ids(remote_block_ids, owner.arena.num_blocks, f"{self._peer}'s")
-            if not owner.may_read(ticket_id, remote_block_ids):
+        with self._use.transfer(len(local_block_ids) * self._initiator.arena.block_bytes, len(runs)):
+            target = self._target()
+            self._check(target, remote_block_ids, local_block_ids)
+            if not target.may_read(ticket_id, remote_block_ids):
                 raise LeaseExpired(f"{self._peer} does not lend these blocks to this ticket")
-            copy = functools.partial(_copy, owner, arena, runs)
-            copied = asyncio.get_running_loop().run_in_executor(self._reader.executor, copy)
-            await bounded(copied, timeout_s, self._peer)
+            await self._copy(target, self._initiator, runs, timeout_s)
+
+    async def write(self, local_block_ids: Sequence[int], remote_block_ids: Sequence[int], timeout_s: float) -> None:
+        runs = coalesce(local_block_ids, remote_block_ids)
+        with self._use.transfer(len(local_block_ids) * self._initiator.arena.block_bytes, len(runs)):
+            target = self._target()
+            self._check(target, remote_block_ids, local_block_ids)
+            await self._copy(self._initiator, target, runs, timeout_s)
 
     async def close(self) -> None:
         await self._use.close()
 
-    def _owner(self) -> InprocTransport:
-        owner = _open_transports.get(self._owner_name)
-        if owner is None:
+    def _target(self) -> InprocTransport:
+        target = _open_transports.get(self._peer_name)
+        if target is None:
             raise PeerLost(f"{self._peer} is gone")
-        return owner
+        return target
+
+    def _check(self, target: InprocTransport, remote_ids: Sequence[int], local_ids: Sequence[int]) -> None:
+        check_block_ids(remote_ids, target.arena.num_wire_blocks, f"{self._peer}'s")
+        check_block_ids(local_ids, self._initiator.arena.num_wire_blocks, "our")
+
+    async def _copy(
+        self, source: InprocTransport, destination: InprocTransport, runs: list[CopyRun], timeout_s: float
+    ) -> None:
+        copy = functools.partial(_copy, source, destination.arena, runs)
+        copied = asyncio.get_running_loop().run_in_executor(self._initiator.executor, copy)
+        await bounded(copied, timeout_s, self._peer)
 
 
-def _copy(owner: InprocTransport, arena: HostArena, runs: list[CopyRun]) -> None:
-    faults = owner.faults
+def _copy(source: InprocTransport, destination: HostArena, runs: list[CopyRun]) -> None:
+    faults = source.faults
     if faults.stall is not None:
         faults.stall.wait()
     if faults.delay_s:
         time.sleep(faults.delay_s)
     if faults.fail is not None:
         raise faults.fail
-    copy_runs(owner.arena.address, arena, runs)
+    copy_runs(source.arena.address, destination, runs)
     if faults.corrupt and runs:
-        arena.block(runs[0].local)[0] ^= 1
+        destination.block(runs[0].destination)[0] ^= 1

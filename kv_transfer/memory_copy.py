@@ -14,4 +14,6 @@ def copy_runs(source_address: int, arena: HostArena, runs: Sequence[CopyRun]) ->
     """`source_address` is where block 0 of the source starts in this process. The ids have been checked."""
     size = arena.block_bytes
     for run in runs:
-        ctypes.memmove(arena.address + run.local * size, source_address + run.remote * size, run.num_blocks * size)
+        ctypes.memmove(
+            arena.address + run.destination * size, source_address + run.source * size, run.num_blocks * size
+        )

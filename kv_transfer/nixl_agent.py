@@ -80,7 +80,7 @@ class NixlAgent:
         )
         self._agent = make_agent(api, self.name)
         self._agent.register_memory([(arena.address, arena.size_bytes, 0, "")], "DRAM")
-        self._local_blocks = self._descriptors("NIXL_INIT_AGENT", arena.address, arena.num_blocks)
+        self._local_blocks = self._descriptors("NIXL_INIT_AGENT", arena.address, arena.num_wire_blocks)
         self.metadata: bytes = self._agent.get_agent_metadata()
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._in_flight: list[NixlTransfer] = []
@@ -179,9 +179,9 @@ class NixlAgent:
             transfer.handle = self._agent.make_prepped_xfer(
                 "READ",
                 self._local_blocks,
-                _indices((run.local, run.num_blocks) for run in transfer.runs),
+                _indices((run.destination, run.num_blocks) for run in transfer.runs),
                 peer.blocks,
-                _indices((run.remote, run.num_blocks) for run in transfer.runs),
+                _indices((run.source, run.num_blocks) for run in transfer.runs),
             )
             if self._agent.transfer(transfer.handle) == "PROC":
                 self._in_flight.append(transfer)

@@ -2,7 +2,7 @@
 
 What of the library's behaviour shapes this (each was seen to happen):
 
-- It neither cancels nor times out. A read past its deadline raises ReadAbandoned; its blocks settle when the library
+- It neither cancels nor times out. A read past its deadline raises TransferAbandoned; its blocks settle when the library
   says that the transfer is over: after the peer woke up, or after its connection broke. How long a partition can hold
   them back is the kernel's TCP timeout. Nothing else is proof, least of all a peer that claims to be new.
 - Damaged metadata spoils an agent's name for good, so names are new in every process and metadata is checked first.
@@ -20,10 +20,17 @@ from kv_transfer.arena import HostArena
 from kv_transfer.nixl_agent import NixlAgent, NixlPeer
 from kv_transfer.plan import coalesce
 from kv_transfer.read_log import LinkUse, ReadLog, bounded
-from kv_transfer.transport import Capabilities, ReadAbandoned, TransportStats, check_block_ids
+from kv_transfer.transport import (
+    Capabilities,
+    TransferAbandoned,
+    TransportStats,
+    check_block_ids,
+    does_not_push,
+    make_endpoint,
+)
 from protocol.errors import HeadraceError, LayoutMismatch, TransferError
 from protocol.ids import IdText, Incarnation, TicketId
-from protocol.transfer import TransportKind, TransportMetadata
+from protocol.transfer import Endpoint, Introduction, TransportKind
 from protocol.wire import decode, encode
 
 _serials = itertools.count()
@@ -44,12 +51,15 @@ class NixlTransport:
 
     kind: TransportKind = "nixl"
     capabilities = Capabilities(
-        direction="pull",
+        directions=("pull",),
         one_sided=True,
         needs_peer_progress=True,
         crosses_hosts=True,
+        device_memory=True,
         owner_checks_lease=False,
         may_abandon=True,
+        notices_death=True,
+        best_piece_bytes=128 << 10,
     )
 
     def __init__(self, arena: HostArena, incarnation: Incarnation, host: str) -> None:
@@ -57,20 +67,21 @@ class NixlTransport:
         self.log = ReadLog()
         self.agent = NixlAgent(arena, incarnation, host, next(_serials))
 
-    def local_payload(self) -> bytes:
-        return encode(NixlPayload(self.agent.name, self.agent.metadata, self.arena.address, self.arena.block_bytes))
+    def endpoint(self) -> Endpoint:
+        payload = NixlPayload(self.agent.name, self.agent.metadata, self.arena.address, self.arena.block_bytes)
+        return make_endpoint(self.kind, encode(payload))
 
-    async def connect(self, metadata: TransportMetadata) -> "NixlLink":
+    async def connect(self, peer: Introduction, endpoint: Endpoint) -> "NixlLink":
         try:
-            payload = decode(metadata.payload, NixlPayload)
+            payload = decode(endpoint.payload, NixlPayload)
         except HeadraceError as error:
-            raise TransferError(f"{metadata.owner} sent unusable NIXL metadata: {error.message}") from error
+            raise TransferError(f"{peer.worker} sent unusable NIXL metadata: {error.message}") from error
         if payload.block_bytes != self.arena.block_bytes:
             raise LayoutMismatch(
-                f"{metadata.owner} has blocks of {payload.block_bytes} bytes, we of {self.arena.block_bytes}"
+                f"{peer.worker} has blocks of {payload.block_bytes} bytes, we of {self.arena.block_bytes}"
             )
-        peer = await self.agent.add_peer(payload.agent, payload.metadata, payload.address, metadata.num_blocks)
-        return NixlLink(self, peer, metadata.owner)
+        remote = await self.agent.add_peer(payload.agent, payload.metadata, payload.address, peer.num_wire_blocks)
+        return NixlLink(self, remote, peer.worker)
 
     def stats(self) -> TransportStats:
         return self.log.stats()
@@ -95,15 +106,23 @@ class NixlLink:
     ) -> None:
         arena = self._transport.arena
         check_block_ids(remote_block_ids, self._peer.num_blocks, f"{self._owner}'s")
-        check_block_ids(local_block_ids, arena.num_blocks, "our")
+        check_block_ids(local_block_ids, arena.num_wire_blocks, "our")
         runs = coalesce(remote_block_ids, local_block_ids)
-        with self._use.read(len(local_block_ids) * arena.block_bytes, len(runs)):
+        with self._use.transfer(len(local_block_ids) * arena.block_bytes, len(runs)):
             transfer = self._transport.agent.read(self._peer, runs)
             try:
                 await bounded(transfer.ended, timeout_s, self._owner)
-            except ReadAbandoned:
+            except TransferAbandoned:
                 transfer.abandoned = True
                 raise
+
+    async def write(
+        self,
+        local_block_ids: Sequence[int],  # noqa: ARG002
+        remote_block_ids: Sequence[int],  # noqa: ARG002
+        timeout_s: float,  # noqa: ARG002
+    ) -> None:
+        raise does_not_push("nixl")
 
     async def close(self) -> None:
         if not self._use.closed:

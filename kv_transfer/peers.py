@@ -9,12 +9,13 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
+from kv_transfer.arena import HostArena
 from kv_transfer.routes import CONNECT_PATH, HELLO_PATH
-from kv_transfer.transport import Link, Transport, verify_metadata
+from kv_transfer.transport import Link, Transport, check_introduction, find_endpoint, introduce
 from protocol.errors import HeadraceError, LayoutMismatch, LeaseExpired, NodeLost, PeerLost, TransferError
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
-from protocol.transfer import TransferTicket, TransportConnect, TransportMetadata
+from protocol.transfer import Introduction, TransferTicket
 from protocol.wire import Hello, check_wire_version
 from runtime.rpc_client import RpcClient
 
@@ -37,10 +38,17 @@ class Peers:
     """`tasks` is the group that meetings and farewells run in; it must outlive this. Event loop only."""
 
     def __init__(
-        self, client: RpcClient, transport: Transport, reader: Reader, timeout_s: float, tasks: asyncio.TaskGroup
+        self,
+        client: RpcClient,
+        transport: Transport,
+        arena: HostArena,
+        reader: Reader,
+        timeout_s: float,
+        tasks: asyncio.TaskGroup,
     ) -> None:
         self._client = client
         self._transport = transport
+        self._arena = arena
         self._reader = reader
         self._timeout_s = timeout_s
         self._tasks = tasks
@@ -76,14 +84,9 @@ class Peers:
     async def _meet(self, ticket: TransferTicket) -> Link | TransferError:
         """Never raises what a peer can cause: this runs in a group that others depend on."""
         try:
-            metadata = await self._introduce(ticket)
-            verify_metadata(
-                metadata,
-                kind=self._transport.kind,
-                incarnation=Incarnation(ticket.incarnation),
-                layout=self._reader.layout,
-            )
-            link = await self._transport.connect(metadata)
+            peer = await self._introduce(ticket)
+            check_introduction(peer, incarnation=Incarnation(ticket.incarnation), layout=self._reader.layout)
+            link = await self._transport.connect(peer, find_endpoint(peer, self._transport.kind))
         except HeadraceError as error:
             log.warning("cannot read KV from %s: %s", ticket.owner, error.message)
             return as_transfer_error(error)
@@ -96,22 +99,18 @@ class Peers:
                 self._forget((url, incarnation))  # who answers there now has shown that the earlier life is over
         return link
 
-    async def _introduce(self, ticket: TransferTicket) -> TransportMetadata:
+    async def _introduce(self, ticket: TransferTicket) -> Introduction:
         hello = await self._client.get(ticket.control_url + HELLO_PATH, Hello, self._timeout_s)
         check_wire_version(hello.wire_version, ticket.owner)
         if hello.incarnation != ticket.incarnation:
             raise LeaseExpired(f"{ticket.owner} restarted; its earlier exports are gone")
-        message = TransportConnect(
-            reader=self._reader.worker_id,
-            incarnation=self._reader.incarnation,
-            layout=self._reader.layout,
-            transport=self._transport.kind,
-        )
+        reader = self._reader
+        message = introduce(reader.worker_id, reader.incarnation, reader.layout, self._arena, [self._transport])
         url = ticket.control_url + CONNECT_PATH
         if hello.layout_fingerprint != self._reader.layout.fingerprint:
             await self._client.notify(url, message, self._timeout_s)  # refused, with the fields that differ
             raise LayoutMismatch(f"KV of {ticket.owner} has the fingerprint {hello.layout_fingerprint}, not ours")
-        return await self._client.call(url, message, TransportMetadata, self._timeout_s)
+        return await self._client.call(url, message, Introduction, self._timeout_s)
 
     def _forget(self, key: tuple[str, str]) -> None:
         meeting = self._meetings.pop(key, None)

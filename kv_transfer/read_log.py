@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from kv_transfer.transport import ReadAbandoned, TransportStats
+from kv_transfer.transport import TransferAbandoned, TransportStats
 from protocol.errors import PeerLost, TransferError
 
 T = TypeVar("T")
@@ -18,7 +18,7 @@ class ReadLog:
     """Totals of a transport since it was made."""
 
     def __init__(self) -> None:
-        self._num_reads = 0
+        self._num_transfers = 0
         self._num_failed = 0
         self._num_bytes = 0
         self._num_copies = 0
@@ -26,20 +26,20 @@ class ReadLog:
         self._abandoned: set[asyncio.Event] = set()
 
     def completed(self, num_bytes: int, num_copies: int, seconds: float) -> None:
-        self._num_reads += 1
+        self._num_transfers += 1
         self._num_bytes += num_bytes
         self._num_copies += num_copies
         self._seconds += seconds
 
     def failed(self, error: TransferError) -> None:
         self._num_failed += 1
-        if isinstance(error, ReadAbandoned):
+        if isinstance(error, TransferAbandoned):
             self._abandoned.add(error.settled)
 
     def stats(self) -> TransportStats:
         self._abandoned = {settled for settled in self._abandoned if not settled.is_set()}
         return TransportStats(
-            num_reads=self._num_reads,
+            num_transfers=self._num_transfers,
             num_failed=self._num_failed,
             num_bytes=self._num_bytes,
             num_copies=self._num_copies,
@@ -60,8 +60,8 @@ class LinkUse:
         self.closed = False
 
     @contextmanager
-    def read(self, num_bytes: int, num_copies: int) -> Iterator[None]:
-        """Around one read. Raises PeerLost on a closed link."""
+    def transfer(self, num_bytes: int, num_copies: int) -> Iterator[None]:
+        """Around one transfer. Raises PeerLost on a closed link."""
         if self.closed:
             raise PeerLost(f"the link to {self._peer} is closed")
         started = time.perf_counter()
@@ -86,7 +86,7 @@ class LinkUse:
 
 
 async def bounded(landing: asyncio.Future[T], timeout_s: float, peer: str) -> T:
-    """The outcome of a read that cannot be stopped. If it is not there in time, raise ReadAbandoned, whose `settled` is
+    """The outcome of a read that cannot be stopped. If it is not there in time, raise TransferAbandoned, whose `settled` is
     set when `landing` is done."""
     await asyncio.wait({landing}, timeout=timeout_s)
     if landing.done():
@@ -99,4 +99,4 @@ async def bounded(landing: asyncio.Future[T], timeout_s: float, peer: str) -> T:
         settled.set()
 
     landing.add_done_callback(settle)
-    raise ReadAbandoned(f"{peer} did not let a read end in {timeout_s:g} s", settled)
+    raise TransferAbandoned(f"{peer} did not let a read end in {timeout_s:g} s", settled)

@@ -1,7 +1,7 @@
 """The owner's control routes: how readers meet this node and follow its hand-offs. See protocol.transfer for the talk.
 
 GET  /kv/hello      who is here: the one message that every wire version can read
-POST /kv/connect    TransportConnect -> TransportMetadata
+POST /kv/connect    Introduction -> Introduction
 POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
 POST /kv/renew      RenewLease -> LeaseState
 POST /kv/release    ReleaseLease -> LeaseState
@@ -13,11 +13,10 @@ from starlette.routing import Route
 
 from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
-from kv_transfer.transport import Transport, describe
-from protocol.errors import LayoutMismatch
+from kv_transfer.transport import Transport, find_endpoint, introduce
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
-from protocol.transfer import LeaseState, OpenHandoff, ReleaseLease, RenewLease, TransportConnect, TransportMetadata
+from protocol.transfer import Introduction, LeaseState, OpenHandoff, ReleaseLease, RenewLease
 from protocol.wire import WIRE_VERSION, Hello
 from runtime.rpc_server import get_route, message_route, stream_route
 
@@ -43,14 +42,10 @@ def kv_routes(
     async def hello() -> Hello:
         return Hello(WIRE_VERSION, worker_id, incarnation, layout.fingerprint)
 
-    async def connect(message: TransportConnect) -> TransportMetadata:
-        layout.check_compatible(message.layout, message.reader)
-        if message.transport != transport.kind:
-            raise LayoutMismatch(
-                f"{message.reader} moves KV by {message.transport}, {worker_id} by {transport.kind}; "
-                "set transfer.transport to the same on both"
-            )
-        return describe(transport, arena, layout, worker_id, incarnation)
+    async def connect(message: Introduction) -> Introduction:
+        layout.check_compatible(message.layout, message.worker)
+        find_endpoint(message, transport.kind)
+        return introduce(worker_id, incarnation, layout, arena, [transport])
 
     async def handoff(message: OpenHandoff) -> AsyncIterator[bytes]:
         return exports.attach(message)
@@ -63,7 +58,7 @@ def kv_routes(
 
     return [
         get_route(HELLO_PATH, hello, cluster_key),
-        message_route(CONNECT_PATH, TransportConnect, connect, cluster_key),
+        message_route(CONNECT_PATH, Introduction, connect, cluster_key),
         stream_route(HANDOFF_PATH, OpenHandoff, handoff, cluster_key),
         message_route(RENEW_PATH, RenewLease, renew, cluster_key),
         message_route(RELEASE_PATH, ReleaseLease, release, cluster_key),

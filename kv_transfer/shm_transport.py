@@ -25,10 +25,10 @@ from kv_transfer.arena import HEADER_BYTES, MAGIC, TOKEN_BYTES, HostArena
 from kv_transfer.memory_copy import copy_runs
 from kv_transfer.plan import coalesce
 from kv_transfer.read_log import LinkUse, ReadLog, bounded
-from kv_transfer.transport import Capabilities, TransportStats, check_block_ids
+from kv_transfer.transport import Capabilities, TransportStats, check_block_ids, does_not_push, make_endpoint
 from protocol.errors import HeadraceError, LayoutMismatch, PeerLost, TransferError
 from protocol.ids import TicketId
-from protocol.transfer import TransportKind, TransportMetadata
+from protocol.transfer import Endpoint, Introduction, TransportKind
 from protocol.wire import decode, encode
 
 NUM_THREADS = 2
@@ -48,12 +48,15 @@ class ShmPayload(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ShmTransport:
     kind: TransportKind = "shm"
     capabilities = Capabilities(
-        direction="pull",
+        directions=("pull",),
         one_sided=True,
         needs_peer_progress=False,
         crosses_hosts=False,
+        device_memory=False,
         owner_checks_lease=False,
         may_abandon=True,
+        notices_death=False,
+        best_piece_bytes=64 << 10,
     )
 
     def __init__(self, arena: HostArena) -> None:
@@ -61,13 +64,14 @@ class ShmTransport:
         self.log = ReadLog()
         self.executor = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="kv-shm")
 
-    def local_payload(self) -> bytes:
+    def endpoint(self) -> Endpoint:
         arena = self.arena
-        return encode(ShmPayload(_this_host(), os.getpid(), arena.fd, arena.file_bytes, arena.token))
+        payload = ShmPayload(_this_host(), os.getpid(), arena.fd, arena.file_bytes, arena.token)
+        return make_endpoint(self.kind, encode(payload))
 
-    async def connect(self, metadata: TransportMetadata) -> "ShmLink":
-        payload = _payload(metadata)
-        return ShmLink(self, metadata.owner, metadata.num_blocks, _map_arena(payload, metadata.owner))
+    async def connect(self, peer: Introduction, endpoint: Endpoint) -> "ShmLink":
+        payload = _payload(peer, endpoint)
+        return ShmLink(self, peer.worker, peer.num_wire_blocks, _map_arena(payload, peer.worker))
 
     def stats(self) -> TransportStats:
         return self.log.stats()
@@ -96,32 +100,40 @@ class ShmLink:
     ) -> None:
         arena = self._transport.arena
         check_block_ids(remote_block_ids, self._num_blocks, f"{self._peer}'s")
-        check_block_ids(local_block_ids, arena.num_blocks, "our")
+        check_block_ids(local_block_ids, arena.num_wire_blocks, "our")
         runs = coalesce(remote_block_ids, local_block_ids)
-        with self._use.read(len(local_block_ids) * arena.block_bytes, len(runs)):
+        with self._use.transfer(len(local_block_ids) * arena.block_bytes, len(runs)):
             copy = functools.partial(copy_runs, self._address, arena, runs)
             copied = asyncio.get_running_loop().run_in_executor(self._transport.executor, copy)
             await bounded(copied, timeout_s, self._peer)
+
+    async def write(
+        self,
+        local_block_ids: Sequence[int],  # noqa: ARG002
+        remote_block_ids: Sequence[int],  # noqa: ARG002
+        timeout_s: float,  # noqa: ARG002
+    ) -> None:
+        raise does_not_push("shm")
 
     async def close(self) -> None:
         await self._use.close()
         self._mapping.close()
 
 
-def _payload(metadata: TransportMetadata) -> ShmPayload:
+def _payload(peer: Introduction, endpoint: Endpoint) -> ShmPayload:
     try:
-        payload = decode(metadata.payload, ShmPayload)
+        payload = decode(endpoint.payload, ShmPayload)
     except HeadraceError as error:
-        raise TransferError(f"{metadata.owner} sent unusable shm metadata: {error.message}") from error
-    expected = HEADER_BYTES + metadata.num_blocks * metadata.layout.block_bytes
+        raise TransferError(f"{peer.worker} sent unusable shm metadata: {error.message}") from error
+    expected = HEADER_BYTES + peer.num_wire_blocks * peer.layout.block_bytes
     if payload.file_bytes != expected or len(payload.token) != TOKEN_BYTES or payload.pid < 1 or payload.fd < 0:
         raise LayoutMismatch(
-            f"{metadata.owner} announced an arena of {payload.file_bytes} bytes; {metadata.num_blocks} blocks of this "
+            f"{peer.worker} announced an arena of {payload.file_bytes} bytes; {peer.num_wire_blocks} blocks of this "
             f"layout take {expected}"
         )
     if payload.host != _this_host():
         raise PeerLost(
-            f"{metadata.owner} is on another host or in another pid namespace; the shm transport works only within "
+            f"{peer.worker} is on another host or in another pid namespace; the shm transport works only within "
             'one: set transfer.transport to "nixl" or "tcp" on both'
         )
     return payload

@@ -90,7 +90,7 @@ class TcpServer:
             connection.close()
 
     def _answer(self, connection: socket.socket, request: TcpRead) -> None:
-        num_blocks = self._arena.num_blocks
+        num_blocks = self._arena.num_wire_blocks
         if any(first + count > num_blocks for first, count in request.runs):
             raise TransferError(f"asked for blocks outside of an arena of {num_blocks}")
         if sum(count for _, count in request.runs) > num_blocks:

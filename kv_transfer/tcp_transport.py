@@ -25,10 +25,10 @@ from kv_transfer.tcp_wire import (
     receive_into,
     send,
 )
-from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids
+from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids, does_not_push, make_endpoint
 from protocol.errors import HeadraceError, PeerLost, TransferError, TransferTimeout
 from protocol.ids import TicketId
-from protocol.transfer import TransportKind, TransportMetadata
+from protocol.transfer import Endpoint, Introduction, TransportKind
 from protocol.wire import decode, encode, encode_frame
 from runtime.clock import Deadline
 
@@ -40,12 +40,15 @@ class TcpTransport:
 
     kind: TransportKind = "tcp"
     capabilities = Capabilities(
-        direction="pull",
+        directions=("pull",),
         one_sided=False,
         needs_peer_progress=True,
         crosses_hosts=True,
+        device_memory=False,
         owner_checks_lease=True,
         may_abandon=False,
+        notices_death=True,
+        best_piece_bytes=64 << 10,
     )
 
     def __init__(self, arena: HostArena, host: str, advertise_host: str, may_read: MayRead) -> None:
@@ -55,15 +58,15 @@ class TcpTransport:
         self._advertise_host = advertise_host
         self._server = TcpServer(arena, host, may_read)
 
-    def local_payload(self) -> bytes:
-        return encode(TcpPayload(self._advertise_host, self._server.port))
+    def endpoint(self) -> Endpoint:
+        return make_endpoint(self.kind, encode(TcpPayload(self._advertise_host, self._server.port)))
 
-    async def connect(self, metadata: TransportMetadata) -> "TcpLink":
+    async def connect(self, peer: Introduction, endpoint: Endpoint) -> "TcpLink":
         try:
-            payload = decode(metadata.payload, TcpPayload)
+            payload = decode(endpoint.payload, TcpPayload)
         except HeadraceError as error:
-            raise TransferError(f"{metadata.owner} sent unusable tcp metadata: {error.message}") from error
-        return TcpLink(self, metadata, payload)
+            raise TransferError(f"{peer.worker} sent unusable tcp metadata: {error.message}") from error
+        return TcpLink(self, peer, payload)
 
     def stats(self) -> TransportStats:
         return self.log.stats()
@@ -76,25 +79,33 @@ class TcpTransport:
 class TcpLink:
     """Connections to one peer's server; opened as reads need them, kept for the next."""
 
-    def __init__(self, transport: TcpTransport, metadata: TransportMetadata, address: TcpPayload) -> None:
+    def __init__(self, transport: TcpTransport, peer: Introduction, address: TcpPayload) -> None:
         self._transport = transport
-        self._peer = metadata.owner
-        self._num_blocks = metadata.num_blocks
+        self._peer = peer.worker
+        self._num_blocks = peer.num_wire_blocks
         self._address = (address.host, address.port)
         self._idle: list[socket.socket] = []
-        self._use = LinkUse(transport.log, metadata.owner)
+        self._use = LinkUse(transport.log, peer.worker)
 
     async def read(
         self, ticket_id: TicketId, remote_block_ids: Sequence[int], local_block_ids: Sequence[int], timeout_s: float
     ) -> None:
         arena = self._transport.arena
         check_block_ids(remote_block_ids, self._num_blocks, f"{self._peer}'s")
-        check_block_ids(local_block_ids, arena.num_blocks, "our")
+        check_block_ids(local_block_ids, arena.num_wire_blocks, "our")
         runs = coalesce(remote_block_ids, local_block_ids)
-        with self._use.read(len(local_block_ids) * arena.block_bytes, len(runs)):
+        with self._use.transfer(len(local_block_ids) * arena.block_bytes, len(runs)):
             deadline = Deadline(timeout_s)
             work = functools.partial(self._read_all, ticket_id, runs, deadline)
             await asyncio.get_running_loop().run_in_executor(self._transport.executor, work)
+
+    async def write(
+        self,
+        local_block_ids: Sequence[int],  # noqa: ARG002
+        remote_block_ids: Sequence[int],  # noqa: ARG002
+        timeout_s: float,  # noqa: ARG002
+    ) -> None:
+        raise does_not_push("tcp")
 
     async def close(self) -> None:
         await self._use.close()
@@ -113,7 +124,7 @@ class TcpLink:
             ) from error
 
     def _read_some(self, ticket_id: TicketId, runs: list[CopyRun], deadline: Deadline) -> None:
-        request = encode_frame(TcpRead(ticket_id, tuple((run.remote, run.num_blocks) for run in runs)))
+        request = encode_frame(TcpRead(ticket_id, tuple((run.source, run.num_blocks) for run in runs)))
         while self._idle:
             connection = self._idle.pop()
             try:
@@ -149,7 +160,11 @@ class TcpLink:
             if reply.num_bytes != sum(run.num_blocks for run in runs) * size:
                 raise TransferError(f"{self._peer} offers {reply.num_bytes} bytes, which is not what was asked for")
             for run in runs:
-                receive_into(connection, arena.memory[run.local * size : (run.local + run.num_blocks) * size], deadline)
+                receive_into(
+                    connection,
+                    arena.memory[run.destination * size : (run.destination + run.num_blocks) * size],
+                    deadline,
+                )
             clean = True
         finally:
             if clean:

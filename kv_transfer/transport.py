@@ -1,16 +1,17 @@
-"""The transport seam: how the bytes of KV blocks get from an owner's arena into a reader's.
+"""The transport seam: how the bytes of KV blocks get from one process's arena into another's.
 
     Transport    one per process and kind, made at start by factory.make_transport, closed before the arena
-      Link       one per peer incarnation, made by the reader from the owner's metadata
+      Link       one per peer incarnation and initiator, made from what the peer said when it introduced itself
 
-Both sides of a pair run the same kind. Readers pull. A transport moves bytes and proves nothing about them: the memory
-may have been reused, so whoever reads checks the checksums.
+Both sides of a pair run the same kind. The initiator, who has the link, moves the bytes: a reader that pulls or an owner
+that pushes. A transport moves bytes and proves nothing about them: the memory may have been reused, so whoever reads
+checks the checksums.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import xxhash
 
@@ -18,7 +19,7 @@ from kv_transfer.arena import HostArena
 from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, TransferError, TransferTimeout
 from protocol.ids import Incarnation, TicketId, WorkerId
 from protocol.kv_layout import KVLayout
-from protocol.transfer import TransportKind, TransportMetadata
+from protocol.transfer import Direction, Endpoint, Introduction, TransportKind
 
 MayRead = Callable[[TicketId, Sequence[int]], bool]
 """The owner's answer to "may the holder of this ticket read these blocks now?". Called from any thread."""
@@ -28,28 +29,34 @@ MayRead = Callable[[TicketId, Sequence[int]], bool]
 class Capabilities:
     """Facts about a transport, for choosing one and for telling the user what was chosen.
 
-    direction             who moves the bytes: "pull" is the reader
-    one_sided             the owner's process takes no part in a read
-    needs_peer_progress   a read stands still while the owner's process does
+    directions            who may move the bytes: "pull" is the reader, "push" the owner
+    one_sided             the other process takes no part in a transfer
+    needs_peer_progress   a transfer stands still while the other process does
     crosses_hosts         works between machines
+    device_memory         reaches the memory of a GPU without a copy in host memory
     owner_checks_lease    the owner refuses to send blocks whose lease is gone (checksums are verified regardless)
-    may_abandon           a read may time out with bytes still on their way: see ReadAbandoned
+    may_abandon           a transfer may time out with bytes still on their way: see TransferAbandoned
+    notices_death         the death of the other process ends a transfer, at once
+    best_piece_bytes      pieces of at least this size move at full speed
     """
 
-    direction: Literal["pull"]
+    directions: tuple[Direction, ...]
     one_sided: bool
     needs_peer_progress: bool
     crosses_hosts: bool
+    device_memory: bool
     owner_checks_lease: bool
     may_abandon: bool
+    notices_death: bool
+    best_piece_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class TransportStats:
-    """What a reader's transport did since it was made. `num_copies`: pieces moved, after merging neighbours.
-    `num_quarantined`: reads given up whose bytes may still land, now."""
+    """What an initiator's transport did since it was made. `num_copies`: pieces moved, after merging neighbours.
+    `num_quarantined`: transfers given up whose bytes may still land, now."""
 
-    num_reads: int = 0
+    num_transfers: int = 0
     num_failed: int = 0
     num_bytes: int = 0
     num_copies: int = 0
@@ -57,8 +64,9 @@ class TransportStats:
     num_quarantined: int = 0
 
 
-class ReadAbandoned(TransferTimeout):
-    """The read was given up, but its bytes may still land: the local blocks are quarantined until `settled` is set."""
+class TransferAbandoned(TransferTimeout):
+    """The transfer was given up, but its bytes may still land: the blocks at its destination, and those at the source
+    of a write, are not to be reused before `settled` is set."""
 
     def __init__(self, message: str, settled: asyncio.Event) -> None:
         super().__init__(message)
@@ -66,29 +74,34 @@ class ReadAbandoned(TransferTimeout):
 
 
 class Link(Protocol):
-    """A reader's way to one owner's arena."""
+    """An initiator's way to one peer's arena.
+
+    Guarantee of `read` and `write`: when they return or raise, no more bytes move; the one exception is
+    TransferAbandoned, which carries the event that says when that has become true. After an error the contents of the
+    destination are undefined. They raise only TransferError: PeerLost when the peer is gone (this link is then broken for
+    good), TransferTimeout or TransferAbandoned after `timeout_s` seconds.
+
+    They must not be cancelled: a cancelled transfer could not keep the guarantee. Whoever loses interest lets it end.
+    """
 
     async def read(
         self, ticket_id: TicketId, remote_block_ids: Sequence[int], local_block_ids: Sequence[int], timeout_s: float
     ) -> None:
-        """Copy remote_block_ids[i] of the owner's arena into local_block_ids[i] of ours, for every i.
+        """Copy remote_block_ids[i] of the peer's arena into local_block_ids[i] of ours, for every i."""
+        ...
 
-        Guarantee: when this returns or raises, no more bytes can land in the local blocks; the one exception is
-        ReadAbandoned, which carries the event that says when that has become true. After an error the contents of the
-        local blocks are undefined. Raises only TransferError: PeerLost when the owner is gone (this link is then
-        broken for good), TransferTimeout or ReadAbandoned after `timeout_s` seconds.
-
-        Must not be cancelled: a cancelled read could not keep the guarantee. Whoever loses interest lets it end.
-        """
+    async def write(self, local_block_ids: Sequence[int], remote_block_ids: Sequence[int], timeout_s: float) -> None:
+        """Copy local_block_ids[i] of our arena into remote_block_ids[i] of the peer's, for every i. Raises
+        TransferError where "push" is not among the directions of the transport."""
         ...
 
     async def close(self) -> None:
-        """Give up the peer, after reads in flight have ended. Abandoned reads still settle later. Idempotent."""
+        """Give up the peer, after transfers in flight have ended. Abandoned ones still settle later. Idempotent."""
         ...
 
 
 class Transport(Protocol):
-    """One process's end of a kind of transport: owner and reader at once."""
+    """One process's end of a kind of transport: initiator and target at once."""
 
     @property
     def kind(self) -> TransportKind: ...
@@ -96,12 +109,13 @@ class Transport(Protocol):
     @property
     def capabilities(self) -> Capabilities: ...
 
-    def local_payload(self) -> bytes:
-        """What a peer needs to reach our arena: the payload of TransportMetadata."""
+    def endpoint(self) -> Endpoint:
+        """What a peer needs to reach our arena."""
         ...
 
-    async def connect(self, metadata: TransportMetadata) -> Link:
-        """Reach a peer. The metadata has passed verify_metadata. Raises only TransferError."""
+    async def connect(self, peer: Introduction, endpoint: Endpoint) -> Link:
+        """Reach a peer at one of its endpoints, of our kind. Both have passed the checks below. Raises only
+        TransferError."""
         ...
 
     def stats(self) -> TransportStats: ...
@@ -111,38 +125,51 @@ class Transport(Protocol):
         ...
 
 
-def describe(
-    transport: Transport, arena: HostArena, layout: KVLayout, owner: WorkerId, incarnation: Incarnation
-) -> TransportMetadata:
-    """What the owner answers to TransportConnect."""
-    payload = transport.local_payload()
-    return TransportMetadata(
-        owner=owner,
+def does_not_push(kind: TransportKind) -> TransferError:
+    return TransferError(f"the {kind} transport does not push")
+
+
+def make_endpoint(kind: TransportKind, payload: bytes) -> Endpoint:
+    return Endpoint(transport=kind, payload=payload, checksum=xxhash.xxh3_64_intdigest(payload))
+
+
+def introduce(
+    worker: WorkerId, incarnation: Incarnation, layout: KVLayout, arena: HostArena, transports: Iterable[Transport]
+) -> Introduction:
+    """What a process says of itself when it meets a peer."""
+    return Introduction(
+        worker=worker,
         incarnation=incarnation,
-        transport=transport.kind,
         layout=layout,
         num_blocks=arena.num_blocks,
-        payload=payload,
-        checksum=xxhash.xxh3_64_intdigest(payload),
+        num_scratch_blocks=arena.num_scratch_blocks,
+        endpoints=tuple(transport.endpoint() for transport in transports),
     )
 
 
-def verify_metadata(
-    metadata: TransportMetadata, *, kind: TransportKind, incarnation: Incarnation, layout: KVLayout
-) -> None:
-    """Raise TransferError unless the metadata is whole, of the expected life of its owner, and usable here.
+def find_endpoint(peer: Introduction, kind: TransportKind) -> Endpoint:
+    """The peer's endpoint of this kind, whole. Raises TransferError.
 
     Nothing of it may reach native code before: damaged metadata does lasting harm there.
     """
-    if xxhash.xxh3_64_intdigest(metadata.payload) != metadata.checksum:
-        raise ChecksumMismatch(f"transport metadata of {metadata.owner} arrived damaged")
-    if metadata.incarnation != incarnation:
-        raise LeaseExpired(f"{metadata.owner} restarted: its metadata is of incarnation {metadata.incarnation}")
-    if metadata.transport != kind:
-        raise LayoutMismatch(f"{metadata.owner} moves KV by {metadata.transport}, this node by {kind}")
-    layout.check_compatible(metadata.layout, metadata.owner)
-    if metadata.num_blocks < 1:
-        raise LayoutMismatch(f"{metadata.owner} has no KV blocks")
+    for endpoint in peer.endpoints:
+        if endpoint.transport == kind:
+            if xxhash.xxh3_64_intdigest(endpoint.payload) != endpoint.checksum:
+                raise ChecksumMismatch(f"the {kind} metadata of {peer.worker} arrived damaged")
+            return endpoint
+    offered = ", ".join(endpoint.transport for endpoint in peer.endpoints) or "nothing"
+    raise LayoutMismatch(
+        f"{peer.worker} moves KV by {offered}, this node by {kind}; set transfer.transport to the same on both"
+    )
+
+
+def check_introduction(peer: Introduction, *, incarnation: Incarnation, layout: KVLayout) -> None:
+    """Raise TransferError unless the peer is in the expected life and its blocks are usable here."""
+    if peer.incarnation != incarnation:
+        raise LeaseExpired(f"{peer.worker} restarted: it is in incarnation {peer.incarnation}")
+    layout.check_compatible(peer.layout, peer.worker)
+    if peer.num_blocks < 1:
+        raise LayoutMismatch(f"{peer.worker} has no KV blocks")
 
 
 def check_block_ids(block_ids: Sequence[int], num_blocks: int, whose: str) -> None:

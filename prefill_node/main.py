@@ -6,7 +6,7 @@ from contextlib import AsyncExitStack
 from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
-from kv_transfer.arena import HostArena
+from kv_transfer.arena import HostArena, scratch_blocks
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import make_transport
 from kv_transfer.routes import kv_routes
@@ -39,7 +39,8 @@ def run(config: NodeConfig) -> int:
             " alone computes its own prompts on a GPU: headrace up --prefill 0 --set decode.model.device=cuda",
             param="model.device",
         )
-    arena = HostArena(plan.num_host_blocks, plan.layout.block_bytes)
+    block_bytes = plan.layout.block_bytes
+    arena = HostArena(plan.num_host_blocks, block_bytes, scratch_blocks(block_bytes))
     built = build_engine(config, plan, incarnation, arena.tensor())
     run_on_event_loop(_serve(config, incarnation, built, arena))
     return 0

@@ -10,13 +10,14 @@ import msgspec
 
 from protocol.ids import IdText
 from protocol.sampling import SamplingParams
-from protocol.transfer import TransferTicket
+from protocol.transfer import KVSource, TransferTicket
 
 MAX_PROMPT_TOKENS = 1 << 20
 TokenId = Annotated[int, msgspec.Meta(ge=0, lt=1 << 31)]
 TokenIds = Annotated[tuple[TokenId, ...], msgspec.Meta(max_length=MAX_PROMPT_TOKENS)]
 PromptTokenIds = Annotated[tuple[TokenId, ...], msgspec.Meta(min_length=1, max_length=MAX_PROMPT_TOKENS)]
 Salt = Annotated[str, msgspec.Meta(min_length=1, max_length=1024)]
+Sources = Annotated[tuple[KVSource, ...], msgspec.Meta(max_length=16)]
 DeadlineSeconds = Annotated[float, msgspec.Meta(gt=0, le=86_400)]
 
 
@@ -24,7 +25,8 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Compute the KV of a prompt, sample the first token, and export the blocks to whoever holds the ticket.
 
     `emitted_token_ids` are output tokens that the client has already seen (a request that lost its node): they are
-    part of the context, and the next sampled token has output position len(emitted_token_ids).
+    part of the context, and the next sampled token has output position len(emitted_token_ids). `sources` are other nodes
+    that hold more of its beginning, the best one first.
     """
 
     request_id: IdText
@@ -35,6 +37,7 @@ class PrefillRequest(msgspec.Struct, frozen=True, kw_only=True):
     deadline_s: DeadlineSeconds
     emitted_token_ids: TokenIds = ()
     cache_salt: Salt | None = None
+    sources: Sources = ()
 
 
 class PrefillAccepted(msgspec.Struct, frozen=True):
@@ -45,7 +48,7 @@ class DecodeRequest(msgspec.Struct, frozen=True, kw_only=True):
     """Continue a prompt to its end.
 
     With a ticket, the KV and the first token come from the prefill node it names; without one, this node computes
-    them itself (local prefill). `emitted_token_ids` as in PrefillRequest.
+    them itself (local prefill). `emitted_token_ids` and `sources` as in PrefillRequest.
     """
 
     request_id: IdText
@@ -57,6 +60,7 @@ class DecodeRequest(msgspec.Struct, frozen=True, kw_only=True):
     emitted_token_ids: TokenIds = ()
     cache_salt: Salt | None = None
     ticket: TransferTicket | None = None
+    sources: Sources = ()
 
 
 class DecodeAccepted(msgspec.Struct, frozen=True):

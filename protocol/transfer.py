@@ -1,13 +1,18 @@
-"""Decode node <-> prefill node: how KV blocks change hands.
+"""Node <-> node: how KV blocks change hands. The reader wants them, the owner has them.
 
-    decode                                    prefill
+    reader                                    owner
       | GET  hello                               |   phase one: wire version, incarnation, layout fingerprint
-      | POST connect (TransportConnect)          |   phase two: layout in full, transport metadata with its checksum
+      | POST connect (Introduction)              |   phase two, both ways: layout in full, how each transport is reached
+      | POST probe   (ProbePush)                 |   how fast the owner can push; a reader that pulls measures by itself
       | POST handoff (OpenHandoff) ------------> |   answered by a stream of frames, in this order:
       | <---------------- BlocksReady*           |     blocks of a finished chunk, while the next one computes
       | <---------------- PrefillDone            |     last block announced, first token; or HandoffFailed
-      | reads the blocks over the transport      |
+      | reads the blocks over the transport      |   unless it asked for a push: then "ready" means "has landed"
       | POST release (ReleaseLease) -----------> |   blocks are the owner's again
+
+A node lends what its prefix cache holds in the same way; the ticket then comes from
+
+      | POST borrow  (BorrowPrefix)              |   answered by PrefixLent; the stream ends with PrefixDone
 
 Block ids and checksums are not in the ticket because they do not exist when it is made: the hand-off starts before the
 prompt has been scheduled. What the ticket proves is the right to hear them.
@@ -26,6 +31,8 @@ from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
 
 TransportKind = Literal["nixl", "shm", "tcp", "inproc"]
+Direction = Literal["pull", "push"]
+"""Who moves the bytes: the reader, or the owner."""
 
 _HOST = r"(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9_-]{1,63}(\.[A-Za-z0-9_-]{1,63})*)"
 Url = Annotated[str, msgspec.Meta(max_length=512, pattern=rf"^https?://{_HOST}(:[0-9]{{1,5}})?(/[A-Za-z0-9._~/-]*)?$")]
@@ -53,35 +60,66 @@ class TransferTicket(msgspec.Struct, frozen=True, kw_only=True):
     ttl_s: Annotated[float, msgspec.Meta(gt=0, le=3600)]
 
 
-class TransportConnect(msgspec.Struct, frozen=True, kw_only=True):
-    """Phase two of a meeting: the reader says who it is and which transport it wants."""
+class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
+    """How one transport of a process is reached. `checksum` is xxh3-64 of payload, checked before any use: damaged NIXL
+    metadata poisons the agent's name for the life of the process."""
 
-    reader: IdText
-    incarnation: IdText
-    layout: KVLayout
     transport: TransportKind
-
-
-class TransportMetadata(msgspec.Struct, frozen=True, kw_only=True):
-    """What the reader needs to reach the owner's arena. `checksum` is xxh3-64 of payload, checked before any use:
-    damaged NIXL metadata poisons the agent's name for the life of the process."""
-
-    owner: IdText
-    incarnation: IdText
-    transport: TransportKind
-    layout: KVLayout
-    num_blocks: BlockCount
     payload: Annotated[bytes, msgspec.Meta(max_length=1 << 20)]
     checksum: Annotated[int, msgspec.Meta(ge=0)]
 
 
+class Introduction(msgspec.Struct, frozen=True, kw_only=True):
+    """Phase two of a meeting, from either side: who it is, what its blocks are, and how its arena is reached.
+
+    Blocks `num_blocks`, ..., `num_blocks + num_scratch_blocks - 1` of the arena hold nothing: probes move those.
+    """
+
+    worker: IdText
+    incarnation: IdText
+    layout: KVLayout
+    num_blocks: BlockCount
+    num_scratch_blocks: BlockCount
+    endpoints: Annotated[tuple[Endpoint, ...], msgspec.Meta(max_length=8)]
+
+    @property
+    def num_wire_blocks(self) -> int:
+        """Blocks of its arena that a transport may name."""
+        return self.num_blocks + self.num_scratch_blocks
+
+
+class ProbePush(msgspec.Struct, frozen=True, kw_only=True):
+    """Push scratch blocks to the reader, which has introduced itself, and say how long that took."""
+
+    reader: IdText
+    incarnation: IdText
+    transport: TransportKind
+
+
+class ProbeResult(msgspec.Struct, frozen=True):
+    """Of one block, and of large transfers. Measured by whoever moved the bytes."""
+
+    latency_s: Annotated[float, msgspec.Meta(ge=0)]
+    bytes_per_s: Annotated[float, msgspec.Meta(gt=0)]
+
+
+class PushTarget(msgspec.Struct, frozen=True):
+    """Where a push is to land: the reader's blocks for the context from `OpenHandoff.skip_blocks` on, in order."""
+
+    transport: TransportKind
+    block_ids: BlockIds
+
+
 class OpenHandoff(msgspec.Struct, frozen=True, kw_only=True):
-    """The reader's claim on a ticket. `skip_blocks` leading blocks it already holds are not announced."""
+    """The reader's claim on a ticket. `skip_blocks` leading blocks it already holds are not announced. With `push` the
+    owner moves the blocks, to a reader that has introduced itself as `reader_incarnation`."""
 
     ticket_id: IdText
     incarnation: IdText
     reader: IdText
+    reader_incarnation: IdText
     skip_blocks: BlockCount
+    push: PushTarget | None = None
 
 
 class BlocksReady(msgspec.Struct, frozen=True, tag="ready"):
@@ -103,11 +141,15 @@ class PrefillDone(msgspec.Struct, frozen=True, tag="done"):
     phases: PrefillPhases
 
 
+class PrefixDone(msgspec.Struct, frozen=True, tag="lent"):
+    """Every block of a lent prefix has been announced."""
+
+
 class HandoffFailed(msgspec.Struct, frozen=True, tag="failed"):
     error: ErrorInfo
 
 
-HandoffMessage = BlocksReady | PrefillDone | HandoffFailed
+HandoffMessage = BlocksReady | PrefillDone | PrefixDone | HandoffFailed
 
 
 class RenewLease(msgspec.Struct, frozen=True):
@@ -126,4 +168,36 @@ class ReleaseLease(msgspec.Struct, frozen=True):
 
 
 class LeaseState(msgspec.Struct, frozen=True):
+    """`writing`: a push of the owner has not ended; its bytes may still land in the reader's blocks."""
+
     held: bool
+    writing: bool = False
+
+
+BlockHashBytes = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
+
+
+class BorrowPrefix(msgspec.Struct, frozen=True, kw_only=True):
+    """Lend the blocks of this chain of addresses, as many from its beginning as the owner holds. The reader has the first
+    `first_block` of them: a lender with no more than those lends nothing."""
+
+    request_id: IdText
+    reader: IdText
+    block_hashes: Annotated[tuple[BlockHashBytes, ...], msgspec.Meta(min_length=1, max_length=1 << 17)]
+    first_block: BlockCount
+
+
+class PrefixLent(msgspec.Struct, frozen=True):
+    """`ticket` None: nothing that the reader lacks. `num_blocks` of the chain are lent."""
+
+    ticket: TransferTicket | None
+    num_blocks: BlockCount
+
+
+class KVSource(msgspec.Struct, frozen=True, kw_only=True):
+    """A node that was seen to hold the first `num_blocks` blocks of a context. A hint: it confirms when asked."""
+
+    worker: IdText
+    incarnation: IdText
+    control_url: Url
+    num_blocks: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]

@@ -17,7 +17,7 @@ import msgspec
 
 from protocol.errors import MalformedMessage, MessageTooLarge, WireVersionMismatch
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 """Raised when a message changes its meaning. Adding an optional field does not raise it."""
 
 SUPPORTED_WIRE_VERSIONS = frozenset({WIRE_VERSION})

@@ -14,7 +14,7 @@ import pytest
 
 from kv_transfer.imports import FetchFailed
 from kv_transfer.inproc_transport import Faults, InprocTransport
-from kv_transfer.transport import Link, ReadAbandoned, verify_metadata
+from kv_transfer.transport import Link, TransferAbandoned, check_introduction, find_endpoint, introduce, make_endpoint
 from protocol.errors import (
     ChecksumMismatch,
     LayoutMismatch,
@@ -23,8 +23,8 @@ from protocol.errors import (
     TransferError,
     TransferTimeout,
 )
-from protocol.ids import Incarnation, TicketId
-from protocol.transfer import TransferTicket, TransportConnect, TransportKind, TransportMetadata
+from protocol.ids import Incarnation, TicketId, WorkerId
+from protocol.transfer import Endpoint, Introduction, TransferTicket, TransportKind
 from runtime.node_config import TransferOptions
 from tests.support.kv_owner import LAYOUT, OwnerProcess, fill, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
@@ -62,16 +62,15 @@ async def reader(kind: TransportKind) -> AsyncIterator[ReaderNode]:
         yield node
 
 
-async def describe(reader: ReaderNode, ticket: TransferTicket) -> TransportMetadata:
-    message = TransportConnect(reader="decode-0", incarnation="x", layout=LAYOUT, transport=reader.transport.kind)
-    return await reader.client.call(f"{ticket.control_url}/kv/connect", message, TransportMetadata, 5.0)
+async def meet(reader: ReaderNode, ticket: TransferTicket) -> Introduction:
+    message = introduce(WorkerId("decode-0"), Incarnation("x"), LAYOUT, reader.arena, [reader.transport])
+    return await reader.client.call(f"{ticket.control_url}/kv/connect", message, Introduction, 5.0)
 
 
 async def connect(reader: ReaderNode, ticket: TransferTicket) -> Link:
-    metadata = await describe(reader, ticket)
-    incarnation = Incarnation(ticket.incarnation)
-    verify_metadata(metadata, kind=reader.transport.kind, incarnation=incarnation, layout=LAYOUT)
-    return await reader.transport.connect(metadata)
+    peer = await meet(reader, ticket)
+    check_introduction(peer, incarnation=Incarnation(ticket.incarnation), layout=LAYOUT)
+    return await reader.connect(peer)
 
 
 async def failure_of(
@@ -158,7 +157,7 @@ async def test_nixl_keeps_a_read_in_quarantine_until_the_stopped_owner_wakes(ucx
             ticket = owner.hand_off("req-1", 32, [0, 1])
             link = await connect(reader, ticket)
             owner.signal(signal.SIGSTOP)
-            with pytest.raises(ReadAbandoned) as abandoned:
+            with pytest.raises(TransferAbandoned) as abandoned:
                 await link.read(TicketId(ticket.ticket_id), [1], [1], 0.3)
             assert not abandoned.value.settled.is_set()
             assert reader.transport.stats().num_quarantined == 1
@@ -176,7 +175,7 @@ async def test_nixl_settles_quarantine_when_the_stopped_owner_dies(ucx_tls: str)
             ticket = owner.hand_off("req-1", 32, [0, 1])
             link = await connect(reader, ticket)
             owner.signal(signal.SIGSTOP)
-            with pytest.raises(ReadAbandoned) as abandoned:
+            with pytest.raises(TransferAbandoned) as abandoned:
                 await link.read(TicketId(ticket.ticket_id), [1], [1], 0.3)
             owner.signal(signal.SIGKILL)
             await settle(abandoned.value.settled)
@@ -192,7 +191,7 @@ async def test_an_owner_survives_a_reader_that_closed_with_a_read_in_quarantine(
             ticket = owner.hand_off("req-1", 32, [0, 1])
             link = await connect(reader, ticket)
             owner.signal(signal.SIGSTOP)
-            with pytest.raises(ReadAbandoned):
+            with pytest.raises(TransferAbandoned):
                 await link.read(TicketId(ticket.ticket_id), [1], [1], 0.3)
         owner.signal(signal.SIGCONT)
         async with running_reader("nixl", stall_timeout_s=STALL_S) as reader:
@@ -228,29 +227,36 @@ async def test_damaged_metadata_is_refused_before_use(kind: TransportKind, reade
     async with running_owner(kind) as owner:
         ticket = owner.hand_off("req-1", 32, [0, 1])
         incarnation = Incarnation(ticket.incarnation)
-        good = await describe(reader, ticket)
-        damaged = bytearray(good.payload)
+        good = await meet(reader, ticket)
+        endpoint = good.endpoints[0]
+        damaged = bytearray(endpoint.payload)
         damaged[len(damaged) // 2] ^= 0x10
-        bad: list[tuple[type[TransferError], TransportMetadata]] = [
-            (ChecksumMismatch, msgspec.structs.replace(good, payload=bytes(damaged))),
-            (ChecksumMismatch, msgspec.structs.replace(good, payload=good.payload[:-1])),
+
+        def offering(*endpoints: Endpoint) -> Introduction:
+            return msgspec.structs.replace(good, endpoints=endpoints)
+
+        bad: list[tuple[type[TransferError], Introduction]] = [
+            (ChecksumMismatch, offering(msgspec.structs.replace(endpoint, payload=bytes(damaged)))),
+            (ChecksumMismatch, offering(msgspec.structs.replace(endpoint, payload=endpoint.payload[:-1]))),
+            (LayoutMismatch, offering(msgspec.structs.replace(endpoint, transport="inproc"))),
+            (LayoutMismatch, offering()),
             (LeaseExpired, msgspec.structs.replace(good, incarnation="another")),
-            (LayoutMismatch, msgspec.structs.replace(good, transport="inproc")),
             (LayoutMismatch, msgspec.structs.replace(good, layout=msgspec.structs.replace(LAYOUT, num_layers=3))),
             (LayoutMismatch, msgspec.structs.replace(good, num_blocks=0)),
         ]
-        for error, metadata in bad:
+        for error, peer in bad:
             with pytest.raises(error):
-                verify_metadata(metadata, kind=kind, incarnation=incarnation, layout=LAYOUT)
+                check_introduction(peer, incarnation=incarnation, layout=LAYOUT)
+                find_endpoint(peer, kind)
         assert (await reader.importer.fetch(ticket, [0, 1], 0, 10.0)).num_blocks_moved == 2
 
 
 async def test_garbage_with_a_right_checksum_is_a_typed_error(kind: TransportKind, reader: ReaderNode) -> None:
     async with running_owner(kind) as owner:
-        good = await describe(reader, owner.hand_off("req-1", 32, [0, 1]))
-        for payload in (b"", b"\xc1garbage", good.payload[:-3]):
+        good = await meet(reader, owner.hand_off("req-1", 32, [0, 1]))
+        for payload in (b"", b"\xc1garbage", good.endpoints[0].payload[:-3]):
             with pytest.raises(TransferError):
-                await reader.transport.connect(msgspec.structs.replace(good, payload=payload))
+                await reader.transport.connect(good, make_endpoint(kind, payload))
 
 
 async def test_an_expired_lease_is_refused_and_freed() -> None:
@@ -300,7 +306,7 @@ async def test_injected_faults_surface_as_what_they_are() -> None:
         wake = threading.Event()
         owner.transport.faults = Faults(stall=wake)
         failure = await failure_of(reader, owner.hand_off("req-3", 32, [0, 1]), [0, 1])
-        assert isinstance(failure.reason, ReadAbandoned)
+        assert isinstance(failure.reason, TransferAbandoned)
         assert not failure.settled.is_set()
         assert reader.importer.stats().num_unsettled == 1
         wake.set()

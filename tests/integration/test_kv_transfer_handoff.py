@@ -121,7 +121,7 @@ async def test_a_cancelled_fetch_releases_the_lease_and_settles(owner: Owner, re
     ticket = owner.exports.open(request_id, 64)
     owner.exports.publish(request_id, 0, [1, 2])
     fetching = asyncio.create_task(reader.importer.fetch(ticket, [0, 1, 2, 3], 0, 10.0))
-    while reader.transport.stats().num_reads == 0:
+    while reader.transport.stats().num_transfers == 0:
         await asyncio.sleep(0.005)
     fetching.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -16,18 +16,13 @@ import pytest
 from kv_transfer.nixl_library import load_nixl
 from kv_transfer.shm_transport import ShmPayload
 from kv_transfer.tcp_wire import TcpPayload, TcpRead, TcpReply, receive_frame
-from kv_transfer.transport import describe
+from kv_transfer.transport import make_endpoint
 from protocol.errors import ConfigError, LayoutMismatch, LeaseExpired, PeerLost, TransferError
-from protocol.ids import RequestId, TicketId, WorkerId
-from protocol.transfer import TransportMetadata
+from protocol.ids import RequestId, TicketId
 from protocol.wire import decode, encode, encode_frame
 from runtime.clock import Deadline
-from tests.support.kv_owner import LAYOUT, NUM_BLOCKS, Owner, running_owner
+from tests.support.kv_owner import NUM_BLOCKS, NUM_SCRATCH_BLOCKS, Owner, running_owner
 from tests.support.kv_reader import running_reader
-
-
-def metadata_of(owner: Owner) -> TransportMetadata:
-    return describe(owner.transport, owner.arena, LAYOUT, WorkerId("prefill-0"), owner.incarnation)
 
 
 @pytest.fixture
@@ -38,7 +33,7 @@ async def tcp_owner() -> AsyncIterator[Owner]:
 
 @contextlib.contextmanager
 def stranger(owner: Owner) -> Iterator[socket.socket]:
-    payload = decode(owner.transport.local_payload(), TcpPayload)
+    payload = decode(owner.transport.endpoint().payload, TcpPayload)
     with socket.create_connection((payload.host, payload.port), timeout=5) as connection:
         yield connection
 
@@ -54,7 +49,7 @@ async def test_strangers_get_a_typed_reply_and_the_door(tcp_owner: Owner) -> Non
     hostile = {
         "another ticket": read_request("someone-elses", (4, 2)),
         "blocks of others": read_request(ticket.ticket_id, (4, 3)),
-        "out of range": read_request(ticket.ticket_id, (NUM_BLOCKS - 1, 2)),
+        "out of range": read_request(ticket.ticket_id, (NUM_BLOCKS + NUM_SCRATCH_BLOCKS - 1, 2)),
         "huge count": read_request(ticket.ticket_id, (0, 1 << 24)),
         "the same again and again": read_request(ticket.ticket_id, *[(0, NUM_BLOCKS)] * 2000),
         "no runs": encode_frame({"ticket_id": ticket.ticket_id, "runs": []}),
@@ -87,13 +82,13 @@ async def test_random_bytes_do_not_harm_the_server(tcp_owner: Owner) -> None:
 async def test_a_released_ticket_reads_nothing(tcp_owner: Owner) -> None:
     ticket = tcp_owner.exports.open(RequestId("req-1"), 32)
     async with running_reader("tcp") as reader:
-        link = await reader.transport.connect(metadata_of(tcp_owner))
+        link = await reader.connect(tcp_owner.introduction())
         with pytest.raises(LeaseExpired):
             await link.read(TicketId(ticket.ticket_id), [0], [0], 5.0)
         with pytest.raises(TransferError):
-            await link.read(TicketId(ticket.ticket_id), [NUM_BLOCKS], [0], 5.0)
+            await link.read(TicketId(ticket.ticket_id), [NUM_BLOCKS + NUM_SCRATCH_BLOCKS], [0], 5.0)
         with pytest.raises(TransferError):
-            await link.read(TicketId(ticket.ticket_id), [0], [NUM_BLOCKS], 5.0)
+            await link.read(TicketId(ticket.ticket_id), [0], [NUM_BLOCKS + NUM_SCRATCH_BLOCKS], 5.0)
         await link.close()
         with pytest.raises(PeerLost):
             await link.read(TicketId(ticket.ticket_id), [0], [0], 5.0)
@@ -105,7 +100,7 @@ async def test_a_connection_closed_while_idle_is_replaced(tcp_owner: Owner) -> N
     while not tcp_owner.exports.may_read(ticket_id, [4, 5]):
         await _moment()
     async with running_reader("tcp") as reader:
-        link = await reader.transport.connect(metadata_of(tcp_owner))
+        link = await reader.connect(tcp_owner.introduction())
         await link.read(ticket_id, [4], [0], 5.0)
         for connection in list(tcp_owner.transport._server._connections):  # type: ignore[attr-defined]
             connection.shutdown(socket.SHUT_RDWR)
@@ -116,8 +111,8 @@ async def test_a_connection_closed_while_idle_is_replaced(tcp_owner: Owner) -> N
 
 async def test_shm_refuses_what_is_not_the_announced_arena() -> None:
     async with running_owner("shm") as owner, running_reader("shm") as reader:
-        metadata = metadata_of(owner)
-        good = decode(metadata.payload, ShmPayload)
+        peer = owner.introduction()
+        good = decode(peer.endpoints[0].payload, ShmPayload)
         with tempfile.TemporaryFile() as other_file:
             lies: list[tuple[type[TransferError], ShmPayload]] = [
                 (PeerLost, msgspec.structs.replace(good, token=bytes(16))),
@@ -129,8 +124,8 @@ async def test_shm_refuses_what_is_not_the_announced_arena() -> None:
             ]
             for error, payload in lies:
                 with pytest.raises(error):
-                    await reader.transport.connect(msgspec.structs.replace(metadata, payload=encode(payload)))
-        link = await reader.transport.connect(metadata)
+                    await reader.transport.connect(peer, make_endpoint("shm", encode(payload)))
+        link = await reader.connect(peer)
         await link.read(TicketId("any"), [3], [0], 5.0)
         assert reader.arena.block(0) == owner.arena.block(3)
         await link.close()

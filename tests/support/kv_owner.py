@@ -23,12 +23,12 @@ from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import make_transport
 from kv_transfer.routes import kv_routes
-from kv_transfer.transport import Transport
+from kv_transfer.transport import Transport, introduce
 from protocol.ids import Incarnation, RequestId, WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
-from protocol.transfer import TransferTicket, TransportKind
+from protocol.transfer import Introduction, TransferTicket, TransportKind
 from runtime.clock import Clock, MonotonicClock
 from runtime.node_config import TransferOptions
 
@@ -49,6 +49,8 @@ LAYOUT = KVLayout(
     rope="none",
 )
 NUM_BLOCKS = 64
+NUM_SCRATCH_BLOCKS = 4
+OWNER = WorkerId("prefill-0")
 
 
 def fill(arena: HostArena, seed: int) -> None:
@@ -64,6 +66,9 @@ class Owner:
     url: str
     incarnation: Incarnation
     released: list[RequestId] = field(default_factory=list)
+
+    def introduction(self) -> Introduction:
+        return introduce(OWNER, self.incarnation, LAYOUT, self.arena, [self.transport])
 
     def hand_off(self, request_id: str, num_tokens: int, block_ids: list[int]) -> TransferTicket:
         """A prefill that is over already."""
@@ -119,13 +124,12 @@ async def running_owner(
     listener = _listen(port)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     incarnation = new_incarnation()
-    arena = HostArena(NUM_BLOCKS, layout.block_bytes)
+    arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
     fill(arena, seed)
     released: list[RequestId] = []
-    owner = WorkerId("prefill-0")
     exports = ExportTable(
         arena,
-        owner=owner,
+        owner=OWNER,
         incarnation=incarnation,
         layout=layout,
         control_url=url,
@@ -135,7 +139,7 @@ async def running_owner(
     )
     transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1", may_read=exports.may_read)
     routes = kv_routes(
-        exports, transport, arena, layout, worker_id=owner, incarnation=incarnation, cluster_key=CLUSTER_KEY
+        exports, transport, arena, layout, worker_id=OWNER, incarnation=incarnation, cluster_key=CLUSTER_KEY
     )
     reaper = asyncio.create_task(exports.run())
     try:

@@ -8,14 +8,14 @@ from kv_transfer.arena import HostArena
 from kv_transfer.factory import make_transport
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
-from kv_transfer.transport import Transport
+from kv_transfer.transport import Link, Transport, find_endpoint
 from protocol.ids import WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
-from protocol.transfer import TransportKind
+from protocol.transfer import Introduction, TransportKind
 from runtime.clock import MonotonicClock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
-from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS
+from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS, NUM_SCRATCH_BLOCKS
 
 
 @dataclass
@@ -25,6 +25,9 @@ class ReaderNode:
     importer: Importer
     client: RpcClient
 
+    async def connect(self, peer: Introduction) -> Link:
+        return await self.transport.connect(peer, find_endpoint(peer, self.transport.kind))
+
 
 @contextlib.asynccontextmanager
 async def running_reader(
@@ -32,7 +35,7 @@ async def running_reader(
 ) -> AsyncIterator[ReaderNode]:
     incarnation = new_incarnation()
     options = TransferOptions(transport=kind, stall_timeout_s=stall_timeout_s)
-    arena = HostArena(NUM_BLOCKS, layout.block_bytes)
+    arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
     transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1")
     try:
         async with RpcClient(CLUSTER_KEY) as client:

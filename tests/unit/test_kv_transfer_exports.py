@@ -55,7 +55,11 @@ class Table:
 
     def attach(self, ticket: TransferTicket, skip_blocks: int = 0) -> AsyncIterator[HandoffMessage]:
         message = OpenHandoff(
-            ticket_id=ticket.ticket_id, incarnation=ticket.incarnation, reader="decode-0", skip_blocks=skip_blocks
+            ticket_id=ticket.ticket_id,
+            incarnation=ticket.incarnation,
+            reader="decode-0",
+            reader_incarnation="j",
+            skip_blocks=skip_blocks,
         )
         return _messages(self.exports.attach(message))
 
@@ -191,7 +195,11 @@ async def test_tickets_of_nobody_and_of_another_life_are_refused(table: Table) -
     ticket = table.exports.open(REQUEST, 64)
     for ticket_id, incarnation in (("unknown", INCARNATION), (ticket.ticket_id, new_incarnation())):
         with pytest.raises(LeaseExpired):
-            table.exports.attach(OpenHandoff(ticket_id=ticket_id, incarnation=incarnation, reader="r", skip_blocks=0))
+            table.exports.attach(
+                OpenHandoff(
+                    ticket_id=ticket_id, incarnation=incarnation, reader="r", reader_incarnation="j", skip_blocks=0
+                )
+            )
         assert not table.exports.release(ReleaseLease(ticket_id, incarnation)).held
     assert table.released == []
     with pytest.raises(InvalidParameter, match="exported already"):

@@ -14,8 +14,8 @@ def test_each_block_is_written_exactly_once_with_the_right_bytes(data: st.DataOb
     written: dict[int, int] = {}
     for run in coalesce(remote, local):
         for offset in range(run.num_blocks):
-            assert run.local + offset not in written
-            written[run.local + offset] = run.remote + offset
+            assert run.destination + offset not in written
+            written[run.destination + offset] = run.source + offset
     assert written == dict(zip(local, remote, strict=True))
 
 
