@@ -10,6 +10,7 @@ import random
 import statistics
 import time
 from collections.abc import Sequence
+from itertools import pairwise
 
 from engine.block_pool import BlockPool
 
@@ -48,7 +49,7 @@ class Load:
 
 
 def num_runs(block_ids: Sequence[int]) -> int:
-    return 1 + sum(block_id != before + 1 for before, block_id in zip(block_ids, block_ids[1:], strict=False))
+    return 1 + sum(block_id != before + 1 for before, block_id in pairwise(block_ids))
 
 
 def mean_run(runs: Sequence[tuple[int, int]]) -> float:
