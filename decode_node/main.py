@@ -75,7 +75,13 @@ async def _serve(
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         handoffs = await stack.enter_async_context(Handoffs(engine, importer, info.layout.block_size))
         service = DecodeService(
-            engine, handoffs, shell.outbox, NodeMetrics(registry), info.vocab_size, takes_imports=takes_imports
+            engine,
+            handoffs,
+            shell.outbox,
+            NodeMetrics(registry),
+            info.vocab_size,
+            info.layout.identity,
+            takes_imports=takes_imports,
         )
         engine.start(on_loop(loop, service.on_engine_events))
         node = DecodeNode(

@@ -13,6 +13,7 @@ from engine.engine import Engine
 from engine.events import EngineEvent, Failed, Finished, PromptComputed, Reserved, TokensSampled
 from engine.request import EngineRequest, Mode
 from protocol import tokens
+from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError, InvalidParameter, TransferError
 from protocol.ids import RequestId, RouterId
 from protocol.requests import DecodeAccepted, DecodeRequest
@@ -35,6 +36,7 @@ class DecodeService:
         outbox: TokenOutbox,
         metrics: NodeMetrics,
         vocab_size: int,
+        layout_identity: str,
         *,
         takes_imports: bool = True,
     ) -> None:
@@ -43,6 +45,7 @@ class DecodeService:
         self._outbox = outbox
         self._metrics = metrics
         self._vocab_size = vocab_size
+        self._layout_identity = layout_identity
         self._takes_imports = takes_imports
         self._expected: dict[RequestId, tuple[TransferTicket, Deadline]] = {}
         self._ticket_came = asyncio.Event()
@@ -50,9 +53,10 @@ class DecodeService:
     def decode(self, request: DecodeRequest) -> DecodeAccepted:
         """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
         request.sampling.validate(self._vocab_size)
-        _check_ticket(request)
-        if request.ticket is not None and not self._takes_imports:
-            raise TransferError("this node's KV is in device memory, which no transport reaches yet")
+        if request.ticket is not None:
+            if not self._takes_imports:
+                raise TransferError("this node's KV is in device memory, which no transport reaches yet")
+            _check_ticket(request.ticket, request, self._layout_identity)
         request_id = RequestId(request.request_id)
         self._outbox.expect(request_id, RouterId(request.router_id))
         if request.ticket is not None:
@@ -125,9 +129,17 @@ class DecodeService:
         return SequenceFinished(event.request_id, event.reason, event.decode, event.stop_token_id)
 
 
-def _check_ticket(request: DecodeRequest) -> None:
-    num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
-    if request.ticket is not None and request.ticket.num_tokens != num_tokens:
+def _check_ticket(ticket: TransferTicket, request: DecodeRequest, layout_identity: str) -> None:
+    """Raise InvalidParameter, naming what differs, for a ticket to anything but this request's own context: its blocks
+    would be valid KV of something else, which no checksum can tell."""
+    token_ids = request.prompt_token_ids + request.emitted_token_ids
+    if ticket.request_id != request.request_id:
+        raise InvalidParameter(f"the ticket is for request {ticket.request_id}, not for this one", param="ticket")
+    if ticket.num_tokens != len(token_ids):
         raise InvalidParameter(
-            f"the ticket is for {request.ticket.num_tokens} tokens, the request has {num_tokens}", param="ticket"
+            f"the ticket is for {ticket.num_tokens} tokens, the request has {len(token_ids)}", param="ticket"
+        )
+    if ticket.context_hash != context_hash(layout_identity, request.cache_salt, token_ids):
+        raise InvalidParameter(
+            "the ticket is for another context: tokens, cache_salt or model differ from the request's", param="ticket"
         )

@@ -24,7 +24,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.checksum import checksums
 from kv_transfer.export import Completion, Export, lease_gone
 from protocol.errors import HeadraceError, InternalError, InvalidParameter, PeerLost
-from protocol.ids import Incarnation, RequestId, TicketId, WorkerId, new_ticket_id
+from protocol.ids import ContextHash, Incarnation, RequestId, TicketId, WorkerId, new_ticket_id
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
@@ -104,8 +104,8 @@ class ExportTable:
 
     # The prefill node's side, in the order of a request's life.
 
-    def open(self, request_id: RequestId, num_tokens: int) -> TransferTicket:
-        """A ticket for a request of `num_tokens` tokens. Raises InvalidParameter for a request that has one."""
+    def open(self, request_id: RequestId, num_tokens: int, context_hash: ContextHash) -> TransferTicket:
+        """A ticket for a request of `num_tokens` tokens, bound to exactly these by their hash. Raises InvalidParameter for a request that has one."""
         if request_id in self._by_request:
             raise InvalidParameter(f"request {request_id} is exported already", param="request_id")
         ticket = TransferTicket(
@@ -116,6 +116,7 @@ class ExportTable:
             layout_fingerprint=self._layout.fingerprint,
             control_url=self._control_url,
             num_tokens=num_tokens,
+            context_hash=context_hash,
             ttl_s=self._options.lease_ttl_s,
         )
         self._by_request[request_id] = self._by_ticket[TicketId(ticket.ticket_id)] = Export(ticket)

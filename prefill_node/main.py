@@ -73,7 +73,9 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
         advertise_host=advertised_host(url),
         may_read=exports.may_read,
     )
-    service = PrefillService(engine, exports, shell.outbox, NodeMetrics(registry), info.vocab_size)
+    service = PrefillService(
+        engine, exports, shell.outbox, NodeMetrics(registry), info.vocab_size, info.layout.identity
+    )
     routes = kv_routes(
         exports,
         transport,

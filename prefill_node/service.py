@@ -11,6 +11,7 @@ from engine.engine import Engine
 from engine.events import BlocksComputed, EngineEvent, Failed, PrefillFinished
 from engine.request import EngineRequest, Mode
 from kv_transfer.exports import ExportTable
+from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError
 from protocol.ids import RequestId, RouterId
 from protocol.phases import DecodePhases
@@ -24,13 +25,20 @@ class PrefillService:
     """`exports` calls `engine.release` when a reader is done with a request's blocks."""
 
     def __init__(
-        self, engine: Engine, exports: ExportTable, outbox: TokenOutbox, metrics: NodeMetrics, vocab_size: int
+        self,
+        engine: Engine,
+        exports: ExportTable,
+        outbox: TokenOutbox,
+        metrics: NodeMetrics,
+        vocab_size: int,
+        layout_identity: str,
     ) -> None:
         self._engine = engine
         self._exports = exports
         self._outbox = outbox
         self._metrics = metrics
         self._vocab_size = vocab_size
+        self._layout_identity = layout_identity
         self._first_index: dict[RequestId, int] = {}
 
     def prefill(self, request: PrefillRequest) -> PrefillAccepted:
@@ -38,9 +46,10 @@ class PrefillService:
         request.sampling.validate(self._vocab_size)
         request_id = RequestId(request.request_id)
         self._outbox.expect(request_id, RouterId(request.router_id))
-        num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        token_ids = request.prompt_token_ids + request.emitted_token_ids
+        context = context_hash(self._layout_identity, request.cache_salt, token_ids)
         try:
-            ticket = self._exports.open(request_id, num_tokens)
+            ticket = self._exports.open(request_id, len(token_ids), context)
         except HeadraceError:
             self._outbox.forget(request_id)
             raise

@@ -33,6 +33,9 @@ PinId = NewType("PinId", str)
 BlockHash = NewType("BlockHash", bytes)
 """16 bytes: the content address of one full KV block (see block_hash)."""
 
+ContextHash = NewType("ContextHash", bytes)
+"""16 bytes: layout, tenant salt and every token of one request's context (see block_hash)."""
+
 IdText = Annotated[str, msgspec.Meta(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9._:-]+$")]
 """The wire type of every id: what ends up in logs and metric labels cannot carry anything odd."""
 

@@ -24,6 +24,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from protocol.block_hash import HASH_BYTES
 from protocol.errors import ErrorInfo
 from protocol.ids import IdText
 from protocol.kv_layout import KVLayout
@@ -39,6 +40,7 @@ Url = Annotated[str, msgspec.Meta(max_length=512, pattern=rf"^https?://{_HOST}(:
 Fingerprint = Annotated[str, msgspec.Meta(min_length=32, max_length=32, pattern=r"^[0-9a-f]+$")]
 BlockCount = Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
 BlockIds = Annotated[tuple[BlockCount, ...], msgspec.Meta(max_length=1 << 20)]
+HashBytes = Annotated[bytes, msgspec.Meta(min_length=HASH_BYTES, max_length=HASH_BYTES)]
 Checksum = Annotated[int, msgspec.Meta(ge=0, le=(1 << 63) - 1)]
 Checksums = Annotated[tuple[Checksum, ...], msgspec.Meta(max_length=1 << 20)]
 
@@ -46,7 +48,8 @@ Checksums = Annotated[tuple[Checksum, ...], msgspec.Meta(max_length=1 << 20)]
 class TransferTicket(msgspec.Struct, frozen=True, kw_only=True):
     """The right to one request's exported KV blocks. Made by the owner, void when the incarnation is.
 
-    `num_tokens` is the length of the exported context. The export expires `ttl_s` after the prefill finished, or
+    `num_tokens` is the length of the exported context and `context_hash` its block_hash.context_hash: whoever was given
+    a ticket by mistake finds out before a block moves. The export expires `ttl_s` after the prefill finished, or
     after the reader's last renewal, whichever is later.
     """
 
@@ -57,6 +60,7 @@ class TransferTicket(msgspec.Struct, frozen=True, kw_only=True):
     layout_fingerprint: Fingerprint
     control_url: Url
     num_tokens: Annotated[int, msgspec.Meta(ge=1, le=1 << 24)]
+    context_hash: HashBytes
     ttl_s: Annotated[float, msgspec.Meta(gt=0, le=3600)]
 
 
@@ -174,16 +178,13 @@ class LeaseState(msgspec.Struct, frozen=True):
     writing: bool = False
 
 
-BlockHashBytes = Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
-
-
 class BorrowPrefix(msgspec.Struct, frozen=True, kw_only=True):
     """Lend the blocks of this chain of addresses, as many from its beginning as the owner holds. The reader has the first
     `first_block` of them: a lender with no more than those lends nothing."""
 
     request_id: IdText
     reader: IdText
-    block_hashes: Annotated[tuple[BlockHashBytes, ...], msgspec.Meta(min_length=1, max_length=1 << 17)]
+    block_hashes: Annotated[tuple[HashBytes, ...], msgspec.Meta(min_length=1, max_length=1 << 17)]
     first_block: BlockCount
 
 

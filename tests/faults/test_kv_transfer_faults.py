@@ -274,7 +274,7 @@ async def test_an_expired_lease_is_refused_and_freed() -> None:
 async def test_a_long_prefill_is_not_taken_for_a_dead_owner() -> None:
     options = TransferOptions(transport="shm", lease_ttl_s=0.3, stall_timeout_s=0.3)
     async with running_owner("shm", options=options) as owner, running_reader("shm", stall_timeout_s=0.3) as reader:
-        ticket = owner.exports.open("req-1", 32)
+        ticket = owner.open("req-1", 32)
         fetching = asyncio.create_task(reader.importer.fetch(ticket, [0, 1], 0, 10.0))
         await asyncio.sleep(1.2)
         assert not fetching.done()
@@ -285,7 +285,7 @@ async def test_a_long_prefill_is_not_taken_for_a_dead_owner() -> None:
 
 async def test_a_failed_prefill_is_heard_with_its_reason() -> None:
     async with running_owner("shm") as owner, running_reader("shm") as reader:
-        ticket = owner.exports.open("req-1", 32)
+        ticket = owner.open("req-1", 32)
         fetching = asyncio.create_task(failure_of(reader, ticket, [0, 1]))
         await asyncio.sleep(0.05)
         owner.exports.fail("req-1", PeerLost("the engine stumbled"))
@@ -336,7 +336,7 @@ async def test_a_fetch_cancelled_during_a_read_says_when_its_blocks_are_safe() -
 
 async def test_the_deadline_of_a_fetch_holds() -> None:
     async with running_owner("shm") as owner, running_reader("shm") as reader:
-        ticket = owner.exports.open("req-1", 32)
+        ticket = owner.open("req-1", 32)
         failure = await failure_of(reader, ticket, [0, 1], deadline_s=0.2)
         assert isinstance(failure.reason, TransferTimeout)
         async with asyncio.timeout(5):

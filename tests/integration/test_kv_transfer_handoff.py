@@ -58,7 +58,7 @@ async def test_a_finished_prefill_arrives_whole(owner: Owner, reader: ReaderNode
 
 async def test_blocks_move_while_the_prefill_computes(owner: Owner, reader: ReaderNode) -> None:
     request_id = RequestId("req-1")
-    ticket = owner.exports.open(request_id, 64)
+    ticket = owner.open(request_id, 64)
     fetching = asyncio.create_task(reader.importer.fetch(ticket, [0, 1, 2, 3], 0, 10.0))
     for index in range(4):
         owner.exports.publish(request_id, index, [20 + index])
@@ -118,7 +118,7 @@ async def test_a_ticket_is_good_once(owner: Owner, reader: ReaderNode) -> None:
 
 async def test_a_cancelled_fetch_releases_the_lease_and_settles(owner: Owner, reader: ReaderNode) -> None:
     request_id = RequestId("req-1")
-    ticket = owner.exports.open(request_id, 64)
+    ticket = owner.open(request_id, 64)
     owner.exports.publish(request_id, 0, [1, 2])
     fetching = asyncio.create_task(reader.importer.fetch(ticket, [0, 1, 2, 3], 0, 10.0))
     while reader.transport.stats().num_transfers == 0:

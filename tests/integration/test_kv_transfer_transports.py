@@ -18,7 +18,7 @@ from kv_transfer.shm_transport import ShmPayload
 from kv_transfer.tcp_wire import TcpPayload, TcpRead, TcpReply, receive_frame
 from kv_transfer.transport import make_endpoint
 from protocol.errors import ConfigError, LayoutMismatch, LeaseExpired, PeerLost, TransferError
-from protocol.ids import RequestId, TicketId
+from protocol.ids import TicketId
 from protocol.wire import decode, encode, encode_frame
 from runtime.clock import Deadline
 from tests.support.kv_owner import NUM_BLOCKS, NUM_SCRATCH_BLOCKS, Owner, running_owner
@@ -80,7 +80,7 @@ async def test_random_bytes_do_not_harm_the_server(tcp_owner: Owner) -> None:
 
 
 async def test_a_released_ticket_reads_nothing(tcp_owner: Owner) -> None:
-    ticket = tcp_owner.exports.open(RequestId("req-1"), 32)
+    ticket = tcp_owner.open("req-1", 32)
     async with running_reader("tcp") as reader:
         link = await reader.connect(tcp_owner.introduction())
         with pytest.raises(LeaseExpired):

@@ -11,6 +11,7 @@ from typing import Any
 
 from starlette.applications import Starlette
 
+from protocol.block_hash import context_hash
 from protocol.errors import Draining, HeadraceError
 from protocol.ids import RequestId, RouterId, new_incarnation, new_ticket_id
 from protocol.kv_events import AllBlocksCleared, BlocksStored, KVEventBatch
@@ -181,7 +182,7 @@ class FakeNode:
 
     async def _prefill(self, request: PrefillRequest) -> PrefillAccepted:
         self._accept(request, self._run_prefill(request))
-        num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        token_ids = request.prompt_token_ids + request.emitted_token_ids
         return PrefillAccepted(
             TransferTicket(
                 ticket_id=new_ticket_id(),
@@ -190,7 +191,8 @@ class FakeNode:
                 incarnation=self.incarnation,
                 layout_fingerprint=LAYOUT.fingerprint,
                 control_url=self.url,
-                num_tokens=num_tokens,
+                num_tokens=len(token_ids),
+                context_hash=context_hash(LAYOUT.identity, request.cache_salt, token_ids),
                 ttl_s=30,
             )
         )

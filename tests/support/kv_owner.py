@@ -24,7 +24,7 @@ from kv_transfer.exports import ExportTable
 from kv_transfer.factory import make_transport
 from kv_transfer.routes import kv_routes
 from kv_transfer.transport import Transport, introduce
-from protocol.ids import Incarnation, RequestId, WorkerId, new_incarnation
+from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
@@ -51,6 +51,8 @@ LAYOUT = KVLayout(
 NUM_BLOCKS = 64
 NUM_SCRATCH_BLOCKS = 4
 OWNER = WorkerId("prefill-0")
+CONTEXT = ContextHash(b"a context's hash")
+"""Of every request here: readers of KV do not look at it, decode nodes do."""
 
 
 def fill(arena: HostArena, seed: int) -> None:
@@ -70,9 +72,13 @@ class Owner:
     def introduction(self) -> Introduction:
         return introduce(OWNER, self.incarnation, LAYOUT, self.arena, [self.transport])
 
+    def open(self, request_id: str, num_tokens: int) -> TransferTicket:
+        """A prefill that has begun."""
+        return self.exports.open(RequestId(request_id), num_tokens, CONTEXT)
+
     def hand_off(self, request_id: str, num_tokens: int, block_ids: list[int]) -> TransferTicket:
         """A prefill that is over already."""
-        ticket = self.exports.open(RequestId(request_id), num_tokens)
+        ticket = self.open(request_id, num_tokens)
         self.exports.publish(RequestId(request_id), 0, block_ids)
         self.finish(request_id)
         return ticket
@@ -210,7 +216,7 @@ def _act(owner: Owner, method: str, arguments: tuple[Any, ...]) -> Any:
         case "hand_off":
             return owner.hand_off(*arguments)
         case "open":
-            return owner.exports.open(*arguments)
+            return owner.open(*arguments)
         case "publish":
             return owner.exports.publish(*arguments)
         case "finish":

@@ -24,6 +24,7 @@ TICKET = TransferTicket(
     layout_fingerprint="0" * 32,
     control_url="http://127.0.0.1:1",
     num_tokens=40,
+    context_hash=b"c" * 16,
     ttl_s=30.0,
 )
 
@@ -102,7 +103,7 @@ async def test_a_reservation_for_a_request_that_is_gone_is_refused() -> None:
 
 
 async def test_a_node_whose_kv_no_transport_reaches_refuses_tickets_at_once() -> None:
-    service = DecodeService(None, None, None, None, 100, takes_imports=False)  # type: ignore[arg-type]  # none is asked
+    service = DecodeService(None, None, None, None, 100, "", takes_imports=False)  # type: ignore[arg-type]  # none is asked
     request = DecodeRequest(
         request_id="req-1",
         trace_id="t",

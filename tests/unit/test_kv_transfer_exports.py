@@ -25,7 +25,7 @@ from protocol.transfer import (
 from protocol.wire import FrameReader, decode
 from runtime.clock import ManualClock
 from runtime.node_config import TransferOptions
-from tests.support.kv_owner import FIRST_TOKEN, LAYOUT, PHASES
+from tests.support.kv_owner import CONTEXT, FIRST_TOKEN, LAYOUT, PHASES
 
 REQUEST = RequestId("req-1")
 INCARNATION = new_incarnation()
@@ -108,7 +108,7 @@ async def blocks_and_end(
 
 @pytest.mark.parametrize("skip", [0, 1, 3, 4, 9])
 async def test_a_late_reader_hears_everything_from_its_first_block(table: Table, skip: int) -> None:
-    ticket = table.exports.open(REQUEST, 64)
+    ticket = table.exports.open(REQUEST, 64, CONTEXT)
     table.exports.publish(REQUEST, 0, [7, 3])
     table.exports.publish(REQUEST, 2, [])
     table.exports.publish(REQUEST, 2, [11, 0])
@@ -122,7 +122,7 @@ async def test_a_late_reader_hears_everything_from_its_first_block(table: Table,
 
 
 async def test_the_end_is_not_announced_before_the_last_block(table: Table) -> None:
-    ticket = table.exports.open(REQUEST, 64)
+    ticket = table.exports.open(REQUEST, 64, CONTEXT)
     stream = table.attach(ticket)
     table.exports.publish(REQUEST, 0, [1, 2, 3, 4])
     table.finish()
@@ -132,7 +132,7 @@ async def test_the_end_is_not_announced_before_the_last_block(table: Table) -> N
 
 
 async def test_a_lease_runs_out_a_ttl_after_the_prefill_or_the_last_renewal(table: Table) -> None:
-    ticket = table.exports.open(REQUEST, 64)
+    ticket = table.exports.open(REQUEST, 64, CONTEXT)
     table.clock.advance(10 * TTL_S)
     table.exports.reap()
     assert table.released == []
@@ -151,7 +151,7 @@ async def test_a_lease_runs_out_a_ttl_after_the_prefill_or_the_last_renewal(tabl
 
 
 async def test_blocks_may_be_read_only_when_announced_and_while_leased(table: Table) -> None:
-    ticket = table.exports.open(REQUEST, 64)
+    ticket = table.exports.open(REQUEST, 64, CONTEXT)
     ticket_id = TicketId(ticket.ticket_id)
     assert not table.exports.may_read(ticket_id, [1])
     table.exports.publish(REQUEST, 0, [1, 2])
@@ -163,7 +163,7 @@ async def test_blocks_may_be_read_only_when_announced_and_while_leased(table: Ta
 
 
 async def test_one_reader_at_a_time_and_again_after_it_left(table: Table) -> None:
-    ticket = table.exports.open(REQUEST, 64)
+    ticket = table.exports.open(REQUEST, 64, CONTEXT)
     first, second = table.attach(ticket), table.attach(ticket)
     assert isinstance(await anext(first), BlocksReady)
     with pytest.raises(LeaseExpired):
@@ -181,7 +181,7 @@ async def test_one_reader_at_a_time_and_again_after_it_left(table: Table) -> Non
 
 
 async def test_an_attached_reader_hears_why_it_ended(table: Table) -> None:
-    ticket = table.exports.open(REQUEST, 64)
+    ticket = table.exports.open(REQUEST, 64, CONTEXT)
     stream = table.attach(ticket)
     await anext(stream)
     table.exports.fail(REQUEST, Cancelled("the client left"))
@@ -192,7 +192,7 @@ async def test_an_attached_reader_hears_why_it_ended(table: Table) -> None:
 
 
 async def test_tickets_of_nobody_and_of_another_life_are_refused(table: Table) -> None:
-    ticket = table.exports.open(REQUEST, 64)
+    ticket = table.exports.open(REQUEST, 64, CONTEXT)
     for ticket_id, incarnation in (("unknown", INCARNATION), (ticket.ticket_id, new_incarnation())):
         with pytest.raises(LeaseExpired):
             table.exports.attach(
@@ -203,12 +203,12 @@ async def test_tickets_of_nobody_and_of_another_life_are_refused(table: Table) -
         assert not table.exports.release(ReleaseLease(ticket_id, incarnation)).held
     assert table.released == []
     with pytest.raises(InvalidParameter, match="exported already"):
-        table.exports.open(REQUEST, 64)
+        table.exports.open(REQUEST, 64, CONTEXT)
 
 
 async def test_a_block_that_does_not_exist_fails_its_export_alone(table: Table) -> None:
-    other = table.exports.open(RequestId("req-2"), 64)
-    ticket = table.exports.open(REQUEST, 64)
+    other = table.exports.open(RequestId("req-2"), 64, CONTEXT)
+    ticket = table.exports.open(REQUEST, 64, CONTEXT)
     stream = table.attach(ticket)
     table.exports.publish(REQUEST, 0, [99])
     announced, end = await blocks_and_end(stream)
@@ -221,7 +221,7 @@ async def test_a_block_that_does_not_exist_fails_its_export_alone(table: Table) 
 
 async def test_silence_is_broken_by_signs_of_life() -> None:
     table = Table(stall_timeout_s=0.03)
-    ticket = table.exports.open(REQUEST, 64)
+    ticket = table.exports.open(REQUEST, 64, CONTEXT)
     stream = table.attach(ticket, skip_blocks=2)
     for _ in range(4):
         assert await anext(stream) == BlocksReady(2, (), ())
@@ -239,7 +239,7 @@ def test_an_export_ends_exactly_once_in_any_order_of_events(events: list[str]) -
 
 async def _end_exactly_once(events: list[str]) -> None:
     table = Table()
-    ticket = table.exports.open(REQUEST, 256)
+    ticket = table.exports.open(REQUEST, 256, CONTEXT)
     published = 0
     finished = False
     stream: AsyncIterator[HandoffMessage] | None = None

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protocol import errors
-from protocol.block_hash import HASH_BYTES, hash_blocks, root_hash
+from protocol.block_hash import HASH_BYTES, context_hash, hash_blocks, root_hash
 from protocol.errors import InvalidParameter, LayoutMismatch, MalformedMessage, MessageTooLarge, WireVersionMismatch
 from protocol.ids import BlockHash
 from protocol.kv_layout import KVLayout
@@ -93,6 +93,17 @@ def test_hashing_may_be_continued_from_any_block(token_ids: list[int], cut: int)
     cut = min(cut, len(whole))
     parent = whole[cut - 1] if cut else ROOT
     assert hash_blocks(token_ids[cut * 4 :], 4, BlockHash(parent)) == whole[cut:]
+
+
+def test_a_context_hash_is_of_these_tokens_under_this_layout_and_salt_only() -> None:
+    def of(token_ids: list[int], salt: str | None = None, identity: str = LAYOUT.identity) -> bytes:
+        return context_hash(identity, salt, token_ids)
+
+    others = [of([1, 2]), of([1, 2, 4]), of([1, 2, 3, 0]), of([2, 1, 3]), of([])]
+    others += [of([1, 2, 3], "a"), of([1, 2, 3], ""), of([1, 2, 3], identity="another")]
+    assert len({of([1, 2, 3]), *others}) == 1 + len(others)
+    assert of([1, 2, 3]) == context_hash(LAYOUT.identity, None, (1, 2, 3))
+    assert len(of([])) == HASH_BYTES
 
 
 def test_salts_separate_tenants() -> None:
