@@ -17,6 +17,7 @@ from engine.events import EngineEvent, Pinned
 from engine.kv_event_log import KVEventLog
 from engine.load import EngineLoad
 from engine.outcomes import Outcomes
+from engine.prefill_rate import PrefillRate
 from engine.request import EngineRequest
 from engine.runner import Runner
 from engine.scheduler import Schedule, Scheduler
@@ -55,6 +56,7 @@ class EngineCore:
         self._scheduler = Scheduler(config, runner.layout, self._tables, limit, self._speculator)
         self._outcomes = Outcomes(runner, self._scheduler, self._tables, limit, self._speculator)
         self.times = StepTimes()
+        self._prefill_rate = PrefillRate()
         self._sequences = self._outcomes.sequences
         self._pins: dict[PinId, tuple[int, ...]] = {}
         self._next_arrival = 0
@@ -113,6 +115,12 @@ class EngineCore:
         if self._landed(sequence, num_valid_tokens):
             self._scheduler.imported(sequence)
             self._outcomes.resumed(sequence, sequence.num_computed - num_before)
+
+    def fail_import(self, request_id: RequestId, error: HeadraceError) -> None:
+        """What was awaited will not come in time. Its blocks stay with the transfer until `abandon_import`."""
+        sequence = self._import(request_id)
+        if sequence is not None:
+            self._outcomes.fail(sequence, error)
 
     def abandon_import(self, request_id: RequestId, num_valid_tokens: int, error: HeadraceError) -> None:
         """The context did not arrive. Its first `num_valid_tokens` tokens did, and their full blocks are kept."""
@@ -210,6 +218,7 @@ class EngineCore:
             computed_prompt_tokens=outcomes.num_computed_tokens,
             cached_prompt_tokens=outcomes.num_cached_tokens,
             imported_prompt_tokens=outcomes.num_imported_tokens,
+            prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             sampled_tokens=outcomes.num_sampled_tokens,
             preemptions=scheduler.num_preemptions,
             draft_tokens=speculator.num_drafts if speculator else 0,
@@ -243,6 +252,7 @@ class EngineCore:
         self.times.waited(step.ended_at - waited_from, step.result)
         self._steps += 1
         chunks = step.schedule.plan.chunks
+        num_before = self._outcomes.num_computed_tokens
         for sequence, chunk, sampled in zip(step.schedule.sequences, chunks, step.result.sampled, strict=True):
             if sequence.state is State.LEAVING:
                 self._outcomes.landed(sequence)
@@ -255,6 +265,7 @@ class EngineCore:
             else:
                 self._outcomes.computed(sequence, chunk, sampled, step.started_at, step.ended_at)
         self._drop(step.dropped)
+        self._prefill_rate.note(self._outcomes.num_computed_tokens - num_before, step.ended_at - step.started_at)
         self.times.emit_s += self._clock.now() - step.ended_at
 
     def _drop(self, sequences: Iterable[Sequence]) -> None:

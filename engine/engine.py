@@ -120,6 +120,11 @@ class Engine:
         verified, and nothing writes into its blocks any more. The engine computes on from there."""
         self._post(lambda: self._core.resume(request_id, num_valid_tokens))
 
+    def fail_import(self, request_id: RequestId, error: HeadraceError) -> None:
+        """End the request of an import at once, though somebody may still write into its blocks: Failed(error), unless it
+        was cancelled before. `abandon_import` is to follow when nobody does."""
+        self._post(lambda: self._core.fail_import(request_id, error))
+
     def abandon_import(self, request_id: RequestId, num_valid_tokens: int, error: HeadraceError) -> None:
         """An import has ended early, and nothing writes into its blocks any more. Failed(error), unless it was
         cancelled before. The full blocks of the first `num_valid_tokens` tokens stay in the prefix cache."""
@@ -156,6 +161,12 @@ class Engine:
         """Tokens that prefill chunks have run since the start: what the prefix cache did not save."""
         with self._wake:
             return self._load.computed_prompt_tokens
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """How fast prompts have been computed of late; None before the first."""
+        with self._wake:
+            return self._load.prefill_tokens_per_s
 
     def last_progress_s(self) -> float:
         """How long the loop has been busy without finishing a step: 0 while it has nothing to do, infinity if it has

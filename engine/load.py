@@ -14,7 +14,8 @@ class EngineLoad:
     that are held for others to read.
     `waiting_tokens`: context tokens not yet computed of everything admitted; of imports, while they wait for room.
     `computed_prompt_tokens` are tokens that prefill chunks ran, recomputation included; `cached_prompt_tokens` those
-    that prefix-cache hits saved, `imported_prompt_tokens` those that came from elsewhere before the rest was computed. `draft_tokens` were guessed, and `accepted_drafts[i]` times exactly i guesses of a step and
+    that prefix-cache hits saved, `imported_prompt_tokens` those that came from elsewhere before the rest was computed.
+    `prefill_tokens_per_s`: of late, None before the first prompt. `draft_tokens` were guessed, and `accepted_drafts[i]` times exactly i guesses of a step and
     sequence were right; it is empty without speculation.
     """
 
@@ -30,6 +31,7 @@ class EngineLoad:
     computed_prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
     imported_prompt_tokens: int = 0
+    prefill_tokens_per_s: float | None = None
     sampled_tokens: int = 0
     preemptions: int = 0
     draft_tokens: int = 0

@@ -1,21 +1,21 @@
-"""Export: one request's blocks, announced to one reader and kept for it under a lease. A state machine without I/O.
+"""Export: a context's blocks, announced to one reader and kept for it under a lease. A state machine without I/O.
 
     computing --finish--> leased --+-- released (by the reader)
         |                          +-- expired  (ttl_s after the prefill finished or the last renewal)
         +--- failed ---------------+            any state may also fail
 
-What comes after the end changes nothing. A reader that loses its stream may attach again until then, and hears
+A prefix that is lent is leased from the start. What comes after the end changes nothing. A reader that loses its stream may attach again until then, and hears
 everything from the start; two at once may not.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from protocol.errors import HeadraceError, LeaseExpired
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
-from protocol.transfer import BlocksReady, HandoffFailed, HandoffMessage, PrefillDone, TransferTicket
+from protocol.transfer import BlocksReady, HandoffFailed, HandoffMessage, PrefillDone, PrefixDone, TransferTicket
 
 MAX_BLOCKS_PER_MESSAGE = 4096
 
@@ -29,12 +29,25 @@ class Completion:
     computed_at: float
     phases: PrefillPhases
 
+    def message(self, now: float) -> PrefillDone:
+        since_computed_s = max(0.0, now - self.computed_at)
+        return PrefillDone(self.first_token, self.finished, since_computed_s, self.phases)
+
+
+class Lent:
+    """What ends the announcements of a lent prefix."""
+
+    def message(self, _: float) -> PrefixDone:
+        return PrefixDone()
+
 
 class Export:
-    """Created by ExportTable.open. `changed` is set whenever a reader may find something new."""
+    """Created by ExportTable. `changed` is set whenever a reader may find something new; `give_back` is called once, when
+    the blocks are the owner's again."""
 
-    def __init__(self, ticket: TransferTicket) -> None:
+    def __init__(self, ticket: TransferTicket, give_back: Callable[[], None]) -> None:
         self.ticket = ticket
+        self.give_back = give_back
         self.attached = False
         self.changed = asyncio.Event()
         self.ended = False
@@ -43,8 +56,8 @@ class Export:
         self._checksums: list[int] = []
         self._readable: set[int] = set()
         self._submitted = 0
-        self._pending_completion: Completion | None = None
-        self._completion: Completion | None = None
+        self._pending_completion: Completion | Lent | None = None
+        self._completion: Completion | Lent | None = None
         self._renewed_at: float | None = None
         self._finished_at: float | None = None
 
@@ -65,8 +78,8 @@ class Export:
         self._complete_if_ready(now)
         self.changed.set()
 
-    def finish(self, completion: Completion, now: float) -> None:
-        """The prefill is done; the reader hears so after the last submitted block."""
+    def finish(self, completion: Completion | Lent, now: float) -> None:
+        """Everything is submitted; the reader hears so after the last submitted block."""
         self._pending_completion = completion
         self._complete_if_ready(now)
 
@@ -99,14 +112,7 @@ class Export:
         if cursor < self.num_announced:
             upto = min(self.num_announced, cursor + MAX_BLOCKS_PER_MESSAGE)
             return BlocksReady(cursor, tuple(self._block_ids[cursor:upto]), tuple(self._checksums[cursor:upto]))
-        if self._completion is None:
-            return None
-        return PrefillDone(
-            first_token=self._completion.first_token,
-            finished=self._completion.finished,
-            since_computed_s=max(0.0, now - self._completion.computed_at),
-            phases=self._completion.phases,
-        )
+        return None if self._completion is None else self._completion.message(now)
 
     def _complete_if_ready(self, now: float) -> None:
         if self._pending_completion is None or self.num_announced < self._submitted or self._completion is not None:

@@ -1,4 +1,5 @@
-"""ExportTable: the owner's side of every hand-off. Which blocks others may read, until when, and what they get to hear.
+"""ExportTable: the owner's side of every hand-off, and of every prefix that is lent. Which blocks others may read, until
+when, and what they get to hear.
 
 One per process, for its life; event loop only, except `may_read`. Checksums are computed on one worker thread, which
 also keeps announcements in order.
@@ -22,7 +23,7 @@ from typing import Literal
 
 from kv_transfer.arena import HostArena
 from kv_transfer.checksum import checksums
-from kv_transfer.export import Completion, Export, lease_gone
+from kv_transfer.export import Completion, Export, Lent, lease_gone
 from protocol.errors import HeadraceError, InternalError, InvalidParameter, PeerLost
 from protocol.ids import ContextHash, Incarnation, RequestId, TicketId, WorkerId, new_ticket_id
 from protocol.kv_layout import KVLayout
@@ -62,8 +63,8 @@ class ExportStats:
 
 
 class ExportTable:
-    """`on_released(request_id)` is called exactly once for every export, when its blocks are the owner's again, in
-    whatever way it ended. Unknown request ids are no-ops everywhere: they are of exports that have ended."""
+    """`on_released(request_id)` is called exactly once for every request's export, when its blocks are the owner's again,
+    in whatever way it ended. Unknown request ids are no-ops everywhere: they are of exports that have ended."""
 
     def __init__(
         self,
@@ -94,7 +95,7 @@ class ExportTable:
 
     def stats(self) -> ExportStats:
         return ExportStats(
-            num_open=len(self._by_request),
+            num_open=len(self._by_ticket),
             num_opened=self._num_opened,
             num_released=self._endings["released"],
             num_expired=self._endings["expired"],
@@ -105,10 +106,37 @@ class ExportTable:
     # The prefill node's side, in the order of a request's life.
 
     def open(self, request_id: RequestId, num_tokens: int, context_hash: ContextHash) -> TransferTicket:
-        """A ticket for a request of `num_tokens` tokens, bound to exactly these by their hash. Raises InvalidParameter for a request that has one."""
+        """A ticket for a request of `num_tokens` tokens, bound to exactly these by their hash. Raises InvalidParameter
+        for a request that has one."""
         if request_id in self._by_request:
             raise InvalidParameter(f"request {request_id} is exported already", param="request_id")
-        ticket = TransferTicket(
+        ticket = self._ticket(request_id, num_tokens, context_hash)
+
+        def give_back() -> None:
+            del self._by_request[request_id]
+            self._on_released(request_id)
+
+        self._by_request[request_id] = self._enter(ticket, give_back)
+        return ticket
+
+    def lend(
+        self,
+        request_id: RequestId,
+        num_tokens: int,
+        context_hash: ContextHash,
+        block_ids: Sequence[int],
+        give_back: Callable[[], None],
+    ) -> TransferTicket:
+        """A ticket to blocks that are final already. `request_id` is the reader's; it may borrow more than once, and be
+        exported too. `give_back()` is called exactly once, when the blocks are the owner's again."""
+        ticket = self._ticket(request_id, num_tokens, context_hash)
+        export = self._enter(ticket, give_back)
+        self._submit(export, 0, tuple(block_ids))
+        export.finish(Lent(), self._clock.now())
+        return ticket
+
+    def _ticket(self, request_id: RequestId, num_tokens: int, context_hash: ContextHash) -> TransferTicket:
+        return TransferTicket(
             ticket_id=new_ticket_id(),
             request_id=request_id,
             owner=self._owner,
@@ -119,9 +147,11 @@ class ExportTable:
             context_hash=context_hash,
             ttl_s=self._options.lease_ttl_s,
         )
-        self._by_request[request_id] = self._by_ticket[TicketId(ticket.ticket_id)] = Export(ticket)
+
+    def _enter(self, ticket: TransferTicket, give_back: Callable[[], None]) -> Export:
+        export = self._by_ticket[TicketId(ticket.ticket_id)] = Export(ticket, give_back)
         self._num_opened += 1
-        return ticket
+        return export
 
     def publish(self, request_id: RequestId, first_block: int, block_ids: Sequence[int]) -> None:
         """Blocks first_block, ... of the request are final: nothing writes into them until they are released.
@@ -129,12 +159,13 @@ class ExportTable:
         Returns at once; they are announced in this order when their checksums are known. Block ids are the arena's.
         """
         export = self._by_request.get(request_id)
-        if export is None or not block_ids:
-            return
+        if export is not None and block_ids:
+            self._submit(export, first_block, tuple(block_ids))
+
+    def _submit(self, export: Export, first_block: int, block_ids: tuple[int, ...]) -> None:
         export.submit(first_block, len(block_ids))
-        ids = tuple(block_ids)
-        summed = asyncio.get_running_loop().run_in_executor(self._worker, checksums, self._arena, ids)
-        summed.add_done_callback(lambda future: self._announce(export, ids, future))
+        summed = asyncio.get_running_loop().run_in_executor(self._worker, checksums, self._arena, block_ids)
+        summed.add_done_callback(lambda future: self._announce(export, block_ids, future))
 
     def finish(
         self,
@@ -198,14 +229,14 @@ class ExportTable:
     def reap(self) -> None:
         """End every export whose lease has run out."""
         now = self._clock.now()
-        for export in [export for export in self._by_request.values() if export.expired(now)]:
+        for export in [export for export in self._by_ticket.values() if export.expired(now)]:
             log.warning("%s: the lease expired; nobody released the exported blocks", export.ticket.request_id)
             self._end(export, "expired", lease_gone("the lease expired"))
 
     async def close(self) -> None:
         """End what is left, as failed. For the end of the process, after draining."""
-        for request_id in list(self._by_request):
-            self.fail(request_id, PeerLost(f"{self._owner} stops"))
+        for export in list(self._by_ticket.values()):
+            self._end(export, "failed", PeerLost(f"{self._owner} stops"))
         await asyncio.to_thread(self._worker.shutdown)
 
     def _find(self, ticket_id: str, incarnation: str) -> Export | None:
@@ -229,11 +260,10 @@ class ExportTable:
         self._num_blocks_announced += len(block_ids)
 
     def _end(self, export: Export, ending: Ending, error: HeadraceError | None) -> None:
-        del self._by_request[RequestId(export.ticket.request_id)]
         del self._by_ticket[TicketId(export.ticket.ticket_id)]
         self._endings[ending] += 1
         export.end(error)
-        self._on_released(RequestId(export.ticket.request_id))
+        export.give_back()
 
     async def _frames(self, export: Export, cursor: int) -> AsyncIterator[bytes]:
         if export.attached:  # two attached before either was read from

@@ -1,6 +1,7 @@
-"""Fetch: one hand-off as its reader lives it. Three duties side by side; the first to fail ends the others.
+"""Fetch: one hand-off, or one borrowed prefix, as its reader lives it. Three duties side by side; the first to fail ends
+the others.
 
-    listen    the owner's stream: announcements, then the first token            until PrefillDone
+    listen    the owner's stream: announcements, then its last word              until PrefillDone or PrefixDone
     move      reads and verifies announced blocks while the owner computes on    until all are valid
     renew     the lease, three times per ttl                                     until both are done
 
@@ -47,6 +48,7 @@ MAX_READ_BYTES = 64 << 20
 RENEWALS_PER_TTL = 3
 
 T = TypeVar("T")
+LastWord = TypeVar("LastWord", PrefillDone, PrefixDone)
 
 log = logging.getLogger(__name__)
 
@@ -91,30 +93,22 @@ class Fetch:
         self.reading: asyncio.Task[TransferError | None] | None = None
         """The last read that was started, whether or not it has ended."""
 
-    async def run(self) -> FetchResult:
-        """Raises HeadraceError, of whichever duty failed first."""
+    async def run(self, last_word: type[LastWord]) -> tuple[LastWord, float]:
+        """Until every block is here and proven. Returns what the owner said last, and when that came, by our clock. Raises
+        HeadraceError, of whichever duty failed first."""
         try:
             async with asyncio.TaskGroup() as duties:
-                listening = duties.create_task(self._listen())
+                listening = duties.create_task(self._listen(last_word))
                 moving = duties.create_task(self._move())
                 renewing = duties.create_task(self._renew())
-                done, computed_at = await listening
+                heard = await listening
                 await moving
                 renewing.cancel()
         except ExceptionGroup as failures:
             raise self._first_of(failures) from failures
-        num_moved = self._landing.num_blocks - self._num_cached_blocks
-        return FetchResult(
-            first_token=done.first_token,
-            finished=done.finished,
-            phases=done.phases,
-            computed_at=computed_at,
-            num_blocks_moved=num_moved,
-            num_bytes_moved=num_moved * self._context.arena.block_bytes,
-        )
+        return heard
 
-    async def _listen(self) -> tuple[PrefillDone, float]:
-        """The owner's last word, and when its last chunk ended by our clock."""
+    async def _listen(self, last_word: type[LastWord]) -> tuple[LastWord, float]:
         message = OpenHandoff(
             ticket_id=self._ticket.ticket_id,
             incarnation=self._ticket.incarnation,
@@ -128,22 +122,22 @@ class Fetch:
             frames = await self._within_stall(stack.enter_async_context(opening))
             while True:
                 arrived = await self._within_stall(_next_message(frames))
-                if isinstance(arrived, PrefillDone):
-                    return self._accept_end(arrived)
+                if isinstance(arrived, last_word):
+                    self._check_all_announced()
+                    return arrived, self._context.clock.now()
                 if isinstance(arrived, HandoffFailed):
                     raise as_transfer_error(arrived.error.to_error())
-                if isinstance(arrived, PrefixDone):
-                    raise TransferError(f"{self._ticket.owner} lent a prefix where a prefill was asked for")
+                if isinstance(arrived, PrefillDone | PrefixDone):
+                    raise TransferError(f"{self._ticket.owner} mistook a prefill for a prefix, or the reverse")
                 if arrived is None:
                     raise PeerLost(f"{self._ticket.owner} ended the hand-off in the middle")
                 self._landing.announce(arrived)
                 self._announced.set()
 
-    def _accept_end(self, done: PrefillDone) -> tuple[PrefillDone, float]:
+    def _check_all_announced(self) -> None:
         landing = self._landing
         if landing.num_announced < landing.num_blocks:
             raise TransferError(f"the owner finished after {landing.num_announced} of {landing.num_blocks} blocks")
-        return done, self._context.clock.now() - max(0.0, done.since_computed_s)
 
     async def _move(self) -> None:
         max_blocks = max(1, MAX_READ_BYTES // self._context.arena.block_bytes)

@@ -1,4 +1,5 @@
-"""Importer: the reader's side of every hand-off. Fetches contexts from their owners, and tidies up after each fetch.
+"""Importer: the reader's side of every hand-off. Fetches contexts, or the beginnings of some, from their owners, and tidies
+up after each fetch.
 
 One per process, `async with Importer(...) as importer:` for its whole life, inside the RpcClient and the transport.
 
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from typing import Self
 
 from kv_transfer.arena import HostArena
-from kv_transfer.fetch import Fetch, FetchContext, FetchResult
+from kv_transfer.fetch import Fetch, FetchContext, FetchResult, LastWord
 from kv_transfer.landing import Landing
 from kv_transfer.peers import Peers, Reader, as_transfer_error
 from kv_transfer.routes import RELEASE_PATH, RENEW_PATH
@@ -30,7 +31,16 @@ from protocol.errors import (
     TransferTimeout,
 )
 from protocol.ids import TicketId
-from protocol.transfer import LeaseState, ReleaseLease, RenewLease, TransferTicket
+from protocol.transfer import (
+    BorrowPrefix,
+    LeaseState,
+    PrefillDone,
+    PrefixDone,
+    PrefixLent,
+    ReleaseLease,
+    RenewLease,
+    TransferTicket,
+)
 from runtime.clock import Clock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
@@ -135,12 +145,33 @@ class Importer:
         Raises FetchFailed within `deadline_s` seconds, sooner if the owner is silent for stall_timeout_s.
         """
         landing = Landing(local_block_ids, num_cached_blocks)
+        done, heard_at = await self._run(ticket, landing, deadline_s, PrefillDone)
+        num_moved = landing.num_blocks - num_cached_blocks
+        return FetchResult(
+            first_token=done.first_token,
+            finished=done.finished,
+            phases=done.phases,
+            computed_at=heard_at - max(0.0, done.since_computed_s),
+            num_blocks_moved=num_moved,
+            num_bytes_moved=num_moved * self._arena.block_bytes,
+        )
+
+    async def fetch_prefix(self, ticket: TransferTicket, local_block_ids: Sequence[int], deadline_s: float) -> None:
+        """Bring blocks here that their owner lends. `local_block_ids`: ours for all of them. Raises FetchFailed, as
+        `fetch` does."""
+        await self._run(ticket, Landing(local_block_ids, 0), deadline_s, PrefixDone)
+
+    async def _run(
+        self, ticket: TransferTicket, landing: Landing, deadline_s: float, last_word: type[LastWord]
+    ) -> tuple[LastWord, float]:
+        """One fetch, accounted for and tidied up after, however it ends."""
+        num_cached_blocks = landing.num_valid_blocks
         fetch = Fetch(self._context, ticket, landing)
         failure: TransferError
         try:
             self._check(ticket, landing)
             async with asyncio.timeout(deadline_s):
-                result = await fetch.run()
+                heard = await fetch.run(last_word)
         except asyncio.CancelledError:
             self._totals.num_cancelled += 1
             self._tidy_up(ticket, fetch, succeeded=False)
@@ -150,14 +181,39 @@ class Importer:
         except HeadraceError as error:
             failure = as_transfer_error(error)
         else:
+            num_moved = landing.num_blocks - num_cached_blocks
             self._totals.num_fetched += 1
-            self._totals.num_blocks_moved += result.num_blocks_moved
-            self._totals.num_bytes_moved += result.num_bytes_moved
+            self._totals.num_blocks_moved += num_moved
+            self._totals.num_bytes_moved += num_moved * self._arena.block_bytes
             self._tidy_up(ticket, fetch, succeeded=True)
-            return result
+            return heard
         settled = self._tidy_up(ticket, fetch, succeeded=False)
         self._note_failure(ticket, failure)
         raise FetchFailed(failure, landing.num_valid_blocks, settled) from failure
+
+    async def borrow(self, url: str, message: BorrowPrefix) -> TransferTicket | None:
+        """Ask for a loan; `fetch_prefix` is to follow. None: there is nothing to be had. Raises HeadraceError. Of a call that
+        is cancelled, what is lent all the same is given back at once."""
+        given_up = asyncio.Event()
+        asking = self._tasks.create_task(self._ask(url, message, given_up), name=f"kv-borrow:{message.request_id}")
+        try:
+            answer = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
+        if isinstance(answer, HeadraceError):
+            raise answer
+        return answer.ticket
+
+    async def _ask(self, url: str, message: BorrowPrefix, given_up: asyncio.Event) -> PrefixLent | HeadraceError:
+        """Returns its error: it must not end the group that it runs in."""
+        try:
+            answer = await self._client.call(url, message, PrefixLent, self._options.stall_timeout_s)
+        except HeadraceError as error:
+            return error
+        if given_up.is_set() and answer.ticket is not None:
+            await self._release(answer.ticket, succeeded=False)
+        return answer
 
     async def renew(self, ticket: TransferTicket) -> None:
         """Keep a lease alive while there is no room yet for what it covers. A fetch renews its own."""

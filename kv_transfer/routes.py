@@ -5,6 +5,7 @@ POST /kv/connect    Introduction -> Introduction
 POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
 POST /kv/renew      RenewLease -> LeaseState
 POST /kv/release    ReleaseLease -> LeaseState
+POST /kv/borrow     BorrowPrefix -> PrefixLent
 """
 
 from collections.abc import AsyncIterator
@@ -13,10 +14,19 @@ from starlette.routing import Route
 
 from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
+from kv_transfer.lending import NOTHING, Lender
 from kv_transfer.transport import Transport, find_endpoint, introduce
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Introduction, LeaseState, OpenHandoff, ReleaseLease, RenewLease
+from protocol.transfer import (
+    BorrowPrefix,
+    Introduction,
+    LeaseState,
+    OpenHandoff,
+    PrefixLent,
+    ReleaseLease,
+    RenewLease,
+)
 from protocol.wire import WIRE_VERSION, Hello
 from runtime.rpc_server import get_route, message_route, stream_route
 
@@ -25,6 +35,7 @@ CONNECT_PATH = "/kv/connect"
 HANDOFF_PATH = "/kv/handoff"
 RENEW_PATH = "/kv/renew"
 RELEASE_PATH = "/kv/release"
+BORROW_PATH = "/kv/borrow"
 
 
 def kv_routes(
@@ -36,8 +47,9 @@ def kv_routes(
     worker_id: WorkerId,
     incarnation: Incarnation,
     cluster_key: str | None,
+    lender: Lender | None = None,
 ) -> list[Route]:
-    """The routes of one owner. All are behind the cluster key."""
+    """The routes of one owner. All are behind the cluster key. Without `lender` nothing is lent."""
 
     async def hello() -> Hello:
         return Hello(WIRE_VERSION, worker_id, incarnation, layout.fingerprint)
@@ -56,10 +68,14 @@ def kv_routes(
     async def release(message: ReleaseLease) -> LeaseState:
         return exports.release(message)
 
+    async def borrow(message: BorrowPrefix) -> PrefixLent:
+        return NOTHING if lender is None else await lender.lend(message)
+
     return [
         get_route(HELLO_PATH, hello, cluster_key),
         message_route(CONNECT_PATH, Introduction, connect, cluster_key),
         stream_route(HANDOFF_PATH, OpenHandoff, handoff, cluster_key),
         message_route(RENEW_PATH, RenewLease, renew, cluster_key),
         message_route(RELEASE_PATH, ReleaseLease, release, cluster_key),
+        message_route(BORROW_PATH, BorrowPrefix, borrow, cluster_key),
     ]

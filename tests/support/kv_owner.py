@@ -28,9 +28,10 @@ from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_inca
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
-from protocol.transfer import Introduction, TransferTicket, TransportKind
+from protocol.transfer import Introduction, KVSource, TransferTicket, TransportKind
 from runtime.clock import Clock, MonotonicClock
 from runtime.node_config import TransferOptions
+from tests.support.kv_lender import CachedBlocks
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.support.kv_owner"])
@@ -67,10 +68,14 @@ class Owner:
     exports: ExportTable
     url: str
     incarnation: Incarnation
+    cached: CachedBlocks
     released: list[RequestId] = field(default_factory=list)
 
     def introduction(self) -> Introduction:
         return introduce(OWNER, self.incarnation, LAYOUT, self.arena, [self.transport])
+
+    def source(self, num_blocks: int) -> KVSource:
+        return KVSource(worker=OWNER, incarnation=self.incarnation, control_url=self.url, num_blocks=num_blocks)
 
     def open(self, request_id: str, num_tokens: int) -> TransferTicket:
         """A prefill that has begun."""
@@ -144,13 +149,21 @@ async def running_owner(
         on_released=released.append,
     )
     transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1", may_read=exports.may_read)
+    cached = CachedBlocks(exports, layout.block_size, NUM_BLOCKS, options.stall_timeout_s)
     routes = kv_routes(
-        exports, transport, arena, layout, worker_id=OWNER, incarnation=incarnation, cluster_key=CLUSTER_KEY
+        exports,
+        transport,
+        arena,
+        layout,
+        worker_id=OWNER,
+        incarnation=incarnation,
+        cluster_key=CLUSTER_KEY,
+        lender=cached.lender,
     )
     reaper = asyncio.create_task(exports.run())
     try:
         async with serving(Starlette(routes=routes), listener):
-            yield Owner(arena, transport, exports, url, incarnation, released)
+            yield Owner(arena, transport, exports, url, incarnation, cached, released)
             await exports.close()
     finally:
         reaper.cancel()
