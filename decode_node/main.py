@@ -10,10 +10,13 @@ from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
+from kv_transfer.device_arena import Arena
+from kv_transfer.device_blocks import DeviceBlocks, open_staging
 from kv_transfer.factory import make_transport
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
 from kv_transfer.telemetry import TransferTelemetry
+from kv_transfer.transport import Transport
 from protocol.ids import Incarnation, WorkerId, new_incarnation
 from runtime.auth import check_bind
 from runtime.clock import MonotonicClock
@@ -34,14 +37,17 @@ def run(config: NodeConfig) -> int:
     incarnation = new_incarnation()
     plan = plan_engine(config)
     block_bytes = plan.layout.block_bytes
-    arena = HostArena(plan.num_host_blocks, block_bytes, scratch_blocks(block_bytes))
-    built = build_engine(config, plan, incarnation, arena.tensor())
-    run_on_event_loop(_serve(config, incarnation, built, arena, takes_imports=not plan.on_device))
+    num_scratch_blocks = scratch_blocks(block_bytes)
+    arena = None if plan.on_device else HostArena(plan.num_blocks, block_bytes, num_scratch_blocks)
+    built = build_engine(config, plan, incarnation, arena.tensor() if arena else None, num_scratch_blocks)
+    memory = arena or built.device_blocks
+    assert memory is not None, "a KV cache is in host memory or on a device"
+    run_on_event_loop(_serve(config, incarnation, built, memory))
     return 0
 
 
 async def _serve(
-    config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, arena: HostArena, *, takes_imports: bool
+    config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, memory: HostArena | DeviceBlocks
 ) -> None:
     engine = built.engine
     life = ProcessLife()
@@ -51,22 +57,27 @@ async def _serve(
     url = config.advertise_url or socket_url(bound)
     info = describe_worker(config, "decode", incarnation, url, built.model)
     shell = NodeShell(config, info, life, registry)
-    transport = make_transport(
-        config.transfer.transport,
-        arena,
-        incarnation=incarnation,
-        host=config.host,
-        advertise_host=advertised_host(url),
-    )
+
+    def open_transport(arena: Arena) -> Transport:
+        return make_transport(
+            config.transfer.transport,
+            arena,
+            incarnation=incarnation,
+            host=config.host,
+            advertise_host=advertised_host(url),
+        )
+
+    staging, transport = open_staging(memory, config.transfer, open_transport)
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
+        stack.push_async_callback(staging.close)
         stack.push_async_callback(transport.close)
         importer = await stack.enter_async_context(
             Importer(
                 client=client,
                 transport=transport,
-                arena=arena,
+                staging=staging,
                 reader=Reader(WorkerId(info.worker_id), incarnation, info.layout),
                 options=config.transfer,
                 clock=MonotonicClock(),
@@ -81,7 +92,6 @@ async def _serve(
             NodeMetrics(registry),
             info.vocab_size,
             info.layout.identity,
-            takes_imports=takes_imports,
         )
         engine.start(on_loop(loop, service.on_engine_events))
         node = DecodeNode(

@@ -14,6 +14,7 @@ import torch
 
 from engine.config import EngineConfig, SpeculationConfig
 from engine.cuda.build import build_cuda_runner
+from engine.cuda.device_blocks import DeviceBlocks
 from engine.cuda.limits import BatchLimits
 from engine.engine import Engine
 from engine.model.config import is_native
@@ -58,11 +59,6 @@ class EnginePlan:
     def on_device(self) -> bool:
         return self.options.device == "cuda"
 
-    @property
-    def num_host_blocks(self) -> int:
-        """Of the arena that transports work on. One at least: an arena of nothing is none."""
-        return 1 if self.on_device else self.num_blocks
-
     def served(self, num_blocks: int) -> ServedModel:
         """What a node with a cache of so many blocks offers."""
         return ServedModel(
@@ -76,10 +72,11 @@ class EnginePlan:
 
 @dataclass(frozen=True, slots=True)
 class BuiltEngine:
-    """Not started."""
+    """Not started. `device_blocks`: the KV cache, where it is a device's."""
 
     engine: Engine
     model: ServedModel
+    device_blocks: DeviceBlocks | None = None
 
 
 def plan_engine(config: NodeConfig) -> EnginePlan:
@@ -106,12 +103,24 @@ def plan_engine(config: NodeConfig) -> EnginePlan:
 
 
 def build_engine(
-    config: NodeConfig, plan: EnginePlan, incarnation: Incarnation, kv_memory: torch.Tensor
+    config: NodeConfig,
+    plan: EnginePlan,
+    incarnation: Incarnation,
+    kv_memory: torch.Tensor | None,
+    num_scratch_blocks: int = 0,
 ) -> BuiltEngine:
-    """`kv_memory`: uint8 [num_host_blocks * block_bytes], host memory that outlives the engine. Takes seconds."""
+    """`kv_memory`: uint8 [num_blocks * block_bytes], host memory that outlives the engine; None where the plan is
+    `on_device`, whose cache then gets `num_scratch_blocks` blocks more than the engine uses. Takes seconds."""
     settings = engine_config(config, "cuda" if plan.on_device else "cpu")
-    runner = _build_runner(config, plan, settings, kv_memory, log.info)
-    return BuiltEngine(Engine(runner, settings, MonotonicClock(), incarnation), plan.served(runner.num_blocks))
+    runner: Runner
+    device_blocks: DeviceBlocks | None = None
+    if plan.on_device:
+        runner, device_blocks = _build_cuda_runner(plan, settings, log.info, num_scratch_blocks)
+    else:
+        assert kv_memory is not None, "the cache of a CPU's engine is its node's"
+        runner = _build_runner(config, plan, kv_memory, log.info)
+    engine = Engine(runner, settings, MonotonicClock(), incarnation)
+    return BuiltEngine(engine, plan.served(runner.num_blocks), device_blocks)
 
 
 def engine_config(config: NodeConfig, device: Literal["cpu", "cuda"]) -> EngineConfig:
@@ -145,11 +154,7 @@ def _device(config: NodeConfig, options: RunnerOptions, files: ModelFiles) -> Li
 
 
 def _build_runner(
-    config: NodeConfig,
-    plan: EnginePlan,
-    settings: EngineConfig,
-    kv_memory: torch.Tensor,
-    progress: Callable[[str], None],
+    config: NodeConfig, plan: EnginePlan, kv_memory: torch.Tensor, progress: Callable[[str], None]
 ) -> Runner:
     if config.model.runner == "simulated":
         return SimulatedRunner(
@@ -159,19 +164,19 @@ def _build_runner(
             max_model_len=plan.served(plan.num_blocks).max_model_len,
             memory=kv_memory.numpy().data,
         )
-    if plan.on_device:
-        return _build_cuda_runner(plan, settings, progress)
     runner = build_torch_runner(plan.files, plan.options, kv_memory, progress)
     runner.warm_up()
     return runner
 
 
-def _build_cuda_runner(plan: EnginePlan, settings: EngineConfig, progress: Callable[[str], None]) -> Runner:
+def _build_cuda_runner(
+    plan: EnginePlan, settings: EngineConfig, progress: Callable[[str], None], num_scratch_blocks: int
+) -> tuple[Runner, DeviceBlocks]:
     limits = BatchLimits(
         max_num_seqs=settings.max_num_seqs,
         max_num_batched_tokens=settings.max_num_batched_tokens,
         max_drafts=settings.speculation.num_draft_tokens if settings.speculation else 0,
     )
-    runner = build_cuda_runner(plan.files, plan.options, limits, progress)
+    runner, device_blocks = build_cuda_runner(plan.files, plan.options, limits, progress, num_scratch_blocks)
     runner.warm_up(progress)
-    return runner
+    return runner, device_blocks

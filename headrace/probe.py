@@ -48,7 +48,7 @@ def probe_nixl() -> ProbeReport:
     cure = f"{library.INSTALL_HINT}, or choose another transport: --transport shm (one host) or tcp"
     try:
         api = library.load_nixl("127.0.0.1")
-        agent = library.make_agent(api, "headrace-doctor")
+        agent = library.make_agent(api, "headrace-doctor", progress_delay_us=None)
     except errors.ConfigError as error:
         return ProbeReport(ok=False, detail=error.message, cure=cure)
     return ProbeReport(ok=True, detail=f"agent made, backends {', '.join(agent.backends)}")

@@ -22,7 +22,7 @@ import mmap
 import os
 import secrets
 from pathlib import Path
-from typing import Self
+from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -59,6 +59,9 @@ class HostArena:
     Raises ConfigError when the memory is not to be had. Views (`memory`, `tensor()`, `block()`) are zero-copy, writable
     and valid until the process ends.
     """
+
+    memory_kind: ClassVar[Literal["host"]] = "host"
+    device_id: ClassVar[int] = 0
 
     def __init__(self, num_blocks: int, block_bytes: int, num_scratch_blocks: int = 0) -> None:
         if num_blocks < 1 or block_bytes < 1:

@@ -43,45 +43,58 @@ class Lent:
 
 class Export:
     """Created by ExportTable. `changed` is set whenever a reader may find something new; `give_back` is called once, when
-    the blocks are the owner's again."""
+    the blocks are the owner's again. `scarce`: what is announced lies in staging memory, for one reader at a time
+    (`restart`)."""
 
-    def __init__(self, ticket: TransferTicket, give_back: Callable[[], None]) -> None:
+    def __init__(self, ticket: TransferTicket, give_back: Callable[[], None], *, scarce: bool = False) -> None:
         self.ticket = ticket
         self.give_back = give_back
+        self._scarce = scarce
         self.attached = False
         self.changed = asyncio.Event()
         self.ended = False
         self._end_error: HeadraceError | None = None
+        self._first = 0
         self._block_ids: list[int] = []
         self._checksums: list[int] = []
         self._readable: set[int] = set()
         self._submitted = 0
-        self._pending_completion: Completion | Lent | None = None
         self._completion: Completion | Lent | None = None
         self._renewed_at: float | None = None
         self._finished_at: float | None = None
 
     @property
     def num_announced(self) -> int:
-        return len(self._block_ids)
+        return self._first + len(self._block_ids)
 
     def submit(self, first_block: int, num_blocks: int) -> None:
         """Blocks first_block, ... are final; their checksums will follow, in the same order, by `announce`."""
         assert first_block == self._submitted, f"block {first_block} is published after {self._submitted} blocks"
-        assert self._pending_completion is None, "blocks are published after the prefill finished"
+        assert self._completion is None, "blocks are published after the prefill finished"
         self._submitted += num_blocks
 
-    def announce(self, block_ids: Sequence[int], checksums: Sequence[int], now: float) -> None:
+    def announce(self, block_ids: Sequence[int], checksums: Sequence[int]) -> None:
         self._block_ids.extend(block_ids)
         self._checksums.extend(checksums)
         self._readable.update(block_ids)
-        self._complete_if_ready(now)
         self.changed.set()
+
+    def restart(self, first_block: int) -> None:
+        """Forget what was announced: a reader will hear of these blocks anew, from `first_block` on."""
+        self._first = first_block
+        self._block_ids.clear()
+        self._checksums.clear()
+        self._readable.clear()
+
+    def withdraw(self, block_ids: Sequence[int]) -> None:
+        """Of announced blocks: nobody may read them any more under these ids."""
+        self._readable.difference_update(block_ids)
 
     def finish(self, completion: Completion | Lent, now: float) -> None:
         """Everything is submitted; the reader hears so after the last submitted block."""
-        self._pending_completion = completion
-        self._complete_if_ready(now)
+        self._completion = completion
+        self._finished_at = now
+        self.changed.set()
 
     def renew(self, now: float) -> None:
         self._renewed_at = now
@@ -100,7 +113,7 @@ class Export:
         return now >= max(self._finished_at, self._renewed_at or self._finished_at) + self.ticket.ttl_s
 
     def may_read(self, block_ids: Sequence[int]) -> bool:
-        """Safe from any thread: ids are only ever added, one at a time."""
+        """Safe from any thread: ids come and go one at a time."""
         return not self.ended and all(block_id in self._readable for block_id in block_ids)
 
     def next_message(self, cursor: int, now: float) -> HandoffMessage | None:
@@ -110,16 +123,12 @@ class Export:
                 return None
             return HandoffFailed(self._end_error.to_info())
         if cursor < self.num_announced:
-            upto = min(self.num_announced, cursor + MAX_BLOCKS_PER_MESSAGE)
-            return BlocksReady(cursor, tuple(self._block_ids[cursor:upto]), tuple(self._checksums[cursor:upto]))
-        return None if self._completion is None else self._completion.message(now)
-
-    def _complete_if_ready(self, now: float) -> None:
-        if self._pending_completion is None or self.num_announced < self._submitted or self._completion is not None:
-            return
-        self._completion = self._pending_completion
-        self._finished_at = now
-        self.changed.set()
+            news = slice(cursor - self._first, cursor - self._first + MAX_BLOCKS_PER_MESSAGE)
+            ids, sums = tuple(self._block_ids[news]), tuple(self._checksums[news])
+            return BlocksReady(cursor, ids, sums, scarce=self._scarce)
+        if self._completion is None or self.num_announced < self._submitted:
+            return None
+        return self._completion.message(now)
 
 
 def lease_gone(why: str) -> LeaseExpired:

@@ -1,8 +1,8 @@
 """ExportTable: the owner's side of every hand-off, and of every prefix that is lent. Which blocks others may read, until
 when, and what they get to hear.
 
-One per process, for its life; event loop only, except `may_read`. Checksums are computed on one worker thread, which
-also keeps announcements in order.
+One per process, for its life; event loop only, except `may_read`. Blocks are announced when they have been staged
+(kv_transfer.stager), in order.
 
 Decisions that the protocol leaves open:
 
@@ -17,19 +17,20 @@ Decisions that the protocol leaves open:
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksums
 from kv_transfer.export import Completion, Export, Lent, lease_gone
+from kv_transfer.stager import Stager
+from kv_transfer.staging import StagedBlocks, Staging
 from protocol.errors import HeadraceError, InternalError, InvalidParameter, PeerLost
 from protocol.ids import ContextHash, Incarnation, RequestId, TicketId, WorkerId, new_ticket_id
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
 from protocol.transfer import (
+    BlocksLanded,
     BlocksReady,
     HandoffFailed,
     LeaseState,
@@ -68,7 +69,7 @@ class ExportTable:
 
     def __init__(
         self,
-        arena: HostArena,
+        staging: Staging,
         *,
         owner: WorkerId,
         incarnation: Incarnation,
@@ -78,7 +79,7 @@ class ExportTable:
         clock: Clock,
         on_released: Callable[[RequestId], None],
     ) -> None:
-        self._arena = arena
+        self._staging = staging
         self._owner = owner
         self._incarnation = incarnation
         self._layout = layout
@@ -88,10 +89,10 @@ class ExportTable:
         self._on_released = on_released
         self._by_request: dict[RequestId, Export] = {}
         self._by_ticket: dict[TicketId, Export] = {}
+        self._stagers: dict[Export, Stager] = {}
         self._endings: dict[Ending, int] = {"released": 0, "expired": 0, "failed": 0}
         self._num_opened = 0
         self._num_blocks_announced = 0
-        self._worker = ThreadPoolExecutor(1, thread_name_prefix="kv-checksum")
 
     def stats(self) -> ExportStats:
         return ExportStats(
@@ -100,7 +101,7 @@ class ExportTable:
             num_released=self._endings["released"],
             num_expired=self._endings["expired"],
             num_failed=self._endings["failed"],
-            num_bytes_announced=self._num_blocks_announced * self._arena.block_bytes,
+            num_bytes_announced=self._num_blocks_announced * self._staging.arena.block_bytes,
         )
 
     # The prefill node's side, in the order of a request's life.
@@ -149,14 +150,18 @@ class ExportTable:
         )
 
     def _enter(self, ticket: TransferTicket, give_back: Callable[[], None]) -> Export:
-        export = self._by_ticket[TicketId(ticket.ticket_id)] = Export(ticket, give_back)
+        export = Export(ticket, give_back, scarce=not self._staging.eager)
+        self._by_ticket[TicketId(ticket.ticket_id)] = export
+        self._stagers[export] = Stager(
+            self._staging, partial(self._announce, export), partial(self._cannot_stage, export)
+        )
         self._num_opened += 1
         return export
 
     def publish(self, request_id: RequestId, first_block: int, block_ids: Sequence[int]) -> None:
         """Blocks first_block, ... of the request are final: nothing writes into them until they are released.
 
-        Returns at once; they are announced in this order when their checksums are known. Block ids are the arena's.
+        Returns at once; they are announced in this order when they have been staged. Block ids are the engine's.
         """
         export = self._by_request.get(request_id)
         if export is not None and block_ids:
@@ -164,8 +169,7 @@ class ExportTable:
 
     def _submit(self, export: Export, first_block: int, block_ids: tuple[int, ...]) -> None:
         export.submit(first_block, len(block_ids))
-        summed = asyncio.get_running_loop().run_in_executor(self._worker, checksums, self._arena, block_ids)
-        summed.add_done_callback(lambda future: self._announce(export, block_ids, future))
+        self._stagers[export].publish(block_ids)
 
     def finish(
         self,
@@ -205,6 +209,14 @@ class ExportTable:
         export.renew(self._clock.now())
         return LeaseState(held=True)
 
+    def landed(self, message: BlocksLanded) -> LeaseState:
+        """The reader has leading blocks: where their memory is scarce it is for the next ones now."""
+        export = self._find(message.ticket_id, message.incarnation)
+        if export is None:
+            return LeaseState(held=False)
+        export.withdraw(self._stagers[export].landed(message.num_blocks))
+        return LeaseState(held=True)
+
     def release(self, message: ReleaseLease) -> LeaseState:
         """Idempotent; False says that the lease had ended before."""
         export = self._find(message.ticket_id, message.incarnation)
@@ -237,7 +249,6 @@ class ExportTable:
         """End what is left, as failed. For the end of the process, after draining."""
         for export in list(self._by_ticket.values()):
             self._end(export, "failed", PeerLost(f"{self._owner} stops"))
-        await asyncio.to_thread(self._worker.shutdown)
 
     def _find(self, ticket_id: str, incarnation: str) -> Export | None:
         if incarnation != self._incarnation:
@@ -248,20 +259,20 @@ class ExportTable:
             return None
         return export
 
-    def _announce(self, export: Export, block_ids: tuple[int, ...], summed: asyncio.Future[tuple[int, ...]]) -> None:
-        if export.ended or summed.cancelled():
-            return
-        error = summed.exception()
-        if error is not None:
-            log.error("%s: cannot export blocks %s", export.ticket.request_id, block_ids, exc_info=error)
+    def _announce(self, export: Export, first_block: int, staged: StagedBlocks) -> None:
+        assert first_block == export.num_announced, f"block {first_block} is staged after {export.num_announced}"
+        export.announce(staged.wire_ids, staged.checksums)
+        self._num_blocks_announced += len(staged.wire_ids)
+
+    def _cannot_stage(self, export: Export, error: Exception) -> None:
+        if not export.ended:
+            log.error("%s: cannot export its blocks", export.ticket.request_id, exc_info=error)
             self._end(export, "failed", InternalError("the owner could not export its KV blocks"))
-            return
-        export.announce(block_ids, summed.result(), self._clock.now())
-        self._num_blocks_announced += len(block_ids)
 
     def _end(self, export: Export, ending: Ending, error: HeadraceError | None) -> None:
         del self._by_ticket[TicketId(export.ticket.ticket_id)]
         self._endings[ending] += 1
+        self._stagers.pop(export).end()
         export.end(error)
         export.give_back()
 
@@ -270,6 +281,10 @@ class ExportTable:
             yield encode_frame(HandoffFailed(lease_gone("another reader is attached to this ticket").to_info()))
             return
         export.attached = True
+        if not self._staging.eager and not export.ended:
+            self._stagers[export].attach(cursor)
+            export.restart(cursor)
+        told_all = False
         sign_of_life_s = self._options.stall_timeout_s / SIGNS_OF_LIFE_PER_STALL
         try:
             yield encode_frame(BlocksReady(cursor, (), ()))
@@ -279,6 +294,7 @@ class ExportTable:
                 if message is not None:
                     yield encode_frame(message)
                     if not isinstance(message, BlocksReady):
+                        told_all = True
                         return
                     cursor += len(message.block_ids)
                 elif export.ended:
@@ -287,6 +303,8 @@ class ExportTable:
                     yield encode_frame(BlocksReady(cursor, (), ()))
         finally:
             export.attached = False
+            if not told_all and not export.ended:  # the stream broke: nobody reads what was staged for it
+                export.withdraw(self._stagers[export].detach())
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:

@@ -2,12 +2,13 @@
 
 from collections.abc import Sequence
 
-from kv_transfer.arena import HostArena
+from kv_transfer.device_arena import Arena, DeviceArena
 from kv_transfer.inproc_transport import InprocTransport
 from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.shm_transport import ShmTransport
 from kv_transfer.tcp_transport import TcpTransport
 from kv_transfer.transport import MayRead, Transport
+from protocol.errors import ConfigError
 from protocol.ids import Incarnation, TicketId
 from protocol.transfer import TransportKind
 
@@ -19,7 +20,7 @@ def lend_nothing(_ticket_id: TicketId, _block_ids: Sequence[int]) -> bool:
 
 def make_transport(
     kind: TransportKind,
-    arena: HostArena,
+    arena: Arena,
     *,
     incarnation: Incarnation,
     host: str,
@@ -32,9 +33,15 @@ def make_transport(
     itself). `may_read` is ExportTable.may_read on a node that exports. Takes up to half a second; call it before the
     event loop has work to do. Raises ConfigError, saying how to mend it, if the transport cannot work here.
     """
+    if kind == "nixl":
+        return NixlTransport(arena, incarnation, host)
+    if isinstance(arena, DeviceArena):
+        raise ConfigError(
+            f'the transport "{kind}" does not reach the memory of a GPU; set transfer.device_memory to "staged", or'
+            ' transfer.transport to "nixl"',
+            param="transfer.device_memory",
+        )
     match kind:
-        case "nixl":
-            return NixlTransport(arena, incarnation, host)
         case "shm":
             return ShmTransport(arena)
         case "tcp":

@@ -12,22 +12,21 @@ importer learns when the local blocks are safe.
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable
-from concurrent.futures import Executor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TypeVar
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksums
 from kv_transfer.landing import Batch, Landing
 from kv_transfer.peers import Peers, Reader, as_transfer_error
-from kv_transfer.routes import HANDOFF_PATH, RENEW_PATH
-from kv_transfer.transport import Link
+from kv_transfer.routes import HANDOFF_PATH, LANDED_PATH, RENEW_PATH
+from kv_transfer.staging import Staging
+from kv_transfer.transport import Link, TransferAbandoned
 from protocol.errors import HeadraceError, LeaseExpired, NodeLost, PeerLost, TransferError, TransferTimeout
 from protocol.ids import TicketId
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
 from protocol.transfer import (
+    BlocksLanded,
     HandoffFailed,
     HandoffMessage,
     LeaseState,
@@ -75,12 +74,11 @@ class FetchContext:
 
     client: RpcClient
     peers: Peers
-    arena: HostArena
+    staging: Staging
     reader: Reader
     options: TransferOptions
     clock: Clock
     tasks: asyncio.TaskGroup
-    verifier: Executor
 
 
 class Fetch:
@@ -92,6 +90,10 @@ class Fetch:
         self._announced = asyncio.Event()
         self.reading: asyncio.Task[TransferError | None] | None = None
         """The last read that was started, whether or not it has ended."""
+        self._scarce = False
+        """The owner waits to be told what has landed."""
+        self._wire_ids: tuple[int, ...] = ()
+        """What bytes may land in: of the read under way, or of one that was abandoned."""
 
     async def run(self, last_word: type[LastWord]) -> tuple[LastWord, float]:
         """Until every block is here and proven. Returns what the owner said last, and when that came, by our clock. Raises
@@ -132,6 +134,7 @@ class Fetch:
                 if arrived is None:
                     raise PeerLost(f"{self._ticket.owner} ended the hand-off in the middle")
                 self._landing.announce(arrived)
+                self._scarce |= arrived.scarce
                 self._announced.set()
 
     def _check_all_announced(self) -> None:
@@ -140,7 +143,8 @@ class Fetch:
             raise TransferError(f"the owner finished after {landing.num_announced} of {landing.num_blocks} blocks")
 
     async def _move(self) -> None:
-        max_blocks = max(1, MAX_READ_BYTES // self._context.arena.block_bytes)
+        staging = self._context.staging
+        max_blocks = max(1, min(MAX_READ_BYTES // staging.arena.block_bytes, staging.max_blocks))
         while not self._landing.complete:
             self._announced.clear()
             batch = self._landing.next_batch(max_blocks)
@@ -148,29 +152,51 @@ class Fetch:
                 await self._announced.wait()
                 continue
             link = await self._context.peers.link(self._ticket)
-            await self._read(link, batch)
-            loop = asyncio.get_running_loop()
-            found = await loop.run_in_executor(self._context.verifier, checksums, self._context.arena, batch.local_ids)
-            self._landing.verify(batch, found)
+            self._wire_ids = await staging.reserve(batch.local_ids)
+            self.reading = self._context.tasks.create_task(self._bring(link, batch))
+            failure = await asyncio.shield(self.reading)
+            if failure is not None:
+                raise failure
+            if self._scarce and not self._landing.complete:
+                self._context.tasks.create_task(self._tell_landed(self._landing.num_valid_blocks))
 
-    async def _read(self, link: Link, batch: Batch) -> None:
-        self.reading = self._context.tasks.create_task(self._read_to_its_end(link, batch))
-        failure = await asyncio.shield(self.reading)
-        if failure is not None:
-            raise failure
-
-    async def _read_to_its_end(self, link: Link, batch: Batch) -> TransferError | None:
-        """Returns its error: a read that fails must not end the group that it runs in."""
+    async def _bring(self, link: Link, batch: Batch) -> TransferError | None:
+        """Read and land a batch, to the end. Returns its error: what fails must not end the group that it runs in."""
+        ticket_id = TicketId(self._ticket.ticket_id)
         try:
-            ticket_id = TicketId(self._ticket.ticket_id)
-            stall_s = self._context.options.stall_timeout_s
-            await link.read(ticket_id, batch.remote_ids, batch.local_ids, stall_s)
+            try:
+                await link.read(ticket_id, batch.remote_ids, self._wire_ids, self._context.options.stall_timeout_s)
+            except TransferAbandoned:
+                raise
+            except BaseException:
+                self.give_back()
+                raise
+            wire_ids, self._wire_ids = self._wire_ids, ()
+            num_right = await self._context.staging.land(wire_ids, batch.local_ids, batch.checksums)
+            self._landing.landed(batch, num_right)
         except TransferError as error:
             return error
         except Exception:
             log.exception("%s: reading KV failed", self._ticket.request_id)
             return TransferError("reading KV failed; see this process's log")
         return None
+
+    def give_back(self) -> None:
+        """No more bytes can land in what a read that failed was to fill."""
+        wire_ids, self._wire_ids = self._wire_ids, ()
+        self._context.staging.discard(wire_ids)
+
+    async def _tell_landed(self, num_blocks: int) -> None:
+        """Must not raise: the group it runs in is everybody's. What is lost the next one makes good, or the stream ends."""
+        message = BlocksLanded(self._ticket.ticket_id, self._ticket.incarnation, num_blocks)
+        try:
+            await self._context.client.call(
+                self._ticket.control_url + LANDED_PATH, message, LeaseState, self._context.options.stall_timeout_s
+            )
+        except HeadraceError as error:
+            log.info(
+                "%s: %s was not told what has landed: %s", self._ticket.request_id, self._ticket.owner, error.message
+            )
 
     async def _renew(self) -> None:
         message = RenewLease(self._ticket.ticket_id, self._ticket.incarnation)

@@ -11,15 +11,14 @@ cancelled fetch ask `Importer.settled(ticket_id)` for that event. No block may b
 import asyncio
 import logging
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Self
 
-from kv_transfer.arena import HostArena
 from kv_transfer.fetch import Fetch, FetchContext, FetchResult, LastWord
 from kv_transfer.landing import Landing
 from kv_transfer.peers import Peers, Reader, as_transfer_error
 from kv_transfer.routes import RELEASE_PATH, RENEW_PATH
+from kv_transfer.staging import Staging
 from kv_transfer.transport import TransferAbandoned, Transport
 from protocol.errors import (
     ChecksumMismatch,
@@ -47,7 +46,6 @@ from runtime.rpc_client import RpcClient
 
 RELEASE_ATTEMPTS = 3
 RELEASE_PAUSE_S = 0.2
-VERIFIER_THREADS = 2
 
 log = logging.getLogger(__name__)
 
@@ -92,29 +90,26 @@ class Importer:
         *,
         client: RpcClient,
         transport: Transport,
-        arena: HostArena,
+        staging: Staging,
         reader: Reader,
         options: TransferOptions,
         clock: Clock,
     ) -> None:
         self._client = client
         self._transport = transport
-        self._arena = arena
         self._reader = reader
         self._options = options
         self._clock = clock
         self._tasks = asyncio.TaskGroup()
-        self._peers = Peers(client, transport, arena, reader, options.stall_timeout_s, self._tasks)
-        self._verifier = ThreadPoolExecutor(VERIFIER_THREADS, thread_name_prefix="kv-verify")
+        self._peers = Peers(client, transport, staging.arena, reader, options.stall_timeout_s, self._tasks)
         self._context = FetchContext(
             client=client,
             peers=self._peers,
-            arena=arena,
+            staging=staging,
             reader=reader,
             options=options,
             clock=clock,
             tasks=self._tasks,
-            verifier=self._verifier,
         )
         self._unsettled: dict[TicketId, tuple[asyncio.Event, asyncio.Task[None]]] = {}
         self._totals = ImportStats()
@@ -129,7 +124,6 @@ class Importer:
         for _, watcher in self._unsettled.values():
             watcher.cancel()
         await self._tasks.__aexit__(None, None, None)
-        await asyncio.to_thread(self._verifier.shutdown)
 
     def stats(self) -> ImportStats:
         self._totals.num_unsettled = len(self._unsettled)
@@ -153,7 +147,7 @@ class Importer:
             phases=done.phases,
             computed_at=heard_at - max(0.0, done.since_computed_s),
             num_blocks_moved=num_moved,
-            num_bytes_moved=num_moved * self._arena.block_bytes,
+            num_bytes_moved=num_moved * self._context.staging.arena.block_bytes,
         )
 
     async def fetch_prefix(self, ticket: TransferTicket, local_block_ids: Sequence[int], deadline_s: float) -> None:
@@ -184,7 +178,7 @@ class Importer:
             num_moved = landing.num_blocks - num_cached_blocks
             self._totals.num_fetched += 1
             self._totals.num_blocks_moved += num_moved
-            self._totals.num_bytes_moved += num_moved * self._arena.block_bytes
+            self._totals.num_bytes_moved += num_moved * self._context.staging.arena.block_bytes
             self._tidy_up(ticket, fetch, succeeded=True)
             return heard
         settled = self._tidy_up(ticket, fetch, succeeded=False)
@@ -254,16 +248,17 @@ class Importer:
             return _set_event()
         ticket_id = TicketId(ticket.ticket_id)
         settled = asyncio.Event()
-        watcher = self._tasks.create_task(self._watch(ticket_id, reading, settled), name="kv-quarantine")
+        watcher = self._tasks.create_task(self._watch(ticket_id, fetch, reading, settled), name="kv-quarantine")
         self._unsettled[ticket_id] = (settled, watcher)
         return settled
 
     async def _watch(
-        self, ticket_id: TicketId, reading: asyncio.Task[TransferError | None], settled: asyncio.Event
+        self, ticket_id: TicketId, fetch: Fetch, reading: asyncio.Task[TransferError | None], settled: asyncio.Event
     ) -> None:
         outcome = await asyncio.shield(reading)
         if isinstance(outcome, TransferAbandoned):
             await outcome.settled.wait()
+            fetch.give_back()
         settled.set()
         del self._unsettled[ticket_id]
 

@@ -1,89 +1,61 @@
-"""NixlAgent: the one thread that calls NIXL. Everything else asks it and waits.
+"""NixlAgent: the active agent, which reads and writes peers' blocks, and the one thread that calls it.
 
 The library is not promised to be thread-safe, some of its calls copy all bytes before they return, and a transfer makes
-progress only while somebody polls it. So after the start one thread makes every call: it takes commands from a queue, posts transfers
-without waiting for them, and polls those in flight. A peer that stands still delays nobody else.
+progress only while somebody polls it. So after the start one thread makes every call: it takes commands from a queue,
+posts the chunks of all transfers in turn without waiting for them, and polls those in flight. A peer that stands still
+delays nobody else. Because it polls, the agent goes without the library's progress thread, which would only compete.
 
-NIXL cannot cancel a transfer, nor does it time one out: a transfer is over when the library says so, and until then its
-bytes may land. The thread therefore polls every transfer until then, however long ago its reader gave up, and a peer's
+NIXL cannot cancel a transfer, nor does it time one out: a chunk is over when the library says so, and until then its
+bytes may move. The thread therefore polls every chunk until then, however long ago its caller gave up, and a peer's
 connection is given up only when no transfer to it is left.
 """
 
 import asyncio
-import itertools
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable
+import time
+from collections import deque
+from collections.abc import Callable
+from types import ModuleType
 from typing import Any, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
-
-from kv_transfer.arena import HostArena
-from kv_transfer.nixl_library import error_types, load_nixl, make_agent
-from kv_transfer.plan import CopyRun
+from kv_transfer.nixl_blocks import NixlBlocks
+from kv_transfer.nixl_library import error_types, lost_peer_errors, make_agent, register
+from kv_transfer.nixl_transfer import NixlPeer, NixlTransfer
 from protocol.errors import PeerLost, TransferError
-from protocol.ids import Incarnation
 
-POLL_FIRST_S = 50e-6
+POLL_MIN_S = 30e-6
 POLL_MAX_S = 1e-3
+POLL_SHARE = 0.25
+"""Of the time since something last happened: so polling adds at most a quarter to how long a chunk takes."""
 POLL_ABANDONED_S = 20e-3
+IDLE_PROGRESS_S = 1.0
+"""How often an idle agent looks at its connections: UCX keeps them alive by messages that somebody must take."""
 
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
 
 _undying: list[Any] = []
-"""Agents that were closed with a transfer unfinished, and the memory it may land in. Destroying such an agent would
-abort the process at the other end; unmapping the memory, this one."""
-
-
-class NixlPeer:
-    """A remote agent known to ours. The agent thread alone changes it."""
-
-    def __init__(self, name: str, metadata: bytes, address: int, num_blocks: int) -> None:
-        self.name = name
-        self.metadata = metadata
-        self.address = address
-        self.num_blocks = num_blocks
-        self.blocks: Any = None
-        self.num_links = 0
-        self.num_in_flight = 0
-        self.lost = False
-
-
-class NixlTransfer:
-    """One read. `ended` gets None, or an error, when no more bytes can land. `abandoned` only slows polling."""
-
-    def __init__(self, peer: NixlPeer, runs: list[CopyRun], ended: asyncio.Future[None]) -> None:
-        self.peer = peer
-        self.runs = runs
-        self.ended = ended
-        self.loop = ended.get_loop()
-        self.abandoned = False
-        self.handle: Any = None
+"""Agents that were closed with a transfer unfinished, and the memory that it may still touch. Destroying such an agent
+would abort the process at the other end; unmapping the memory, this one."""
 
 
 class NixlAgent:
-    """Made at start; raises ConfigError without a working NIXL. The arena is registered once and stays so."""
+    """Made at start; raises ConfigError without a working NIXL. `keep_alive` is what holds the blocks' memory."""
 
-    def __init__(self, arena: HostArena, incarnation: Incarnation, host: str, serial: int) -> None:
-        self._arena = arena
-        self.name = f"headrace-{incarnation}-{serial}"
-        api = load_nixl(host)
+    def __init__(self, api: ModuleType, name: str, blocks: NixlBlocks, keep_alive: object) -> None:
+        self._blocks = blocks
+        self._keep_alive = keep_alive
         self._errors = error_types(api)
-        self._lost_errors = (
-            api.nixlBind.nixlRemoteDisconnectError,
-            api.nixlBind.nixlNotFoundError,
-            api.nixlBind.nixlBackendError,
-        )
-        self._agent = make_agent(api, self.name)
-        self._agent.register_memory([(arena.address, arena.size_bytes, 0, "")], "DRAM")
-        self._local_blocks = self._descriptors("NIXL_INIT_AGENT", arena.address, arena.num_wire_blocks)
-        self.metadata: bytes = self._agent.get_agent_metadata()
+        self._lost_errors = lost_peer_errors(api)
+        self._agent = make_agent(api, name, progress_delay_us=None)
+        register(api, self._agent, blocks)
+        self._local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", blocks.rows(), blocks.memory)
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._in_flight: list[NixlTransfer] = []
+        self._transfers: deque[NixlTransfer] = deque()
+        """Not over yet, in the order of their turns."""
         self._peers: dict[str, NixlPeer] = {}
         self._stopping = False
         self._thread = threading.Thread(target=self._run, name="kv-nixl", daemon=True)
@@ -91,22 +63,20 @@ class NixlAgent:
 
     # Called on the event loop.
 
-    async def add_peer(self, name: str, metadata: bytes, address: int, num_blocks: int) -> NixlPeer:
-        """Know a remote agent, from metadata whose checksum holds. Raises TransferError."""
-        return await self._call(lambda: self._add(NixlPeer(name, metadata, address, num_blocks)))
+    async def add_peer(self, name: str, metadata: bytes, blocks: NixlBlocks) -> NixlPeer:
+        """Know a peer's passive agent, from metadata whose checksum holds. Raises TransferError."""
+        return await self._call(lambda: self._add(NixlPeer(name, metadata, blocks)))
 
     async def drop_peer(self, peer: NixlPeer) -> None:
         """The counterpart of one add_peer."""
         await self._call(lambda: self._drop(peer))
 
-    def read(self, peer: NixlPeer, runs: list[CopyRun]) -> NixlTransfer:
-        """Start a read and return at once."""
-        transfer = NixlTransfer(peer, runs, asyncio.get_running_loop().create_future())
-        self._commands.put(lambda: self._post(transfer))
-        return transfer
+    def start(self, transfer: NixlTransfer) -> None:
+        """Post its chunks as they have their turn; returns at once."""
+        self._commands.put(lambda: self._begin(transfer))
 
     async def close(self) -> None:
-        """Stop the thread. Reads that have not ended never will: their blocks stay quarantined to the process's end."""
+        """Stop the thread. What has not ended never will: its blocks stay quarantined to the process's end."""
         if not self._stopping:
             self._stopping = True
             self._commands.put(lambda: None)
@@ -134,78 +104,105 @@ class NixlAgent:
     # Called on the agent thread.
 
     def _run(self) -> None:
-        idle_polls = itertools.count()
+        last_event = time.monotonic()
         while not self._stopping:
-            try:
-                self._commands.get(timeout=self._pause(next(idle_polls)))()
-                idle_polls = itertools.count()
-            except queue.Empty:
-                pass
-            if self._poll():
-                idle_polls = itertools.count()
+            took = self._take_commands(self._pause(last_event))
+            posted = self._post_one()
+            if self._poll() or took or posted:
+                last_event = time.monotonic()
+            self._end_those_over()
         self._shut_down()
 
-    def _pause(self, idle_polls: int) -> float | None:
-        """How long to wait for a command before polling again: doubling, and longer when nobody waits for an answer."""
-        if not self._in_flight:
-            return None
-        if all(transfer.abandoned for transfer in self._in_flight):
+    def _pause(self, last_event: float) -> float | None:
+        """How long to wait for a command before posting or polling again; None is for ever."""
+        if not self._transfers:
+            return IDLE_PROGRESS_S if self._peers else None
+        if any(transfer.may_post for transfer in self._transfers):
+            return 0.0
+        if all(transfer.abandoned for transfer in self._transfers):
             return POLL_ABANDONED_S
-        return min(POLL_MAX_S, POLL_FIRST_S * (1 << min(idle_polls, 10)))
+        return min(POLL_MAX_S, max(POLL_MIN_S, POLL_SHARE * (time.monotonic() - last_event)))
 
-    def _poll(self) -> bool:
-        """Look at every transfer in flight; True if one ended."""
-        ended = [transfer for transfer in self._in_flight if self._ended(transfer)]
-        for transfer in ended:
-            self._in_flight.remove(transfer)
-            self._left(transfer.peer)
-        return bool(ended)
-
-    def _ended(self, transfer: NixlTransfer) -> bool:
+    def _take_commands(self, pause_s: float | None) -> bool:
         try:
-            if self._agent.check_xfer_state(transfer.handle) == "PROC":
-                return False
-            self._succeed(transfer)
-        except self._errors as error:
-            self._fail(transfer, error)
+            self._commands.get(block=pause_s != 0.0, timeout=pause_s)()
+        except queue.Empty:
+            if not self._transfers:
+                self._look_around()
+            return False
+        while not self._commands.empty():
+            self._commands.get()()
         return True
 
-    def _post(self, transfer: NixlTransfer) -> None:
-        peer = transfer.peer
-        if transfer.abandoned or peer.lost:
-            _tell(transfer.loop, transfer.ended, error=PeerLost("the connection to the peer is lost"))
-            return
+    def _look_around(self) -> None:
         try:
-            transfer.handle = self._agent.make_prepped_xfer(
-                "READ",
-                self._local_blocks,
-                _indices((run.destination, run.num_blocks) for run in transfer.runs),
-                peer.blocks,
-                _indices((run.source, run.num_blocks) for run in transfer.runs),
-            )
-            if self._agent.transfer(transfer.handle) == "PROC":
-                self._in_flight.append(transfer)
-                peer.num_in_flight += 1
-                return
-            self._succeed(transfer)
+            self._agent.get_new_notifs()  # for its side effect; nobody sends any
         except self._errors as error:
-            self._fail(transfer, error)
+            log.info("NIXL has bad news of a peer, which the next transfer will meet: %s", error)
 
-    def _succeed(self, transfer: NixlTransfer) -> None:
-        self._release(transfer)
-        _tell(transfer.loop, transfer.ended)
+    def _begin(self, transfer: NixlTransfer) -> None:
+        transfer.peer.num_transfers += 1
+        self._transfers.append(transfer)
 
-    def _fail(self, transfer: NixlTransfer, error: Exception) -> None:
-        """The library reports errors when a transfer is over, never before: nothing lands after one."""
-        self._release(transfer)
+    def _post_one(self) -> bool:
+        """Post the next chunk of the transfer whose turn it is. False if none has any to post."""
+        for _ in range(len(self._transfers)):
+            transfer = self._transfers[0]
+            self._transfers.rotate(-1)
+            if transfer.may_post:
+                self._post_chunk(transfer)
+                return True
+        return False
+
+    def _post_chunk(self, transfer: NixlTransfer) -> None:
+        local, remote = transfer.next_chunk()
+        handle = None
+        try:
+            handle = self._agent.make_prepped_xfer(
+                transfer.operation, self._local, local, transfer.peer.descriptors, remote
+            )
+            if self._agent.transfer(handle) == "PROC":
+                transfer.in_flight.append(handle)
+                return
+        except self._errors as error:
+            self._note(transfer, error)
+        self._release(transfer, handle)
+
+    def _poll(self) -> bool:
+        """Look at every chunk in flight; True if one ended."""
+        num_ended = 0
+        for transfer in self._transfers:
+            for handle in list(transfer.in_flight):
+                if self._ended(transfer, handle):
+                    transfer.in_flight.remove(handle)
+                    self._release(transfer, handle)
+                    num_ended += 1
+        return num_ended > 0
+
+    def _ended(self, transfer: NixlTransfer, handle: Any) -> bool:
+        try:
+            return bool(self._agent.check_xfer_state(handle) != "PROC")
+        except self._errors as error:
+            self._note(transfer, error)
+            return True
+
+    def _note(self, transfer: NixlTransfer, error: Exception) -> None:
+        """The library reports an error when a chunk is over, never before: nothing of it moves after one."""
         if isinstance(error, self._lost_errors):
             transfer.peer.lost = True
-            _tell(transfer.loop, transfer.ended, error=PeerLost(f"NIXL lost the peer: {error}"))
+            failure: TransferError = PeerLost(f"NIXL lost the peer: {error}")
         else:
-            _tell(transfer.loop, transfer.ended, error=TransferError(f"NIXL refused the read: {error}"))
+            failure = TransferError(f"NIXL refused to {transfer.operation.lower()}: {error}")
+        transfer.error = transfer.error or failure
 
-    def _release(self, transfer: NixlTransfer) -> None:
-        handle, transfer.handle = transfer.handle, None
+    def _end_those_over(self) -> None:
+        for transfer in [transfer for transfer in self._transfers if transfer.over]:
+            self._transfers.remove(transfer)
+            transfer.peer.num_transfers -= 1
+            _tell(transfer.loop, transfer.ended, error=transfer.outcome())
+            self._forget_if_unused(transfer.peer)
+
+    def _release(self, transfer: NixlTransfer, handle: Any) -> None:
         if handle is None:
             return
         try:
@@ -216,59 +213,51 @@ class NixlAgent:
     def _add(self, peer: NixlPeer) -> NixlPeer:
         known = self._peers.get(peer.name)
         if known is not None and known.lost:
-            if known.num_in_flight:
-                raise PeerLost(f"reads over the lost connection to {peer.name} have not ended yet")
+            if known.num_transfers:
+                raise PeerLost(f"transfers over the lost connection to {peer.name} have not ended yet")
             self._forget(known)  # a lost agent must be removed before it is added again, or its name is spoilt
             known = None
         if known is None:
             name = self._agent.add_remote_agent(peer.metadata).decode()
             if name != peer.name:
-                self._agent.remove_remote_agent(name)
+                if name not in self._peers:
+                    self._agent.remove_remote_agent(name)
                 raise TransferError(f"the NIXL metadata of {peer.name} is of {name}")
-            peer.blocks = self._descriptors(name, peer.address, peer.num_blocks)
+            peer.descriptors = self._agent.prep_xfer_dlist(name, peer.blocks.rows(), peer.blocks.memory)
             known = self._peers[name] = peer
+        elif known.blocks != peer.blocks:
+            raise TransferError(f"{peer.name} announced other blocks before")
         known.num_links += 1
         return known
 
     def _drop(self, peer: NixlPeer) -> None:
         peer.num_links -= 1
-        self._left(peer, in_flight=0)
+        self._forget_if_unused(peer)
 
-    def _left(self, peer: NixlPeer, in_flight: int = 1) -> None:
-        peer.num_in_flight -= in_flight
-        if peer.num_in_flight == 0 and peer.num_links == 0 and self._peers.get(peer.name) is peer:
+    def _forget_if_unused(self, peer: NixlPeer) -> None:
+        if peer.num_transfers == 0 and peer.num_links == 0 and self._peers.get(peer.name) is peer:
             self._forget(peer)
 
     def _forget(self, peer: NixlPeer) -> None:
         del self._peers[peer.name]
         try:
-            peer.blocks.release()
+            peer.descriptors.release()
             self._agent.remove_remote_agent(peer.name)
         except self._errors as error:
             log.info("NIXL could not forget %s: %s", peer.name, error)
         finally:
-            peer.blocks = None  # it holds the agent
+            peer.descriptors = None  # it holds the agent
 
     def _shut_down(self) -> None:
-        if self._in_flight:
-            log.warning("NIXL stops with %d reads unfinished", len(self._in_flight))
-            _undying.append((self._agent, self._in_flight, self._arena.tensor()))
+        unfinished = [transfer for transfer in self._transfers if transfer.in_flight]
+        if unfinished:
+            log.warning("NIXL stops with %d transfers unfinished", len(unfinished))
+            _undying.append((self._agent, unfinished, self._keep_alive))
             return
         for peer in list(self._peers.values()):
             self._forget(peer)
-        self._local_blocks.release()
-        self._local_blocks = self._agent = None  # the last references: the agent ends here, on its own thread
-
-    def _descriptors(self, agent_name: str, address: int, num_blocks: int) -> Any:
-        """One descriptor per block of an arena: rows of (address, bytes, device)."""
-        rows = np.zeros((num_blocks, 3), np.uint64)
-        rows[:, 0] = np.uint64(address) + np.arange(num_blocks, dtype=np.uint64) * np.uint64(self._arena.block_bytes)
-        rows[:, 1] = self._arena.block_bytes
-        return self._agent.prep_xfer_dlist(agent_name, rows, "DRAM")
-
-
-def _indices(runs: Iterable[tuple[int, int]]) -> NDArray[np.int32]:
-    return np.concatenate([np.arange(first, first + count, dtype=np.int32) for first, count in runs])
+        self._local.release()
+        self._local = self._agent = None  # the last references: the agent ends here, on its own thread
 
 
 def _tell(

@@ -12,13 +12,11 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any
 
+from kv_transfer.network_devices import confine_ucx
+from kv_transfer.nixl_blocks import NixlBlocks
 from protocol.errors import ConfigError
-from runtime.auth import is_loopback
 
 INSTALL_HINT = "pip install nixl-cu12"
-PROGRESS_THREAD_DELAY_US = 1000
-"""The library's own default of 0 makes its progress thread spin: one core per agent, idle. 1 ms costs 2 % of one."""
-
 _MODULES = ("nixl_cu12._api", "nixl_cu13._api", "nixl._api")
 """The wheels for one CUDA version come first: the `nixl` package chooses between them by looking at torch, and both
 do the same for host memory."""
@@ -29,11 +27,9 @@ _patching = threading.Lock()
 def load_nixl(host: str) -> ModuleType:
     """The library's API module. Raises ConfigError, saying how to install it, where there is none.
 
-    UCX, underneath, listens on every network interface and knows no authentication. A node that binds loopback keeps
-    it there too, unless the user has chosen devices.
+    UCX, underneath, is confined to the network devices of `host`.
     """
-    if is_loopback(host):
-        os.environ.setdefault("UCX_NET_DEVICES", "lo")
+    confine_ucx(host)
     os.environ.setdefault("NIXL_LOG_LEVEL", "ERROR")
     reasons: list[str] = []
     for name in _MODULES:
@@ -51,14 +47,15 @@ def load_nixl(host: str) -> ModuleType:
     )
 
 
-def make_agent(api: ModuleType, name: str) -> Any:
+def make_agent(api: ModuleType, name: str, *, progress_delay_us: int | None) -> Any:
     """A NIXL agent with the UCX backend. `name` must never have been used before: peers cannot forget a bad one.
 
+    With a delay it has a progress thread, which wakes at least that often; with None whoever polls it makes the progress.
     Raises ConfigError where the backend cannot start.
     """
-    config = api.nixl_agent_config(enable_prog_thread=True, backends=["UCX"])
+    config = api.nixl_agent_config(enable_prog_thread=progress_delay_us is not None, backends=["UCX"])
     try:
-        with _progress_thread_delay(api.nixlBind):
+        with _progress_thread_delay(api.nixlBind, progress_delay_us or 0):
             agent = api.nixl_agent(name, config)
     except Exception as error:  # the bindings' errors have no common base, and each means: no transport
         raise ConfigError(_why_no_agent(error), param="transfer.transport") from error
@@ -68,13 +65,13 @@ def make_agent(api: ModuleType, name: str) -> Any:
 
 
 @contextlib.contextmanager
-def _progress_thread_delay(bindings: Any) -> Iterator[None]:
-    """While this holds, agents get our delay: the Python API sets 0 and has no parameter for it."""
+def _progress_thread_delay(bindings: Any, delay_us: int) -> Iterator[None]:
+    """While this holds, agents get this delay: the Python API sets 0 and has no parameter for it."""
     original = bindings.nixlAgentConfig
 
     class DelayedConfig(original):  # type: ignore[misc, valid-type]  # a class of the untyped bindings
         def __setattr__(self, name: str, value: object) -> None:
-            super().__setattr__(name, PROGRESS_THREAD_DELAY_US if name == "pthrDelay" else value)
+            super().__setattr__(name, delay_us if name == "pthrDelay" else value)
 
     with _patching:
         bindings.nixlAgentConfig = DelayedConfig
@@ -93,7 +90,26 @@ def _why_no_agent(error: Exception) -> str:
     return f"NIXL cannot start its UCX backend: {error}"
 
 
+def register(api: ModuleType, agent: Any, blocks: NixlBlocks) -> None:
+    """Let the agent reach the blocks, for as long as it lives. Raises ConfigError where the library cannot: UCX without CUDA
+    for a GPU's memory, say, or a limit on locked memory."""
+    try:
+        agent.register_memory([blocks.region], blocks.memory)
+    except error_types(api) as error:
+        kind = "a GPU's" if blocks.memory == "VRAM" else "the host's"
+        raise ConfigError(
+            f"NIXL cannot register {blocks.region[1] >> 20} MiB of {kind} memory: {error}",
+            param="transfer.device_memory",
+        ) from error
+
+
 def error_types(api: ModuleType) -> tuple[type[Exception], ...]:
     """Everything that the library raises on its own. Its errors have no common base."""
     found = (getattr(api.nixlBind, name) for name in dir(api.nixlBind) if name.endswith("Error"))
     return tuple(kind for kind in found if isinstance(kind, type) and issubclass(kind, Exception))
+
+
+def lost_peer_errors(api: ModuleType) -> tuple[type[Exception], ...]:
+    """Those after which a connection is of no use any more."""
+    bindings = api.nixlBind
+    return (bindings.nixlRemoteDisconnectError, bindings.nixlNotFoundError, bindings.nixlBackendError)

@@ -9,7 +9,7 @@ import asyncio
 import logging
 from dataclasses import dataclass
 
-from kv_transfer.arena import HostArena
+from kv_transfer.device_arena import Arena
 from kv_transfer.routes import CONNECT_PATH, HELLO_PATH
 from kv_transfer.transport import Link, Transport, check_introduction, find_endpoint, introduce
 from protocol.errors import HeadraceError, LayoutMismatch, LeaseExpired, NodeLost, PeerLost, TransferError
@@ -41,7 +41,7 @@ class Peers:
         self,
         client: RpcClient,
         transport: Transport,
-        arena: HostArena,
+        arena: Arena,
         reader: Reader,
         timeout_s: float,
         tasks: asyncio.TaskGroup,

@@ -4,6 +4,7 @@ GET  /kv/hello      who is here: the one message that every wire version can rea
 POST /kv/connect    Introduction -> Introduction
 POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
 POST /kv/renew      RenewLease -> LeaseState
+POST /kv/landed     BlocksLanded -> LeaseState
 POST /kv/release    ReleaseLease -> LeaseState
 POST /kv/borrow     BorrowPrefix -> PrefixLent
 """
@@ -12,13 +13,14 @@ from collections.abc import AsyncIterator
 
 from starlette.routing import Route
 
-from kv_transfer.arena import HostArena
+from kv_transfer.device_arena import Arena
 from kv_transfer.exports import ExportTable
 from kv_transfer.lending import NOTHING, Lender
 from kv_transfer.transport import Transport, find_endpoint, introduce
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
 from protocol.transfer import (
+    BlocksLanded,
     BorrowPrefix,
     Introduction,
     LeaseState,
@@ -34,6 +36,7 @@ HELLO_PATH = "/kv/hello"
 CONNECT_PATH = "/kv/connect"
 HANDOFF_PATH = "/kv/handoff"
 RENEW_PATH = "/kv/renew"
+LANDED_PATH = "/kv/landed"
 RELEASE_PATH = "/kv/release"
 BORROW_PATH = "/kv/borrow"
 
@@ -41,7 +44,7 @@ BORROW_PATH = "/kv/borrow"
 def kv_routes(
     exports: ExportTable,
     transport: Transport,
-    arena: HostArena,
+    arena: Arena,
     layout: KVLayout,
     *,
     worker_id: WorkerId,
@@ -65,6 +68,9 @@ def kv_routes(
     async def renew(message: RenewLease) -> LeaseState:
         return exports.renew(message)
 
+    async def landed(message: BlocksLanded) -> LeaseState:
+        return exports.landed(message)
+
     async def release(message: ReleaseLease) -> LeaseState:
         return exports.release(message)
 
@@ -76,6 +82,7 @@ def kv_routes(
         message_route(CONNECT_PATH, Introduction, connect, cluster_key),
         stream_route(HANDOFF_PATH, OpenHandoff, handoff, cluster_key),
         message_route(RENEW_PATH, RenewLease, renew, cluster_key),
+        message_route(LANDED_PATH, BlocksLanded, landed, cluster_key),
         message_route(RELEASE_PATH, ReleaseLease, release, cluster_key),
         message_route(BORROW_PATH, BorrowPrefix, borrow, cluster_key),
     ]

@@ -15,7 +15,7 @@ from typing import Protocol
 
 import xxhash
 
-from kv_transfer.arena import HostArena
+from kv_transfer.device_arena import Arena
 from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, TransferError, TransferTimeout
 from protocol.ids import Incarnation, TicketId, WorkerId
 from protocol.kv_layout import KVLayout
@@ -134,7 +134,7 @@ def make_endpoint(kind: TransportKind, payload: bytes) -> Endpoint:
 
 
 def introduce(
-    worker: WorkerId, incarnation: Incarnation, layout: KVLayout, arena: HostArena, transports: Iterable[Transport]
+    worker: WorkerId, incarnation: Incarnation, layout: KVLayout, arena: Arena, transports: Iterable[Transport]
 ) -> Introduction:
     """What a process says of itself when it meets a peer."""
     return Introduction(

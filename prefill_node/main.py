@@ -7,13 +7,15 @@ from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
+from kv_transfer.device_arena import Arena
+from kv_transfer.device_blocks import DeviceBlocks, open_staging
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import make_transport
 from kv_transfer.routes import kv_routes
 from kv_transfer.telemetry import TransferTelemetry
+from kv_transfer.transport import Transport
 from prefill_node.node import PrefillNode
 from prefill_node.service import PrefillService
-from protocol.errors import ConfigError
 from protocol.ids import Incarnation, WorkerId, new_incarnation
 from runtime.auth import check_bind
 from runtime.clock import MonotonicClock
@@ -33,20 +35,19 @@ def run(config: NodeConfig) -> int:
     check_bind(config.host, config.cluster_key)
     incarnation = new_incarnation()
     plan = plan_engine(config)
-    if plan.on_device:
-        raise ConfigError(
-            "model.device cuda: a prefill node hands its KV over, and no transport reaches device memory yet; a decode node"
-            " alone computes its own prompts on a GPU: headrace up --prefill 0 --set decode.model.device=cuda",
-            param="model.device",
-        )
     block_bytes = plan.layout.block_bytes
-    arena = HostArena(plan.num_host_blocks, block_bytes, scratch_blocks(block_bytes))
-    built = build_engine(config, plan, incarnation, arena.tensor())
-    run_on_event_loop(_serve(config, incarnation, built, arena))
+    num_scratch_blocks = scratch_blocks(block_bytes)
+    arena = None if plan.on_device else HostArena(plan.num_blocks, block_bytes, num_scratch_blocks)
+    built = build_engine(config, plan, incarnation, arena.tensor() if arena else None, num_scratch_blocks)
+    memory = arena or built.device_blocks
+    assert memory is not None, "a KV cache is in host memory or on a device"
+    run_on_event_loop(_serve(config, incarnation, built, memory))
     return 0
 
 
-async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, arena: HostArena) -> None:
+async def _serve(
+    config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, memory: HostArena | DeviceBlocks
+) -> None:
     engine = built.engine
     life = ProcessLife()
     install_signal_handlers(life)
@@ -55,8 +56,20 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
     url = config.advertise_url or socket_url(bound)
     info = describe_worker(config, "prefill", incarnation, url, built.model)
     shell = NodeShell(config, info, life, registry)
+
+    def open_transport(arena: Arena) -> Transport:
+        return make_transport(
+            config.transfer.transport,
+            arena,
+            incarnation=incarnation,
+            host=config.host,
+            advertise_host=advertised_host(url),
+            may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
+        )
+
+    staging, transport = open_staging(memory, config.transfer, open_transport)
     exports = ExportTable(
-        arena,
+        staging,
         owner=WorkerId(info.worker_id),
         incarnation=incarnation,
         layout=info.layout,
@@ -65,21 +78,13 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
         clock=MonotonicClock(),
         on_released=engine.release,
     )
-    transport = make_transport(
-        config.transfer.transport,
-        arena,
-        incarnation=incarnation,
-        host=config.host,
-        advertise_host=advertised_host(url),
-        may_read=exports.may_read,
-    )
     service = PrefillService(
         engine, exports, shell.outbox, NodeMetrics(registry), info.vocab_size, info.layout.identity
     )
     routes = kv_routes(
         exports,
         transport,
-        arena,
+        staging.arena,
         info.layout,
         worker_id=WorkerId(info.worker_id),
         incarnation=incarnation,
@@ -97,6 +102,7 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
+        stack.push_async_callback(staging.close)
         stack.push_async_callback(transport.close)
         stack.push_async_callback(exports.close)
         engine.start(on_loop(loop, service.on_engine_events))

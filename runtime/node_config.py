@@ -22,7 +22,7 @@ class ModelOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     `runner` "simulated" computes tokens by arithmetic instead of the model, for tests of everything around it.
     `quantization` "int8" keeps weights as bytes, on CPUs: faster, a little less exact.
     `threads` 0: all cores this process may use. `max_model_len` 0: what the model was trained for. `device` "auto" is cuda
-    where there is a GPU; on it a node serves its own prompts only, because no transport reaches device memory yet.
+    where there is a GPU.
     """
 
     model: str = "smollm2-135m-instruct"
@@ -75,9 +75,16 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How KV moves. `lease_ttl_s`: how long an export outlives its last sign of interest. `stall_timeout_s`: silence
-    of the other node after which a hand-off is given up and the context recomputed."""
+    of the other node after which a hand-off is given up and the context recomputed.
+
+    Of a GPU's KV: `device_memory` "direct" lets the transport reach it where it is, "staged" copies through pinned host
+    memory, "auto" does that only where the other cannot be. `staging_memory` is how much of it: a size, or "auto", 64
+    blocks or 256 MiB, whichever is less.
+    """
 
     transport: TransportKind = "nixl"
+    device_memory: Literal["auto", "direct", "staged"] = "auto"
+    staging_memory: str = "auto"
     lease_ttl_s: PositiveFloat = 30.0
     stall_timeout_s: PositiveFloat = 5.0
 

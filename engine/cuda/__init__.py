@@ -12,6 +12,7 @@ row_sampler      RowSampler: draws with parameters that stay on the device
 outputs          OutputRecords: what was drawn, on its way to the host
 device_step      DeviceStep: a launched step, waiting to be collected
 offload_stream   OffloadStream: KV blocks to host memory and back, beside the steps
+device_blocks    DeviceBlocks: the KV cache, for those who move its blocks between processes
 trial_plans      what a runner is warmed up and measured with
 memory           how many KV blocks fit: measured, then worked out
 build            from a model folder to a CudaRunner

@@ -1,4 +1,8 @@
-"""build_cuda_runner: from a model folder to a CudaRunner on this process's GPU, its KV cache as large as fits."""
+"""build_cuda_runner: from a model folder to a CudaRunner on this process's GPU, its KV cache as large as fits.
+
+The cache's memory has a few blocks more than the runner knows of: scratch blocks, which peers that reach it may move to
+measure how fast that is.
+"""
 
 import gc
 import logging
@@ -8,6 +12,7 @@ import torch
 
 from engine.cuda.cuda_device import CudaDevice
 from engine.cuda.device import Device
+from engine.cuda.device_blocks import DeviceBlocks
 from engine.cuda.limits import BatchLimits
 from engine.cuda.memory import measure, num_blocks_that_fit
 from engine.cuda.runner import CudaRunner
@@ -31,8 +36,12 @@ log = logging.getLogger(__name__)
 
 
 def build_cuda_runner(
-    files: ModelFiles, options: RunnerOptions, limits: BatchLimits, progress: Callable[[str], None]
-) -> CudaRunner:
+    files: ModelFiles,
+    options: RunnerOptions,
+    limits: BatchLimits,
+    progress: Callable[[str], None],
+    num_scratch_blocks: int = 0,
+) -> tuple[CudaRunner, DeviceBlocks]:
     """Not warmed up. With `options.num_blocks` 0 the largest step is run and measured first, and the KV cache gets what
     `options.gpu_memory_utilization` leaves.
 
@@ -40,12 +49,27 @@ def build_cuda_runner(
     """
     layout, max_model_len = plan_layout(files, options), resolve_max_model_len(files, options)
     model = _load_model(files, options, max_model_len, progress)
-    num_blocks = options.num_blocks or _measured_blocks(
-        model, layout, max_model_len, limits, options.gpu_memory_utilization
+    num_blocks = options.num_blocks or max(
+        1, _measured_blocks(model, layout, max_model_len, limits, options.gpu_memory_utilization) - num_scratch_blocks
     )
     device = CudaDevice()
     progress(f"KV cache on {device.torch_device}: {num_blocks} blocks of {layout.block_bytes} bytes")
-    return CudaRunner(model, layout, _kv_cache(layout, num_blocks, device), max_model_len, limits, device)
+    return runner_with_blocks(model, layout, num_blocks, num_scratch_blocks, max_model_len, limits, device)
+
+
+def runner_with_blocks(
+    model: LlamaModel,
+    layout: KVLayout,
+    num_blocks: int,
+    num_scratch_blocks: int,
+    max_model_len: int,
+    limits: BatchLimits,
+    device: Device,
+) -> tuple[CudaRunner, DeviceBlocks]:
+    """A runner over a new cache, and the same cache for those who move its blocks."""
+    kv_cache = _kv_cache(layout, num_blocks + num_scratch_blocks, device)
+    runner = CudaRunner(model, layout, kv_cache[:num_blocks], max_model_len, limits, device)
+    return runner, DeviceBlocks(kv_cache.flatten(1).view(torch.uint8), num_scratch_blocks, device)
 
 
 def _load_model(

@@ -66,6 +66,13 @@ class CudaDevice:
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(tuple(shape), dtype=dtype, pin_memory=True)
 
+    def pin(self, memory: torch.Tensor) -> None:
+        size = memory.numel() * memory.element_size()
+        cudart = torch.cuda.cudart()  # type: ignore[no-untyped-call]  # torch types this in part
+        error = cudart.cudaHostRegister(memory.data_ptr(), size, 0)
+        if int(error) != 0:
+            raise RuntimeError(f"CUDA cannot pin {size >> 20} MiB of host memory: {error}")
+
     def upload(self, values: torch.Tensor) -> torch.Tensor:
         if not values.numel():
             return torch.empty_like(values, device=self._torch_device)

@@ -11,6 +11,7 @@ The rules that make a program right on both:
 - captured work reads and writes tensors that live as long as the capture, and decides nothing.
 """
 
+import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Protocol
@@ -43,7 +44,7 @@ class DeviceStream(Protocol):
 
 
 class Device(Protocol):
-    """One device with a stream for steps and one for copies beside them."""
+    """One device with a stream for steps and one for copies beside them. Streams may be used by several threads at once."""
 
     @property
     def torch_device(self) -> torch.device: ...
@@ -56,6 +57,11 @@ class Device(Protocol):
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         """Host memory, zeroed, that the device copies from and to without the host's help."""
+        ...
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """Make of this host memory, dense, what `pinned` returns, until the process ends. Raises RuntimeError where the
+        system does not allow that."""
         ...
 
     def upload(self, values: torch.Tensor) -> torch.Tensor:
@@ -75,24 +81,28 @@ class Device(Protocol):
 class HostStream:
     """Runs work on the calling thread: at once, or `late`, when somebody waits for it or for something behind it.
 
-    Late is how a GPU behaves towards the host: by then whatever should not have been touched has been.
+    Late is how a GPU behaves towards the host: by then whatever should not have been touched has been. One thread works at a
+    time; `turn` is the device's, because work of one stream may wait for that of another.
     """
 
-    def __init__(self, *, late: bool) -> None:
+    def __init__(self, turn: threading.RLock, *, late: bool) -> None:
+        self._turn = turn
         self._late = late
         self._queue: deque[_HostCompletion] = deque()
 
     def submit(self, work: Work, after: Sequence[Completion] = ()) -> Completion:
         completion = _HostCompletion(self, work, after)
-        self._queue.append(completion)
-        if not self._late:
-            self.run_until(completion)
+        with self._turn:
+            self._queue.append(completion)
+            if not self._late:
+                self.run_until(completion)
         return completion
 
     def run_until(self, completion: "_HostCompletion") -> None:
         """Run what is queued, in order, up to and including `completion`."""
-        while not completion.done():
-            self._queue.popleft().run()
+        with self._turn:
+            while not completion.done():
+                self._queue.popleft().run()
 
 
 class _HostCompletion:
@@ -109,11 +119,13 @@ class _HostCompletion:
         self._stream.run_until(self)
 
     def run(self) -> None:
-        self._done = True  # also if it raises: on a GPU, too, the next work does not wait for a better outcome
-        for completion in self._after:
-            completion.wait()
-        with torch.inference_mode():
-            self._work()
+        try:
+            for completion in self._after:
+                completion.wait()
+            with torch.inference_mode():
+                self._work()
+        finally:  # also if it raises: on a GPU, too, the next work does not wait for a better outcome
+            self._done = True
 
 
 class HostDevice:
@@ -121,8 +133,9 @@ class HostDevice:
     inputs not rebuilt: a replay that depended on anything but tensors that persist gives an older step's answer."""
 
     def __init__(self, *, late: bool = False) -> None:
-        self._compute = HostStream(late=late)
-        self._copies = HostStream(late=late)
+        turn = threading.RLock()
+        self._compute = HostStream(turn, late=late)
+        self._copies = HostStream(turn, late=late)
 
     @property
     def torch_device(self) -> torch.device:
@@ -138,6 +151,9 @@ class HostDevice:
 
     def pinned(self, shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
         return torch.zeros(tuple(shape), dtype=dtype)
+
+    def pin(self, memory: torch.Tensor) -> None:
+        """A CPU reaches all of its memory."""
 
     def upload(self, values: torch.Tensor) -> torch.Tensor:
         return values.clone()

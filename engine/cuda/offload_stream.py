@@ -61,9 +61,10 @@ class OffloadStream:
         """Pinned memory for so many blocks: uint8 [num_blocks, block_bytes]."""
         return self._device.pinned((num_blocks, self._kv_memory.shape[1]), torch.uint8)
 
-    def copy_out(self, block_ids: Sequence[int], host: torch.Tensor) -> CopyHandle:
+    def copy_out(self, block_ids: Sequence[int], host: torch.Tensor, *, after_steps: bool = True) -> CopyHandle:
         """The blocks, as the steps launched before this call leave them, to `host`: uint8 [len(block_ids), block_bytes],
-        pinned, and written in the order of `block_ids`."""
+        pinned, and written in the order of `block_ids`. Without `after_steps`, as they are: for blocks that no step under
+        way writes to, whose copy then need not wait for one."""
         index = self._index(block_ids, host)
 
         def work() -> None:
@@ -74,11 +75,12 @@ class OffloadStream:
                 gather_blocks(self._kv_memory, ids, staged)
                 host[start : start + len(ids)].copy_(staged, non_blocking=True)
 
-        return self._submit(work)
+        return self._submit(work, after_steps)
 
-    def copy_in(self, host: torch.Tensor, block_ids: Sequence[int]) -> CopyHandle:
-        """`host`, as `copy_out` left it, into these blocks, all distinct, after the steps launched before this call. The
-        blocks may be used once the handle is done, or by steps launched after `hold_steps`."""
+    def copy_in(self, host: torch.Tensor, block_ids: Sequence[int], *, after_steps: bool = True) -> CopyHandle:
+        """`host`, as `copy_out` left it, into these blocks, all distinct, after the steps launched before this call or,
+        without `after_steps`, beside them: for blocks that none of them knows. The blocks may be used once the handle is
+        done, or by steps launched after `hold_steps`."""
         index = self._index(block_ids, host)
         if len(set(block_ids)) != len(block_ids):
             raise ValueError("a block is to be written twice")
@@ -91,12 +93,12 @@ class OffloadStream:
                 staged.copy_(host[start : start + len(ids)], non_blocking=True)
                 scatter_blocks(staged, self._kv_memory, ids)
 
-        return self._submit(work)
+        return self._submit(work, after_steps)
 
-    def _submit(self, work: Work) -> CopyHandle:
-        """Behind all copies before it, and behind the steps launched so far."""
-        steps = self._device.compute.submit(nothing)
-        return CopyHandle(self._device.copies.submit(work, after=(steps,)), self._device)
+    def _submit(self, work: Work, after_steps: bool) -> CopyHandle:
+        """Behind all copies before it, and perhaps behind the steps launched so far."""
+        after = (self._device.compute.submit(nothing),) if after_steps else ()
+        return CopyHandle(self._device.copies.submit(work, after), self._device)
 
     def _index(self, block_ids: Sequence[int], host: torch.Tensor) -> torch.Tensor:
         num_blocks, block_bytes = self._kv_memory.shape

@@ -23,6 +23,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import make_transport
 from kv_transfer.routes import kv_routes
+from kv_transfer.staging import HostStaging
 from kv_transfer.transport import Transport, introduce
 from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
@@ -138,8 +139,9 @@ async def running_owner(
     arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
     fill(arena, seed)
     released: list[RequestId] = []
+    staging = HostStaging(arena)
     exports = ExportTable(
-        arena,
+        staging,
         owner=OWNER,
         incarnation=incarnation,
         layout=layout,
@@ -169,6 +171,7 @@ async def running_owner(
         reaper.cancel()
         await asyncio.gather(reaper, return_exceptions=True)
         await transport.close()
+        await staging.close()
         arena.close()
 
 

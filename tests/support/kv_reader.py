@@ -8,6 +8,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.factory import make_transport
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
+from kv_transfer.staging import HostStaging
 from kv_transfer.transport import Link, Transport, find_endpoint
 from protocol.ids import WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
@@ -36,13 +37,14 @@ async def running_reader(
     incarnation = new_incarnation()
     options = TransferOptions(transport=kind, stall_timeout_s=stall_timeout_s)
     arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
+    staging = HostStaging(arena)
     transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1")
     try:
         async with RpcClient(CLUSTER_KEY) as client:
             importer = Importer(
                 client=client,
                 transport=transport,
-                arena=arena,
+                staging=staging,
                 reader=Reader(WorkerId("decode-0"), incarnation, layout),
                 options=options,
                 clock=MonotonicClock(),
@@ -51,4 +53,5 @@ async def running_reader(
                 yield ReaderNode(arena, transport, importer, client)
     finally:
         await transport.close()
+        await staging.close()
         arena.close()

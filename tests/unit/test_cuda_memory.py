@@ -122,7 +122,7 @@ def test_a_gpus_cache_is_measured_and_no_arena_is_reserved_for_it(folder: str, m
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     plan = plan_engine(config(folder))
     assert plan.on_device
-    assert (plan.num_blocks, plan.num_host_blocks, plan.options.gpu_memory_utilization) == (0, 1, 0.5)
+    assert (plan.num_blocks, plan.options.gpu_memory_utilization) == (0, 0.5)
     assert plan.served(10).max_model_len == 160
     with pytest.raises(ConfigError, match="simulated runner computes on the CPU"):
         plan_engine(config(folder, runner="simulated"))
@@ -136,7 +136,7 @@ def test_a_model_that_is_not_native_is_planned_for_the_cpu(tmp_path: Path, monke
     assert caught.value.param == "model.device"
     plan = plan_engine(config(folder, device="auto"))
     assert (plan.on_device, plan.options.device) == (False, "cpu")
-    assert plan.num_host_blocks == plan.num_blocks > 1
+    assert plan.num_blocks > 1
 
 
 def test_a_prefill_node_on_a_gpu_is_told_what_works(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:

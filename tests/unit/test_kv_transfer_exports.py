@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from kv_transfer.arena import HostArena
 from kv_transfer.checksum import checksums
 from kv_transfer.exports import ExportTable
+from kv_transfer.staging import HostStaging
 from protocol.errors import Cancelled, InternalError, InvalidParameter, LeaseExpired
 from protocol.ids import RequestId, TicketId, WorkerId, new_incarnation
 from protocol.transfer import (
@@ -39,8 +40,9 @@ class Table:
         for block_id in range(16):
             self.arena.block(block_id)[:] = bytes([block_id]) * 64
         self.released: list[RequestId] = []
+        self.staging = HostStaging(self.arena)
         self.exports = ExportTable(
-            self.arena,
+            self.staging,
             owner=WorkerId("prefill-0"),
             incarnation=INCARNATION,
             layout=LAYOUT,
@@ -79,6 +81,7 @@ async def table() -> AsyncIterator[Table]:
     made = Table()
     yield made
     await made.exports.close()
+    await made.staging.close()
     made.arena.close()
 
 
