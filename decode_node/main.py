@@ -10,20 +10,14 @@ from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
-from kv_transfer.device_arena import Arena
-from kv_transfer.device_blocks import DeviceBlocks, open_staging
-from kv_transfer.factory import make_transport
-from kv_transfer.imports import Importer
-from kv_transfer.peers import Reader
-from kv_transfer.telemetry import TransferTelemetry
-from kv_transfer.transport import Transport
-from protocol.ids import Incarnation, WorkerId, new_incarnation
+from kv_transfer.device_blocks import DeviceBlocks
+from kv_transfer.exchange import KVExchange
+from protocol.ids import Incarnation, new_incarnation
 from runtime.auth import check_bind
-from runtime.clock import MonotonicClock
 from runtime.life import ProcessLife, install_signal_handlers
 from runtime.metrics import EngineMetrics, NodeMetrics, TransferMetrics, new_registry
 from runtime.node_config import NodeConfig
-from runtime.node_shell import NodeShell, advertised_host, describe_worker
+from runtime.node_shell import NodeShell, describe_worker
 from runtime.registration import KVEventFeed
 from runtime.rpc_client import RpcClient
 from runtime.serving import bind_socket, run_on_event_loop, socket_url
@@ -57,36 +51,18 @@ async def _serve(
     url = config.advertise_url or socket_url(bound)
     info = describe_worker(config, "decode", incarnation, url, built.model)
     shell = NodeShell(config, info, life, registry)
-
-    def open_transport(arena: Arena) -> Transport:
-        return make_transport(
-            config.transfer.transport,
-            arena,
-            incarnation=incarnation,
-            host=config.host,
-            advertise_host=advertised_host(url),
-        )
-
-    staging, transport = open_staging(memory, config.transfer, open_transport)
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
-        stack.push_async_callback(staging.close)
-        stack.push_async_callback(transport.close)
-        importer = await stack.enter_async_context(
-            Importer(
-                client=client,
-                transport=transport,
-                staging=staging,
-                reader=Reader(WorkerId(info.worker_id), incarnation, info.layout),
-                options=config.transfer,
-                clock=MonotonicClock(),
-            )
+        exchange = await stack.enter_async_context(
+            KVExchange(config, info, memory, engine, client, TransferMetrics(registry))
         )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
-        handoffs = await stack.enter_async_context(Handoffs(engine, importer, info.layout.block_size))
+        await stack.enter_async_context(exchange.prefixes)
+        handoffs = await stack.enter_async_context(Handoffs(engine, exchange.borrowing))
         service = DecodeService(
             engine,
+            exchange,
             handoffs,
             shell.outbox,
             NodeMetrics(registry),
@@ -94,12 +70,7 @@ async def _serve(
             info.layout.identity,
         )
         engine.start(on_loop(loop, service.on_engine_events))
-        node = DecodeNode(
-            shell,
-            service,
-            EngineTelemetry(engine, EngineMetrics(registry)),
-            TransferTelemetry(TransferMetrics(registry), transport, importer=importer),
-            config.cluster_key,
-        )
+        telemetry = EngineTelemetry(engine, EngineMetrics(registry))
+        node = DecodeNode(shell, service, exchange, telemetry, config.cluster_key)
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
-        await shell.run(bound, node, client, feed, service.keep_leases())
+        await shell.run(bound, node, client, feed, service.keep_leases(), exchange.run())

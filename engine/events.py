@@ -44,11 +44,12 @@ class PrefillFinished:
 @dataclass(frozen=True, slots=True)
 class Reserved:
     """`block_ids` are to hold the context of an IMPORT request, or the first `import_tokens` tokens of another. The first
-    `num_cached_blocks` are already valid."""
+    `num_cached_blocks` are already valid. `prefix`: the rest is computed here, and `Engine.resume` is the answer."""
 
     request_id: RequestId
     block_ids: tuple[int, ...]
     num_cached_blocks: int
+    prefix: bool = False
 
 
 @dataclass(frozen=True, slots=True)

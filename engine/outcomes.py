@@ -62,7 +62,8 @@ class Outcomes:
         num_cached_blocks = sequence.num_computed // self._layout.block_size
         if sequence.state is State.IMPORTING:
             block_ids = tuple(sequence.block_ids[: self._layout.num_blocks_for(sequence.import_end)])
-            self.events.append(Reserved(sequence.request_id, block_ids, num_cached_blocks))
+            prefix = not sequence.computes_nothing
+            self.events.append(Reserved(sequence.request_id, block_ids, num_cached_blocks, prefix))
         if sequence.times.first_scheduled_at is None and not sequence.computes_nothing:
             sequence.times.first_scheduled_at = now
         self._announce(sequence, num_cached_blocks)

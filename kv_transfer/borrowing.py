@@ -7,7 +7,7 @@ still be written, and nothing else may use them before they have settled; no oth
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kv_transfer.borrow_choice import worth_borrowing
@@ -36,14 +36,14 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class BorrowContext:
-    """What all borrowings of one node share. `estimate_seconds(source, num_bytes)`: what moving so much from there takes;
+    """What all borrowings of one node share. `estimate_seconds(num_bytes)`: what moving so much takes;
     `compute_tokens_per_s()`: how fast prompts are computed here; None where that is not known yet."""
 
     importer: Importer
     reader: WorkerId
     layout: KVLayout
     stall_timeout_s: float
-    estimate_seconds: Callable[[KVSource, int], Awaitable[float | None]]
+    estimate_seconds: Callable[[int], float | None]
     compute_tokens_per_s: Callable[[], float | None]
 
     def patience_s(self, num_tokens: int) -> float:
@@ -79,7 +79,7 @@ class Borrowing:
 
     async def _ask(self, source: KVSource, deadline_s: float) -> None:
         first, end = self.num_valid_blocks, min(source.num_blocks, len(self._prefix.block_ids))
-        if not await self._worth_it(source, end - first):
+        if not self._worth_it(end - first):
             return
         request_id = self._prefix.request_id
         try:
@@ -97,13 +97,13 @@ class Borrowing:
         except HeadraceError as error:
             log.info("%s: no KV borrowed from %s: %s", request_id, source.worker, error.message)
 
-    async def _worth_it(self, source: KVSource, num_blocks: int) -> bool:
+    def _worth_it(self, num_blocks: int) -> bool:
         if num_blocks <= 0:
             return False
         layout = self._context.layout
         return worth_borrowing(
             num_blocks * layout.block_size,
-            transfer_s=await self._context.estimate_seconds(source, num_blocks * layout.block_bytes),
+            transfer_s=self._context.estimate_seconds(num_blocks * layout.block_bytes),
             compute_tokens_per_s=self._context.compute_tokens_per_s(),
         )
 

@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from typing import Protocol, Self
 
 from kv_transfer.borrowing import BorrowContext, Borrowing, Prefix
+from kv_transfer.holders import Holders, holders_of
 from protocol.errors import HeadraceError, TransferTimeout
-from protocol.ids import BlockHash, RequestId
-from protocol.transfer import KVSource
+from protocol.ids import RequestId
+from protocol.requests import DecodeRequest, PrefillRequest
 from runtime.clock import Deadline
 
 CLOSE_TIMEOUT_S = 5.0
@@ -37,8 +38,7 @@ class ImportTarget(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
-    sources: tuple[KVSource, ...]
-    block_hashes: tuple[BlockHash, ...]
+    holders: Holders
     deadline: Deadline
 
 
@@ -75,18 +75,17 @@ class PrefixImports:
                 task.cancel()
             await asyncio.gather(*unsettled, return_exceptions=True)
 
-    def expect(
-        self,
-        request_id: RequestId,
-        sources: tuple[KVSource, ...],
-        block_hashes: tuple[BlockHash, ...],
-        deadline_s: float,
-    ) -> None:
-        """The engine is about to hear of this request; it may reserve blocks for these addresses."""
-        self._expected[request_id] = _Expected(sources, block_hashes, Deadline(deadline_s))
+    def expect(self, request: PrefillRequest | DecodeRequest) -> int:
+        """The engine is about to hear of this request. Returns how many of its first tokens may be brought: whole blocks,
+        and not the last token, which is to be computed."""
+        num_tokens = len(request.prompt_token_ids) + len(request.emitted_token_ids)
+        holders = holders_of(request, self._context.layout, num_tokens - 1)
+        if holders.sources:
+            self._expected[RequestId(request.request_id)] = _Expected(holders, Deadline(request.deadline_s))
+        return len(holders.block_hashes) * self._block_size
 
     def forget(self, request_id: RequestId) -> None:
-        """It reserves no more."""
+        """It reserves no more: it has begun to compute, or it has ended."""
         self._expected.pop(request_id, None)
 
     def reserved(self, request_id: RequestId, block_ids: tuple[int, ...], num_cached_blocks: int) -> None:
@@ -95,11 +94,11 @@ class PrefixImports:
         if expected is None:  # cancelled meanwhile
             self._target.resume(request_id, num_cached_blocks * self._block_size)
             return
-        prefix = Prefix(request_id, expected.block_hashes, block_ids, num_cached_blocks)
+        prefix = Prefix(request_id, expected.holders.block_hashes, block_ids, num_cached_blocks)
         borrowing = Borrowing(self._context, prefix)
         num_awaited_tokens = (len(block_ids) - num_cached_blocks) * self._block_size
         deadline_s = max(0.001, min(expected.deadline.remaining_s, self._context.patience_s(num_awaited_tokens)))
-        running = asyncio.create_task(borrowing.run(expected.sources, deadline_s), name=f"borrow:{request_id}")
+        running = asyncio.create_task(borrowing.run(expected.holders.sources, deadline_s), name=f"borrow:{request_id}")
         task = asyncio.create_task(self._answer(request_id, borrowing, running), name=f"prefix:{request_id}")
         self._running[request_id] = _Running(task, running)
         task.add_done_callback(lambda _: self._running.pop(request_id, None))

@@ -7,22 +7,16 @@ from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
-from kv_transfer.device_arena import Arena
-from kv_transfer.device_blocks import DeviceBlocks, open_staging
-from kv_transfer.exports import ExportTable
-from kv_transfer.factory import make_transport
-from kv_transfer.routes import kv_routes
-from kv_transfer.telemetry import TransferTelemetry
-from kv_transfer.transport import Transport
+from kv_transfer.device_blocks import DeviceBlocks
+from kv_transfer.exchange import KVExchange
 from prefill_node.node import PrefillNode
 from prefill_node.service import PrefillService
-from protocol.ids import Incarnation, WorkerId, new_incarnation
+from protocol.ids import Incarnation, new_incarnation
 from runtime.auth import check_bind
-from runtime.clock import MonotonicClock
 from runtime.life import ProcessLife, install_signal_handlers
 from runtime.metrics import EngineMetrics, NodeMetrics, TransferMetrics, new_registry
 from runtime.node_config import NodeConfig
-from runtime.node_shell import NodeShell, advertised_host, describe_worker
+from runtime.node_shell import NodeShell, describe_worker
 from runtime.registration import KVEventFeed
 from runtime.rpc_client import RpcClient
 from runtime.serving import bind_socket, run_on_event_loop, socket_url
@@ -56,56 +50,19 @@ async def _serve(
     url = config.advertise_url or socket_url(bound)
     info = describe_worker(config, "prefill", incarnation, url, built.model)
     shell = NodeShell(config, info, life, registry)
-
-    def open_transport(arena: Arena) -> Transport:
-        return make_transport(
-            config.transfer.transport,
-            arena,
-            incarnation=incarnation,
-            host=config.host,
-            advertise_host=advertised_host(url),
-            may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
-        )
-
-    staging, transport = open_staging(memory, config.transfer, open_transport)
-    exports = ExportTable(
-        staging,
-        owner=WorkerId(info.worker_id),
-        incarnation=incarnation,
-        layout=info.layout,
-        control_url=url,
-        options=config.transfer,
-        clock=MonotonicClock(),
-        on_released=engine.release,
-    )
-    service = PrefillService(
-        engine, exports, shell.outbox, NodeMetrics(registry), info.vocab_size, info.layout.identity
-    )
-    routes = kv_routes(
-        exports,
-        transport,
-        staging.arena,
-        info.layout,
-        worker_id=WorkerId(info.worker_id),
-        incarnation=incarnation,
-        cluster_key=config.cluster_key,
-    )
-    node = PrefillNode(
-        shell,
-        service,
-        exports,
-        routes,
-        EngineTelemetry(engine, EngineMetrics(registry)),
-        TransferTelemetry(TransferMetrics(registry), transport, exports=exports),
-        config.cluster_key,
-    )
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
-        stack.push_async_callback(staging.close)
-        stack.push_async_callback(transport.close)
-        stack.push_async_callback(exports.close)
-        engine.start(on_loop(loop, service.on_engine_events))
+        exchange = await stack.enter_async_context(
+            KVExchange(config, info, memory, engine, client, TransferMetrics(registry))
+        )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
+        await stack.enter_async_context(exchange.prefixes)
+        service = PrefillService(
+            engine, exchange, shell.outbox, NodeMetrics(registry), info.vocab_size, info.layout.identity
+        )
+        engine.start(on_loop(loop, service.on_engine_events))
+        telemetry = EngineTelemetry(engine, EngineMetrics(registry))
+        node = PrefillNode(shell, service, exchange, telemetry, config.cluster_key)
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
-        await shell.run(bound, node, client, feed, exports.run())
+        await shell.run(bound, node, client, feed, exchange.run())

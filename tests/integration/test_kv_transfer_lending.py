@@ -15,6 +15,8 @@ from kv_transfer.routes import BORROW_PATH
 from protocol.block_hash import hash_blocks, root_hash
 from protocol.errors import HeadraceError
 from protocol.ids import BlockHash, RequestId, TicketId, WorkerId
+from protocol.requests import PrefillRequest
+from protocol.sampling import SamplingParams
 from protocol.transfer import BorrowPrefix, KVSource, PrefixLent, TransportKind
 from runtime.clock import ManualClock
 from tests.support.kv_owner import LAYOUT, NUM_BLOCKS, Owner, running_owner
@@ -63,24 +65,36 @@ class Borrower:
                 reader=WorkerId("decode-0"),
                 layout=LAYOUT,
                 stall_timeout_s=1.0,
-                estimate_seconds=self._estimate,
+                estimate_seconds=lambda _: self.transfer_s,
                 compute_tokens_per_s=lambda: self.compute_tokens_per_s,
             ),
             self.engine,
         )
 
-    def reserve(self, *sources: KVSource, num_cached_blocks: int = 0, hashes: tuple[BlockHash, ...] = HASHES) -> None:
-        self.imports.expect(REQUEST, sources, hashes, 10.0)
-        self.imports.reserved(REQUEST, LOCAL, num_cached_blocks)
+    def expect(self, *sources: KVSource, salt: str | None = None) -> int:
+        return self.imports.expect(
+            PrefillRequest(
+                request_id=REQUEST,
+                trace_id="t",
+                router_id="r",
+                prompt_token_ids=tuple(range(len(LOCAL) * LAYOUT.block_size + 1)),
+                sampling=SamplingParams(max_tokens=1, seed=0),
+                deadline_s=10.0,
+                cache_salt=salt,
+                sources=sources,
+            )
+        )
+
+    def reserve(self, *sources: KVSource, num_cached_blocks: int = 0, salt: str | None = None) -> None:
+        num_blocks = self.expect(*sources, salt=salt) // LAYOUT.block_size
+        assert num_blocks == min(len(LOCAL), max(source.num_blocks for source in sources))
+        self.imports.reserved(REQUEST, LOCAL[:num_blocks], num_cached_blocks)
 
     async def borrow(self, *sources: KVSource, num_cached_blocks: int = 0) -> list[tuple[str, int]]:
         self.reserve(*sources, num_cached_blocks=num_cached_blocks)
         async with asyncio.timeout(5):
             await self.engine.answered.wait()
         return self.engine.answers
-
-    async def _estimate(self, source: KVSource, num_bytes: int) -> float | None:
-        return self.transfer_s
 
 
 @pytest.fixture(params=KINDS)
@@ -154,13 +168,13 @@ async def test_the_next_source_has_what_the_first_has_forgotten(owner: Owner, bo
 @in_process
 async def test_another_tenant_gets_nothing(owner: Owner, borrower: Borrower) -> None:
     salted = tuple(hash_blocks(range(8 * LAYOUT.block_size), LAYOUT.block_size, root_hash(LAYOUT.identity, "tenant")))
-    borrower.reserve(owner.source(8), hashes=salted)
+    borrower.reserve(owner.source(8), salt="tenant")
     await borrower.engine.answered.wait()
     assert borrower.engine.answers == [("resume", 0)]
     await given_back(owner)
     owner.cached.hold(salted[:1], [50])
     borrower.engine.answered.clear()
-    borrower.reserve(owner.source(8), hashes=salted)
+    borrower.reserve(owner.source(8), salt="tenant")
     await borrower.engine.answered.wait()
     assert borrower.engine.answers[1:] == [("resume", 1)], "and what is its own, it does"
     await given_back(owner)
@@ -213,7 +227,7 @@ async def test_a_cancelled_request_gives_everything_back(owner: Owner, borrower:
     assert isinstance(owner.transport, InprocTransport)
     owner.transport.faults.delay_s = 0.2
     if early:
-        borrower.imports.expect(REQUEST, (owner.source(6),), HASHES, 10.0)
+        borrower.expect(owner.source(6))
         borrower.imports.cancel([REQUEST])
         borrower.imports.reserved(REQUEST, LOCAL, 1)
         assert borrower.engine.answers == [("resume", 1)]
