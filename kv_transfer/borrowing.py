@@ -9,6 +9,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from kv_transfer.borrow_choice import worth_borrowing
 from kv_transfer.imports import FetchFailed, Importer
@@ -43,6 +44,7 @@ class BorrowContext:
     reader: WorkerId
     layout: KVLayout
     stall_timeout_s: float
+    policy: Literal["auto", "always", "never"]
     estimate_seconds: Callable[[int], float | None]
     compute_tokens_per_s: Callable[[], float | None]
 
@@ -98,8 +100,8 @@ class Borrowing:
             log.info("%s: no KV borrowed from %s: %s", request_id, source.worker, error.message)
 
     def _worth_it(self, num_blocks: int) -> bool:
-        if num_blocks <= 0:
-            return False
+        if num_blocks <= 0 or self._context.policy != "auto":
+            return num_blocks > 0 and self._context.policy == "always"
         layout = self._context.layout
         return worth_borrowing(
             num_blocks * layout.block_size,

@@ -98,6 +98,7 @@ class KVExchange:
             reader=worker_id,
             layout=info.layout,
             stall_timeout_s=options.stall_timeout_s,
+            policy=options.borrow,
             estimate_seconds=self._estimate_seconds,
             compute_tokens_per_s=lambda: engine.prefill_tokens_per_s,
         )

@@ -45,6 +45,7 @@ from runtime.node_config import TransferOptions
 
 SIGNS_OF_LIFE_PER_STALL = 3
 REAP_INTERVAL_S = 1.0
+LOAN_TTL_STALLS = 2
 
 Ending = Literal["released", "expired", "failed"]
 
@@ -111,7 +112,7 @@ class ExportTable:
         for a request that has one."""
         if request_id in self._by_request:
             raise InvalidParameter(f"request {request_id} is exported already", param="request_id")
-        ticket = self._ticket(request_id, num_tokens, context_hash)
+        ticket = self._ticket(request_id, num_tokens, context_hash, self._options.lease_ttl_s)
 
         def give_back() -> None:
             del self._by_request[request_id]
@@ -129,14 +130,19 @@ class ExportTable:
         give_back: Callable[[], None],
     ) -> TransferTicket:
         """A ticket to blocks that are final already. `request_id` is the reader's; it may borrow more than once, and be
-        exported too. `give_back()` is called exactly once, when the blocks are the owner's again."""
-        ticket = self._ticket(request_id, num_tokens, context_hash)
+        exported too. `give_back()` is called exactly once, when the blocks are the owner's again.
+
+        The lease is short: who has asked fetches at once, or has gone, and then nobody would return the loan."""
+        ttl_s = min(self._options.lease_ttl_s, LOAN_TTL_STALLS * self._options.stall_timeout_s)
+        ticket = self._ticket(request_id, num_tokens, context_hash, ttl_s)
         export = self._enter(ticket, give_back)
         self._submit(export, 0, tuple(block_ids))
         export.finish(Lent(), self._clock.now())
         return ticket
 
-    def _ticket(self, request_id: RequestId, num_tokens: int, context_hash: ContextHash) -> TransferTicket:
+    def _ticket(
+        self, request_id: RequestId, num_tokens: int, context_hash: ContextHash, ttl_s: float
+    ) -> TransferTicket:
         return TransferTicket(
             ticket_id=new_ticket_id(),
             request_id=request_id,
@@ -146,7 +152,7 @@ class ExportTable:
             control_url=self._control_url,
             num_tokens=num_tokens,
             context_hash=context_hash,
-            ttl_s=self._options.lease_ttl_s,
+            ttl_s=ttl_s,
         )
 
     def _enter(self, ticket: TransferTicket, give_back: Callable[[], None]) -> Export:

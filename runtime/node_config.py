@@ -75,7 +75,8 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How KV moves. `lease_ttl_s`: how long an export outlives its last sign of interest. `stall_timeout_s`: silence
-    of the other node after which a hand-off is given up and the context recomputed.
+    of the other node after which a hand-off is given up and the context recomputed. `borrow`: take the KV of a prompt's
+    beginning from another node that has it; "auto" where that is faster than computing it, as far as this node has measured.
 
     Of a GPU's KV: `device_memory` "direct" lets the transport reach it where it is, "staged" copies through pinned host
     memory, "auto" does that only where the other cannot be. `staging_memory` is how much of it: a size, or "auto", 64
@@ -87,6 +88,7 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     staging_memory: str = "auto"
     lease_ttl_s: PositiveFloat = 30.0
     stall_timeout_s: PositiveFloat = 5.0
+    borrow: Literal["auto", "always", "never"] = "auto"
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

@@ -65,6 +65,7 @@ class Borrower:
                 reader=WorkerId("decode-0"),
                 layout=LAYOUT,
                 stall_timeout_s=1.0,
+                policy="auto",
                 estimate_seconds=lambda _: self.transfer_s,
                 compute_tokens_per_s=lambda: self.compute_tokens_per_s,
             ),

@@ -45,6 +45,7 @@ def context(importer: "Importer") -> BorrowContext:
         reader=WorkerId("d0"),
         layout=LAYOUT,
         stall_timeout_s=1.0,
+        policy="auto",
         estimate_seconds=lambda _: None,
         compute_tokens_per_s=lambda: None,
     )
