@@ -13,6 +13,7 @@
     memory_copy, read_log    what transports share; telemetry carries their counts to the metrics
 
     staging            between a node's KV blocks and the wire blocks that transports move; in place, where they are the same
+    stager             an export's final blocks on their way to the wire
     device_staging     a device's blocks copied to pinned host memory and back; staging_pool is the room for it
     device_arena       what arena is, of memory on a device
     device_blocks      open_staging: which way a node's KV gets to its transports

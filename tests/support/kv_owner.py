@@ -23,7 +23,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import make_transport
 from kv_transfer.routes import kv_routes
-from kv_transfer.staging import HostStaging
+from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Transport, introduce
 from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
@@ -64,7 +64,7 @@ def fill(arena: HostArena, seed: int) -> None:
 
 @dataclass
 class Owner:
-    arena: HostArena
+    staging: Staging
     transport: Transport
     exports: ExportTable
     url: str
@@ -74,6 +74,11 @@ class Owner:
 
     def introduction(self) -> Introduction:
         return introduce(OWNER, self.incarnation, LAYOUT, self.arena, [self.transport])
+
+    @property
+    def arena(self) -> HostArena:
+        assert isinstance(self.staging.arena, HostArena)
+        return self.staging.arena
 
     def source(self, num_blocks: int) -> KVSource:
         return KVSource(worker=OWNER, incarnation=self.incarnation, control_url=self.url, num_blocks=num_blocks)
@@ -131,15 +136,18 @@ async def running_owner(
     options: TransferOptions | None = None,
     clock: Clock | None = None,
     seed: int = 1,
+    staging: Staging | None = None,
 ) -> AsyncIterator[Owner]:
+    """`staging`: where the blocks come from, if not from an arena filled with noise. Closed in the end with its arena."""
     options = options or TransferOptions(transport=kind, stall_timeout_s=2.0)
     listener = _listen(port)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     incarnation = new_incarnation()
-    arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
-    fill(arena, seed)
+    staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
+    arena = staging.arena
+    if isinstance(arena, HostArena):
+        fill(arena, seed)
     released: list[RequestId] = []
-    staging = HostStaging(arena)
     exports = ExportTable(
         staging,
         owner=OWNER,
@@ -165,14 +173,15 @@ async def running_owner(
     reaper = asyncio.create_task(exports.run())
     try:
         async with serving(Starlette(routes=routes), listener):
-            yield Owner(arena, transport, exports, url, incarnation, cached, released)
+            yield Owner(staging, transport, exports, url, incarnation, cached, released)
             await exports.close()
     finally:
         reaper.cancel()
         await asyncio.gather(reaper, return_exceptions=True)
         await transport.close()
         await staging.close()
-        arena.close()
+        if isinstance(arena, HostArena):
+            arena.close()
 
 
 class OwnerProcess:

@@ -8,7 +8,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.factory import make_transport
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
-from kv_transfer.staging import HostStaging
+from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Link, Transport, find_endpoint
 from protocol.ids import WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
@@ -21,10 +21,15 @@ from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS, NUM_SCRATCH_
 
 @dataclass
 class ReaderNode:
-    arena: HostArena
+    staging: Staging
     transport: Transport
     importer: Importer
     client: RpcClient
+
+    @property
+    def arena(self) -> HostArena:
+        assert isinstance(self.staging.arena, HostArena)
+        return self.staging.arena
 
     async def connect(self, peer: Introduction) -> Link:
         return await self.transport.connect(peer, find_endpoint(peer, self.transport.kind))
@@ -32,12 +37,13 @@ class ReaderNode:
 
 @contextlib.asynccontextmanager
 async def running_reader(
-    kind: TransportKind, *, stall_timeout_s: float = 2.0, layout: KVLayout = LAYOUT
+    kind: TransportKind, *, stall_timeout_s: float = 2.0, layout: KVLayout = LAYOUT, staging: Staging | None = None
 ) -> AsyncIterator[ReaderNode]:
+    """`staging`: where the blocks go, if not into an arena of zeros. Closed in the end with its arena."""
     incarnation = new_incarnation()
     options = TransferOptions(transport=kind, stall_timeout_s=stall_timeout_s)
-    arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
-    staging = HostStaging(arena)
+    staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
+    arena = staging.arena
     transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1")
     try:
         async with RpcClient(CLUSTER_KEY) as client:
@@ -50,8 +56,9 @@ async def running_reader(
                 clock=MonotonicClock(),
             )
             async with importer:
-                yield ReaderNode(arena, transport, importer, client)
+                yield ReaderNode(staging, transport, importer, client)
     finally:
         await transport.close()
         await staging.close()
-        arena.close()
+        if isinstance(arena, HostArena):
+            arena.close()
