@@ -92,6 +92,29 @@ async def test_two_tenants_with_the_same_chat_share_nothing(model: Path, cluster
     cluster.wait_idle()
 
 
+async def test_a_context_comes_from_the_prefill_node_and_from_who_else_has_it(model: Path, tmp_path: Path) -> None:
+    """The node that decoded the first turn is busy, so another takes the second; both it and the prefill node borrow."""
+    expected = expected_turns(model, SAID[:2])
+    with Cluster(tmp_path, str(model), decode=2, settings=SETTINGS, router_settings=REMOTE) as cluster:
+        context: list[int] = []
+        await take_turn(cluster, context, SAID[0])
+        busy, other = sorted(
+            (node for node in cluster.nodes if node.role == "decode"),
+            key=lambda node: -node.metric("headrace_generated_tokens_total"),
+        )
+        async with aiohttp.ClientSession() as session:
+            filler = asyncio.create_task(complete(session, cluster.url, context[:80], 400, cache_salt=SALT))
+            async with asyncio.timeout(20):
+                while not busy.metric("headrace_requests_running"):
+                    await asyncio.sleep(0.02)
+            second = await complete(session, cluster.url, context + SAID[1], NUM_TOKENS, cache_salt=SALT)
+            await filler
+        assert second.token_ids == expected[1]
+        assert other.metric("headrace_generated_tokens_total") == NUM_TOKENS - 1, "the first is the prefill node's"
+        assert busy.metric("headrace_leases_released_total") == 2, "the prefill node's loan and the decode node's"
+        await asyncio.to_thread(cluster.wait_idle)
+
+
 @pytest.mark.parametrize("fate", ["killed", "stopped"])
 async def test_a_chat_goes_on_without_its_lender(fate: str, model: Path, tmp_path: Path) -> None:
     """Another decode node takes the second turn; the first, which has the answer, is gone, or stands still."""

@@ -8,6 +8,10 @@ from collections.abc import AsyncIterator
 import pytest
 
 from kv_transfer.borrowing import BorrowContext
+from kv_transfer.fetch import FetchResult
+from kv_transfer.gathering import gather
+from kv_transfer.holders import Holders
+from kv_transfer.imports import FetchFailed
 from kv_transfer.inproc_transport import InprocTransport
 from kv_transfer.lending import MAX_LENT_SHARE
 from kv_transfer.prefix_imports import PrefixImports
@@ -59,18 +63,16 @@ class Borrower:
         self.engine = Engine()
         self.transfer_s: float | None = None
         self.compute_tokens_per_s: float | None = None
-        self.imports = PrefixImports(
-            BorrowContext(
-                importer=reader.importer,
-                reader=WorkerId("decode-0"),
-                layout=LAYOUT,
-                stall_timeout_s=1.0,
-                policy="auto",
-                estimate_seconds=lambda _: self.transfer_s,
-                compute_tokens_per_s=lambda: self.compute_tokens_per_s,
-            ),
-            self.engine,
+        self.context = BorrowContext(
+            importer=reader.importer,
+            reader=WorkerId("decode-0"),
+            layout=LAYOUT,
+            stall_timeout_s=1.0,
+            policy="auto",
+            estimate_seconds=lambda _: self.transfer_s,
+            compute_tokens_per_s=lambda: self.compute_tokens_per_s,
         )
+        self.imports = PrefixImports(self.context, self.engine)
 
     def expect(self, *sources: KVSource, salt: str | None = None) -> int:
         return self.imports.expect(
@@ -278,3 +280,76 @@ async def test_a_loan_that_nobody_fetches_expires(borrower: Borrower) -> None:
         owner.exports.reap()
         assert owner.exports.stats().num_expired == 1
         await given_back(owner)
+
+
+# A context from two nodes.
+
+
+CONTEXT_BLOCKS = 7
+
+
+async def gathered(borrower: Borrower, prefill: Owner, lender: Owner, num_held: int = 5) -> FetchResult:
+    """The context that `prefill` hands off, whose first blocks `lender` has too."""
+    holders = Holders((lender.source(num_held),), HASHES[:num_held])
+    ticket = prefill.hand_off(REQUEST, CONTEXT_BLOCKS * LAYOUT.block_size, [*REMOTE, 50])
+    return await gather(borrower.context, ticket, holders, LOCAL, 0, 5.0)
+
+
+@in_process
+async def test_a_context_comes_from_two_nodes(owner: Owner, borrower: Borrower) -> None:
+    async with running_owner("inproc") as prefill:
+        result = await gathered(borrower, prefill, owner)
+        assert result.num_blocks_moved == CONTEXT_BLOCKS - 5
+        assert_arrived(owner, borrower, 0, 5)
+        assert_arrived(prefill, borrower, 5, 6)
+        assert borrower.reader.arena.block(LOCAL[6]) == prefill.arena.block(50)
+        await given_back(prefill)
+    await given_back(owner)
+
+
+@in_process
+@pytest.mark.parametrize(("failure", "moved"), [("forgets", 7), ("corrupts", 3), ("is gone", 7)])
+async def test_what_the_lender_does_not_bring_the_prefill_node_does(
+    failure: str, moved: int, owner: Owner, borrower: Borrower
+) -> None:
+    assert isinstance(owner.transport, InprocTransport)
+    if failure == "forgets":
+        owner.cached.block_of.clear()
+    elif failure == "corrupts":
+        owner.transport.faults.corrupt = True
+    async with running_owner("inproc") as prefill:
+        if failure == "is gone":
+            async with running_owner("inproc") as gone:
+                lender = gone
+            result = await gathered(borrower, prefill, lender)
+        else:
+            result = await gathered(borrower, prefill, owner)
+        assert result.num_blocks_moved == moved
+        assert_arrived(prefill, borrower, 0, 6)
+        await given_back(prefill)
+    await given_back(owner)
+
+
+@in_process
+@pytest.mark.parametrize("cancelled", [True, False])
+async def test_blocks_of_a_lender_that_stands_still_are_quarantined(
+    cancelled: bool, owner: Owner, borrower: Borrower
+) -> None:
+    assert isinstance(owner.transport, InprocTransport)
+    stalled = owner.transport.faults.stall = threading.Event()
+    borrower.compute_tokens_per_s = 1e6
+    async with running_owner("inproc") as prefill:
+        gathering = asyncio.create_task(gathered(borrower, prefill, owner))
+        if cancelled:
+            while not owner.exports.stats().num_open:
+                await asyncio.sleep(0.005)
+            await asyncio.sleep(0.1)
+            gathering.cancel()
+        with pytest.raises(FetchFailed) as failed:
+            await gathering
+        assert not failed.value.settled.is_set()
+        assert failed.value.retryable
+        stalled.set()
+        async with asyncio.timeout(5):
+            await failed.value.settled.wait()
+    await given_back(owner)
