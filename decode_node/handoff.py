@@ -12,10 +12,14 @@ from typing import Self
 
 from engine.engine import Engine
 from engine.events import Reserved
+from kv_transfer.borrowing import BorrowContext
 from kv_transfer.fetch import FetchResult
-from kv_transfer.imports import FetchFailed, Importer
+from kv_transfer.gathering import gather
+from kv_transfer.holders import holders_of
+from kv_transfer.imports import FetchFailed
 from protocol.errors import Cancelled, HeadraceError, InternalError
 from protocol.ids import RequestId, TicketId
+from protocol.requests import DecodeRequest
 from protocol.transfer import PrefillDone, TransferTicket
 
 CLOSE_TIMEOUT_S = 5.0
@@ -36,10 +40,11 @@ class Handoffs:
     every block has been given back to the engine, or could not be within CLOSE_TIMEOUT_S (a peer that stands still): those
     stay with the transfer until the process ends."""
 
-    def __init__(self, engine: Engine, importer: Importer, block_size: int) -> None:
+    def __init__(self, engine: Engine, context: BorrowContext) -> None:
         self._engine = engine
-        self._importer = importer
-        self._block_size = block_size
+        self._context = context
+        self._importer = context.importer
+        self._block_size = context.layout.block_size
         self._running: dict[RequestId, _Running] = {}
         self._closing = False
 
@@ -56,12 +61,13 @@ class Handoffs:
                 task.cancel()
             await asyncio.gather(*unsettled)
 
-    def start(self, event: Reserved, ticket: TransferTicket, deadline_s: float) -> None:
-        """Fetch into the blocks of `event`. The outcome reaches the engine, whatever it is; success at the very moment when
-        the last block is proven, before any task gets to run."""
+    def start(self, event: Reserved, ticket: TransferTicket, request: DecodeRequest, deadline_s: float) -> None:
+        """Fetch into the blocks of `event`, also from other holders that `request` names. The outcome reaches the engine,
+        whatever it is; success at the very moment when the last block is proven, before any task gets to run."""
         request_id = event.request_id
         arrived = partial(self._arrived, request_id)
-        fetch = self._importer.fetch(ticket, event.block_ids, event.num_cached_blocks, deadline_s, arrived)
+        holders = holders_of(request, self._context.layout, ticket.num_tokens)
+        fetch = gather(self._context, ticket, holders, event.block_ids, event.num_cached_blocks, deadline_s, arrived)
         fetching = asyncio.create_task(fetch, name=f"fetch:{request_id}")
         task = asyncio.create_task(self._run(event, ticket, fetching), name=f"handoff:{request_id}")
         self._running[request_id] = _Running(task, fetching)
@@ -111,7 +117,10 @@ class Handoffs:
     async def _give_back(
         self, event: Reserved, num_valid_blocks: int, settled: asyncio.Event, error: HeadraceError
     ) -> None:
-        """A cancel does not stop this: the engine must hear of its blocks, and not before they have settled."""
+        """A cancel does not stop this: the engine must hear of its blocks, and not before they have settled. Whoever waits
+        for the request hears at once."""
+        if not settled.is_set():
+            self._engine.fail_import(event.request_id, error)
         while not settled.is_set():
             try:
                 await settled.wait()

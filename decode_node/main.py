@@ -2,7 +2,6 @@
 
 import asyncio
 from contextlib import AsyncExitStack
-from functools import partial
 
 from decode_node.handoff import Handoffs
 from decode_node.node import DecodeNode
@@ -11,19 +10,14 @@ from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
-from kv_transfer.device_blocks import DeviceBlocks, open_staging
-from kv_transfer.factory import start_transports
-from kv_transfer.imports import Importer
-from kv_transfer.link_report import LinkReporter
-from kv_transfer.peers import Reader
-from kv_transfer.telemetry import TransferTelemetry
-from protocol.ids import Incarnation, WorkerId, new_incarnation
+from kv_transfer.device_blocks import DeviceBlocks
+from kv_transfer.exchange import KVExchange
+from protocol.ids import Incarnation, new_incarnation
 from runtime.auth import check_bind
-from runtime.clock import MonotonicClock
 from runtime.life import ProcessLife, install_signal_handlers
 from runtime.metrics import EngineMetrics, NodeMetrics, TransferMetrics, new_registry
 from runtime.node_config import NodeConfig
-from runtime.node_shell import NodeShell, advertised_host, describe_worker
+from runtime.node_shell import NodeShell
 from runtime.registration import KVEventFeed
 from runtime.rpc_client import RpcClient
 from runtime.serving import bind_socket, run_on_event_loop, socket_url
@@ -55,36 +49,21 @@ async def _serve(
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    start = partial(
-        start_transports,
-        config.transfer,
-        incarnation=incarnation,
-        host=config.host,
-        advertise_host=advertised_host(url),
-    )
-    staging, transports = open_staging(memory, config.transfer, start)
-    info = describe_worker(config, "decode", incarnation, url, built.model, transports.kinds)
+    client = RpcClient(config.cluster_key)
+    metrics = TransferMetrics(registry)
+    exchange = KVExchange(config, "decode", incarnation, url, built.model, memory, engine, client, metrics)
+    info = exchange.info
     shell = NodeShell(config, info, life, registry)
-    clock = MonotonicClock()
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
-        client = await stack.enter_async_context(RpcClient(config.cluster_key))
-        stack.push_async_callback(transports.close)
-        stack.push_async_callback(staging.close)
-        importer = await stack.enter_async_context(
-            Importer(
-                client=client,
-                transports=transports,
-                staging=staging,
-                reader=Reader(WorkerId(info.worker_id), incarnation, info.layout),
-                options=config.transfer,
-                clock=clock,
-            )
-        )
+        await stack.enter_async_context(client)
+        await stack.enter_async_context(exchange)
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
-        handoffs = await stack.enter_async_context(Handoffs(engine, importer, info.layout.block_size))
+        await stack.enter_async_context(exchange.prefixes)
+        handoffs = await stack.enter_async_context(Handoffs(engine, exchange.borrowing))
         service = DecodeService(
             engine,
+            exchange,
             handoffs,
             shell.outbox,
             NodeMetrics(registry),
@@ -92,14 +71,7 @@ async def _serve(
             info.layout.identity,
         )
         engine.start(on_loop(loop, service.on_engine_events))
-        reporter = LinkReporter(WorkerId(info.worker_id), transports, clock, peers=importer.peers)
-        node = DecodeNode(
-            shell,
-            service,
-            [reporter.route(config.cluster_key)],
-            EngineTelemetry(engine, EngineMetrics(registry)),
-            TransferTelemetry(TransferMetrics(registry), transports, importer=importer),
-            config.cluster_key,
-        )
+        telemetry = EngineTelemetry(engine, EngineMetrics(registry))
+        node = DecodeNode(shell, service, exchange, telemetry, config.cluster_key)
         feed = KVEventFeed(engine.take_kv_events, engine.kv_snapshot)
-        await shell.run(bound, node, client, feed)
+        await shell.run(bound, node, client, feed, exchange.run())

@@ -6,7 +6,7 @@ from starlette.routing import Route
 
 from decode_node.service import DecodeService
 from engine.telemetry import EngineTelemetry
-from kv_transfer.telemetry import TransferTelemetry
+from kv_transfer.exchange import KVExchange
 from protocol.ids import RequestId
 from protocol.requests import DecodeAccepted, DecodeRequest
 from protocol.workers import WorkerLoad
@@ -19,20 +19,21 @@ class DecodeNode:
         self,
         shell: NodeShell,
         service: DecodeService,
-        kv_routes: list[Route],
+        exchange: KVExchange,
         engine_telemetry: EngineTelemetry,
-        transfer_telemetry: TransferTelemetry,
         cluster_key: str | None,
     ) -> None:
         self._shell = shell
         self._service = service
-        self._kv_routes = kv_routes
+        self._exchange = exchange
         self._engine_telemetry = engine_telemetry
-        self._transfer_telemetry = transfer_telemetry
         self._cluster_key = cluster_key
 
     def routes(self) -> list[Route]:
-        return [message_route("/node/v1/decode", DecodeRequest, self._decode, self._cluster_key), *self._kv_routes]
+        return [
+            message_route("/node/v1/decode", DecodeRequest, self._decode, self._cluster_key),
+            *self._exchange.routes(),
+        ]
 
     def cancel(self, request_ids: Iterable[RequestId]) -> None:
         self._service.cancel(request_ids)
@@ -44,11 +45,11 @@ class DecodeNode:
         return self._engine_telemetry.stuck()
 
     def idle(self) -> bool:
-        return self._engine_telemetry.idle()
+        return self._engine_telemetry.idle() and self._exchange.idle
 
     def report(self) -> None:
         self._engine_telemetry.update()
-        self._transfer_telemetry.update()
+        self._exchange.telemetry.update()
 
     async def _decode(self, request: DecodeRequest) -> DecodeAccepted:
         self._shell.check_admitting()

@@ -6,11 +6,13 @@ the router gets to see.
 """
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from decode_node.handoff import Handoffs
 from engine.engine import Engine
-from engine.events import EngineEvent, Failed, Finished, PromptComputed, Reserved, TokensSampled
+from engine.events import EngineEvent, Failed, Finished, Pinned, PromptComputed, Reserved, TokensSampled
 from engine.request import EngineRequest, Mode
+from kv_transfer.exchange import KVExchange
 from protocol import tokens
 from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError, InvalidParameter
@@ -23,10 +25,20 @@ from runtime.metrics import NodeMetrics
 from runtime.token_outbox import TokenOutbox
 
 
+@dataclass(frozen=True, slots=True)
+class _Expected:
+    """A hand-off that waits for room here."""
+
+    request: DecodeRequest
+    ticket: TransferTicket
+    deadline: Deadline
+
+
 class DecodeService:
     def __init__(
         self,
         engine: Engine,
+        exchange: KVExchange,
         handoffs: Handoffs,
         outbox: TokenOutbox,
         metrics: NodeMetrics,
@@ -34,12 +46,14 @@ class DecodeService:
         layout_identity: str,
     ) -> None:
         self._engine = engine
+        self._prefixes = exchange.prefixes
+        self._lender = exchange.lender
         self._handoffs = handoffs
         self._outbox = outbox
         self._metrics = metrics
         self._vocab_size = vocab_size
         self._layout_identity = layout_identity
-        self._expected: dict[RequestId, tuple[TransferTicket, Deadline]] = {}
+        self._expected: dict[RequestId, _Expected] = {}
 
     def decode(self, request: DecodeRequest) -> DecodeAccepted:
         """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
@@ -49,12 +63,16 @@ class DecodeService:
         request_id = RequestId(request.request_id)
         self._outbox.expect(request_id, RouterId(request.router_id))
         if request.ticket is not None:
-            self._expected[request_id] = (request.ticket, Deadline(request.deadline_s))
+            self._expected[request_id] = _Expected(request, request.ticket, Deadline(request.deadline_s))
             self._handoffs.keep(request.ticket)
         try:
-            self._engine.submit(EngineRequest.of(request, Mode.GENERATE if request.ticket is None else Mode.IMPORT))
+            if request.ticket is None:
+                self._engine.submit(EngineRequest.of(request, Mode.GENERATE, self._prefixes.expect(request)))
+            else:
+                self._engine.submit(EngineRequest.of(request, Mode.IMPORT))
         except HeadraceError:
             self._forget(request_id)
+            self._prefixes.forget(request_id)
             self._outbox.forget(request_id)
             raise
         return DecodeAccepted(request_id)
@@ -64,6 +82,7 @@ class DecodeService:
         ids = list(request_ids)
         self._engine.cancel(ids)
         self._handoffs.cancel(ids)
+        self._prefixes.cancel(ids)
         for request_id in ids:
             self._forget(request_id)
             self._outbox.forget(request_id)
@@ -72,8 +91,12 @@ class DecodeService:
         messages: list[TokenMessage] = []
         for event in events:
             match event:
+                case Reserved(request_id, block_ids, num_cached_blocks, prefix=True):
+                    self._prefixes.reserved(request_id, block_ids, num_cached_blocks)
                 case Reserved():
                     self._reserved(event)
+                case Pinned(pin_id, block_ids):
+                    self._lender.pinned(pin_id, block_ids)
                 case TokensSampled(request_id, index, sampled):
                     messages.append(TokenChunk(request_id, index, sampled))
                 case PromptComputed():
@@ -83,6 +106,7 @@ class DecodeService:
                 case Failed(request_id, error):
                     self._metrics.requests.labels(error.to_info().code).inc()
                     self._forget(request_id)
+                    self._prefixes.cancel([request_id])
                     messages.append(SequenceFailed(request_id, error.to_info()))
         self._outbox.post(messages)
 
@@ -91,16 +115,17 @@ class DecodeService:
         if expected is None:
             self._handoffs.refuse(event, Cancelled("the request was cancelled"))
             return
-        ticket, deadline = expected
-        self._handoffs.start(event, ticket, max(deadline.remaining_s, 0.001))
+        deadline_s = max(expected.deadline.remaining_s, 0.001)
+        self._handoffs.start(event, expected.ticket, expected.request, deadline_s)
 
     def _forget(self, request_id: RequestId) -> None:
         """It will not be imported. No error if it is not waiting for that."""
         expected = self._expected.pop(request_id, None)
         if expected is not None:
-            self._handoffs.drop(expected[0])
+            self._handoffs.drop(expected.ticket)
 
     def _computed(self, event: PromptComputed) -> tokens.PromptComputed:
+        self._prefixes.forget(event.request_id)
         self._metrics.phases.labels("queue").observe(event.phases.queue_s)
         self._metrics.phases.labels("prefill").observe(event.phases.prefill_s)
         return tokens.PromptComputed(event.request_id, event.num_cached_tokens, event.phases)

@@ -1,17 +1,25 @@
 """BlockPool: the KV blocks of one device. A block is held (reference count above zero) or free; nothing else.
 
 Apart from that a block may be *cached*: its contents have an address in the prefix cache. A free cached block keeps its
-contents until somebody needs the room, and can be taken back by `share` until then.
+contents until room is needed, and can be taken back by `share` until then.
 
-Free blocks stand in two doubly linked lists over preallocated arrays: those worth nothing, used first, and the cached
-ones, least recently used first. Every operation is O(1) a block.
+Blocks that are handed out together lie together as far as they can, because a transfer moves neighbours as one piece. So
+free blocks that hold nothing are kept as runs (engine.free_runs) and used first. Cached ones stand in a doubly linked list
+over preallocated arrays, least recently used first; when their room is needed, a few more than needed lose their contents, so
+that there are runs to choose from. What that costs is the end of the list: a cache smaller by EVICTED_AHEAD at most.
+Every operation is O(1) a block.
 """
 
 from collections.abc import Callable, Sequence
 
+from engine.free_runs import FreeRuns
+
+EVICTED_AHEAD = 1 / 32
+"""Of all blocks. Measured by benchmarks/bench_block_pool.py."""
+
 
 class BlockPool:
-    """`on_reuse(block_id)` is called when a free cached block is about to be overwritten: its address must be dropped."""
+    """`on_reuse(block_id)` is called when a free cached block loses its contents: its address must be dropped."""
 
     def __init__(self, num_blocks: int, on_reuse: Callable[[int], None]) -> None:
         self.num_blocks = num_blocks
@@ -19,10 +27,12 @@ class BlockPool:
         self._references = [0] * num_blocks
         self._cached = bytearray(num_blocks)
         self._num_free = num_blocks
-        # Two rings with a sentinel each; block i's neighbours are _previous[i] and _next[i] while it is free.
-        self._empty, self._lru = num_blocks, num_blocks + 1
-        self._next = [*range(1, num_blocks + 1), 0, self._lru]
-        self._previous = [self._empty, *range(num_blocks), self._lru]
+        self._empty = FreeRuns(num_blocks)
+        self._evicted_ahead = int(num_blocks * EVICTED_AHEAD)
+        # A ring with a sentinel; block i's neighbours are _previous[i] and _next[i] while it is free and cached.
+        self._lru = num_blocks
+        self._next = [0] * num_blocks + [self._lru]
+        self._previous = [0] * num_blocks + [self._lru]
 
     @property
     def num_free(self) -> int:
@@ -43,25 +53,16 @@ class BlockPool:
     def num_references(self, block_id: int) -> int:
         return self._references[block_id]
 
-    def allocate(self, count: int) -> list[int]:
-        """`count` blocks to write into, each held once. The caller has checked num_free.
-
-        In ascending order, and blocks that were released together come back together: neighbours in the list are then
-        neighbours in memory, and a transfer moves them as one piece.
-        """
+    def allocate(self, count: int, after: int | None = None) -> list[int]:
+        """`count` blocks to write into, each held once, in ascending order and as few runs; where it can be, those that
+        follow block `after`. The caller has checked num_free."""
         assert count <= self._num_free, f"{count} blocks wanted, {self._num_free} free"
-        taken: list[int] = []
-        for _ in range(count):
-            block_id = self._next[self._empty]
-            if block_id == self._empty:
-                block_id = self._next[self._lru]
-                self._cached[block_id] = False
-                self._on_reuse(block_id)
-            self._unlink(block_id)
+        if count > len(self._empty):
+            self._evict(count - len(self._empty))
+        taken = self._empty.take(count, after)
+        for block_id in taken:
             self._references[block_id] = 1
-            taken.append(block_id)
         self._num_free -= count
-        taken.sort()
         return taken
 
     def share(self, block_ids: Sequence[int]) -> None:
@@ -76,15 +77,17 @@ class BlockPool:
     def release(self, block_ids: Sequence[int]) -> None:
         """Give back a sequence's blocks, in the order of its table. Its tail is reused before its head, which more
         other sequences may begin with."""
+        empty: list[int] = []
         for block_id in reversed(block_ids):
             assert self._references[block_id] > 0, f"block {block_id} is released more often than held"
             self._references[block_id] -= 1
             if self._references[block_id] == 0:
                 self._num_free += 1
                 if self._cached[block_id]:
-                    self._link_after(self._previous[self._lru], block_id)
+                    self._link_last(block_id)
                 else:
-                    self._link_after(self._empty, block_id)
+                    empty.append(block_id)
+        self._empty.add(empty)
 
     def mark_cached(self, block_id: int) -> None:
         """A held block has an address now."""
@@ -96,13 +99,23 @@ class BlockPool:
         self._cached[block_id] = False
         if self._references[block_id] == 0:
             self._unlink(block_id)
-            self._link_after(self._empty, block_id)
+            self._empty.add((block_id,))
+
+    def _evict(self, count: int) -> None:
+        """Make `count` cached blocks worth nothing, and some more if there are."""
+        evicted: list[int] = []
+        while len(evicted) < count + self._evicted_ahead and (block_id := self._next[self._lru]) != self._lru:
+            self._cached[block_id] = False
+            self._on_reuse(block_id)
+            self._unlink(block_id)
+            evicted.append(block_id)
+        self._empty.add(evicted)
 
     def _unlink(self, block_id: int) -> None:
         before, after = self._previous[block_id], self._next[block_id]
         self._next[before], self._previous[after] = after, before
 
-    def _link_after(self, before: int, block_id: int) -> None:
-        after = self._next[before]
-        self._previous[block_id], self._next[block_id] = before, after
-        self._next[before] = self._previous[after] = block_id
+    def _link_last(self, block_id: int) -> None:
+        before = self._previous[self._lru]
+        self._previous[block_id], self._next[block_id] = before, self._lru
+        self._next[before] = self._previous[self._lru] = block_id

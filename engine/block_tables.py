@@ -1,5 +1,5 @@
 """BlockTables: which blocks hold which sequence. Pool and prefix cache behind the four things a scheduler wants:
-reserve a context, grow by a token, index what is computed, release.
+reserve a context, grow by a token, index what is computed, release; and pins, for blocks that others read.
 """
 
 from engine.block_pool import BlockPool
@@ -7,6 +7,7 @@ from engine.kv_event_log import KVEventLog
 from engine.prefix_cache import PrefixCache
 from engine.sequence import Sequence
 from protocol.block_hash import hash_blocks, root_hash
+from protocol.ids import BlockHash
 from protocol.kv_layout import KVLayout
 
 
@@ -31,13 +32,13 @@ class BlockTables:
         hit: list[int] = []
         if self._enabled:
             self._hash(sequence)
-            computable = num_tokens if sequence.awaits_import else num_tokens - 1
+            computable = num_tokens if sequence.computes_nothing else num_tokens - 1
             hit = self._prefix_cache.match(sequence.block_hashes, computable // self._block_size)
         num_new = self._layout.num_blocks_for(num_tokens) - len(hit)
         if num_new + sum(map(self.pool.is_free, hit)) + keep_free > self.pool.num_free:
             return False
         self.pool.share(hit)
-        sequence.block_ids = hit + self.pool.allocate(num_new)
+        sequence.block_ids = hit + self.pool.allocate(num_new, after=hit[-1] if hit else None)
         sequence.num_computed = len(hit) * self._block_size
         sequence.num_indexed_blocks = len(hit)
         return True
@@ -50,7 +51,7 @@ class BlockTables:
         num_new = self._layout.num_blocks_for(num_tokens) - len(sequence.block_ids)
         if self.pool.num_free < num_new + keep_free:
             return False
-        sequence.block_ids += self.pool.allocate(num_new)
+        sequence.block_ids += self.pool.allocate(num_new, after=sequence.block_ids[-1])
         return True
 
     def index(self, sequence: Sequence) -> None:
@@ -66,6 +67,15 @@ class BlockTables:
     def release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_ids)
         sequence.block_ids = []
+
+    def pin(self, block_hashes: tuple[BlockHash, ...]) -> tuple[int, ...]:
+        """Hold the blocks of the longest cached prefix of this chain, until `unpin`."""
+        block_ids = tuple(self._prefix_cache.match(block_hashes, len(block_hashes)))
+        self.pool.share(block_ids)
+        return block_ids
+
+    def unpin(self, block_ids: tuple[int, ...]) -> None:
+        self.pool.release(block_ids)
 
     def clear_prefix_cache(self) -> None:
         for block_id in self._prefix_cache.clear():

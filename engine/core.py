@@ -13,10 +13,11 @@ from dataclasses import replace
 from engine.admission import max_sequence_tokens
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
-from engine.events import EngineEvent
+from engine.events import EngineEvent, Pinned
 from engine.kv_event_log import KVEventLog
 from engine.load import EngineLoad
 from engine.outcomes import Outcomes
+from engine.prefill_rate import PrefillRate
 from engine.request import EngineRequest
 from engine.runner import Runner
 from engine.scheduler import Schedule, Scheduler
@@ -25,7 +26,7 @@ from engine.speculation import Drafter, NgramDrafter, Speculator
 from engine.step_pipeline import StepPipeline
 from engine.step_times import StepTimes
 from protocol.errors import Cancelled, DeadlineExceeded, HeadraceError, InternalError
-from protocol.ids import RequestId
+from protocol.ids import BlockHash, PinId, RequestId
 from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
 from runtime.clock import Clock
@@ -56,7 +57,9 @@ class EngineCore:
         self._scheduler = Scheduler(config, runner.layout, self._tables, limit, self._speculator)
         self._outcomes = Outcomes(runner, self._scheduler, self._tables, limit, self._speculator)
         self.times = StepTimes()
+        self._prefill_rate = PrefillRate()
         self._sequences = self._outcomes.sequences
+        self._pins: dict[PinId, tuple[int, ...]] = {}
         self._next_arrival = 0
         self._next_deadline_at = math.inf
         self._steps = 0
@@ -102,12 +105,7 @@ class EngineCore:
         by our clock; None if that is unknown, and the hand-off then counts from now. `landing`: what of the time since
         then has been accounted for; from its end on the sequence waits to join."""
         sequence = self._import(request_id)
-        if sequence is None:
-            return
-        sequence.num_computed = sequence.context_end
-        self._tables.index(sequence)
-        if sequence.state is State.ORPHANED:
-            self._outcomes.leave(sequence)
+        if sequence is None or not self._landed(sequence, sequence.context_end):
             return
         now = self._clock.now()
         sequence.times.computed_at = now if computed_at is None else computed_at
@@ -116,15 +114,41 @@ class EngineCore:
         self._scheduler.imported(sequence)
         self._outcomes.imported(sequence, first_token, now)
 
+    def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:
+        """The first `num_valid_tokens` tokens of a request that waited for its beginning are in its blocks; the rest is
+        to be computed, and nothing writes into its blocks any more."""
+        sequence = self._import(request_id)
+        if sequence is None:
+            return
+        assert not sequence.computes_nothing, f"{request_id} wants its first token too: activate it"
+        num_before = sequence.num_computed
+        if self._landed(sequence, num_valid_tokens):
+            self._scheduler.imported(sequence)
+            self._outcomes.resumed(sequence, sequence.num_computed - num_before)
+
+    def fail_import(self, request_id: RequestId, error: HeadraceError) -> None:
+        """What was awaited will not come in time. Its blocks stay with the transfer until `abandon_import`."""
+        sequence = self._import(request_id)
+        if sequence is not None:
+            self._outcomes.fail(sequence, error)
+
     def abandon_import(self, request_id: RequestId, num_valid_tokens: int, error: HeadraceError) -> None:
         """The context did not arrive. Its first `num_valid_tokens` tokens did, and their full blocks are kept."""
         sequence = self._import(request_id)
         if sequence is None:
             return
-        sequence.num_computed = max(sequence.num_computed, min(num_valid_tokens, sequence.context_end))
-        self._tables.index(sequence)
-        self._outcomes.fail(sequence, error)
-        self._outcomes.leave(sequence)
+        if self._landed(sequence, num_valid_tokens):
+            self._outcomes.fail(sequence, error)
+            self._outcomes.leave(sequence)
+
+    def pin(self, pin_id: PinId, block_hashes: tuple[BlockHash, ...]) -> None:
+        """Hold what the prefix cache has of this chain. Answered by Pinned."""
+        assert pin_id not in self._pins, f"{pin_id} is pinned already"
+        self._pins[pin_id] = block_ids = self._tables.pin(block_hashes)
+        self._outcomes.events.append(Pinned(pin_id, block_ids))
+
+    def unpin(self, pin_id: PinId) -> None:
+        self._tables.unpin(self._pins.pop(pin_id, ()))
 
     def clear_prefix_cache(self) -> None:
         self._tables.clear_prefix_cache()
@@ -136,6 +160,8 @@ class EngineCore:
             self._outcomes.fail(sequence, error)
             if sequence.request_id in self._sequences:
                 self._outcomes.leave(sequence)
+        for pin_id in list(self._pins):
+            self.unpin(pin_id)
 
     # Steps.
 
@@ -195,17 +221,32 @@ class EngineCore:
             waiting_tokens=scheduler.num_waiting_tokens,
             num_importing=len(scheduler.importing) + len(scheduler.orphans),
             num_held=len(scheduler.held),
+            num_pins=len(self._pins),
             free_blocks=self._tables.pool.num_free,
             total_blocks=self._tables.pool.num_blocks,
             steps=self._steps,
             computed_prompt_tokens=outcomes.num_computed_tokens,
             cached_prompt_tokens=outcomes.num_cached_tokens,
+            imported_prompt_tokens=outcomes.num_imported_tokens,
+            prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             sampled_tokens=outcomes.num_sampled_tokens,
             preemptions=scheduler.num_preemptions,
             draft_tokens=speculator.num_drafts if speculator else 0,
             accepted_drafts=tuple(speculator.num_accepted_of_step) if speculator else (),
             times=replace(self.times),
         )
+
+    def _landed(self, sequence: Sequence, num_valid_tokens: int) -> bool:
+        """An import has ended with so many valid tokens, which are kept. False if its request had ended before: it is
+        gone now."""
+        arrived = min(num_valid_tokens, sequence.import_end)
+        sequence.import_end = 0
+        sequence.num_computed = max(sequence.num_computed, arrived)
+        self._tables.index(sequence)
+        if sequence.state is State.ORPHANED:
+            self._outcomes.leave(sequence)
+            return False
+        return True
 
     def _import(self, request_id: RequestId) -> Sequence | None:
         sequence = self._sequences.get(request_id)
@@ -221,6 +262,7 @@ class EngineCore:
         self.times.waited(step.ended_at - waited_from, step.result)
         self._steps += 1
         chunks = step.schedule.plan.chunks
+        num_before = self._outcomes.num_computed_tokens
         for sequence, chunk, sampled in zip(step.schedule.sequences, chunks, step.result.sampled, strict=True):
             if sequence.state is State.LEAVING:
                 self._outcomes.landed(sequence)
@@ -233,6 +275,7 @@ class EngineCore:
             else:
                 self._outcomes.computed(sequence, chunk, sampled, step.started_at, step.ended_at)
         self._drop(step.dropped)
+        self._prefill_rate.note(self._outcomes.num_computed_tokens - num_before, step.ended_at - step.started_at)
         self.times.emit_s += self._clock.now() - step.ended_at
 
     def _drop(self, sequences: Iterable[Sequence]) -> None:

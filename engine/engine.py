@@ -22,7 +22,7 @@ from engine.load import EngineLoad
 from engine.request import EngineRequest
 from engine.runner import Runner
 from protocol.errors import Draining, HeadraceError, InternalError, InvalidParameter, Overloaded
-from protocol.ids import Incarnation, RequestId
+from protocol.ids import BlockHash, Incarnation, PinId, RequestId
 from protocol.kv_events import KVEventBatch
 from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
@@ -122,10 +122,30 @@ class Engine:
         decodes from the next step on. `computed_at`, `landing`: see engine.core."""
         self._post(lambda: self._core.activate(request_id, first_token, computed_at, landing))
 
+    def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:
+        """The answer to Reserved of a request with `import_tokens`: the first `num_valid_tokens` tokens have come and are
+        verified, and nothing writes into its blocks any more. The engine computes on from there."""
+        self._post(lambda: self._core.resume(request_id, num_valid_tokens))
+
+    def fail_import(self, request_id: RequestId, error: HeadraceError) -> None:
+        """End the request of an import at once, though somebody may still write into its blocks: Failed(error), unless it
+        was cancelled before. `abandon_import` is to follow when nobody does."""
+        self._post(lambda: self._core.fail_import(request_id, error))
+
     def abandon_import(self, request_id: RequestId, num_valid_tokens: int, error: HeadraceError) -> None:
         """An import has ended early, and nothing writes into its blocks any more. Failed(error), unless it was
         cancelled before. The full blocks of the first `num_valid_tokens` tokens stay in the prefix cache."""
         self._post(lambda: self._core.abandon_import(request_id, num_valid_tokens, error))
+
+    def pin(self, pin_id: PinId, block_hashes: Iterable[BlockHash]) -> None:
+        """Hold the blocks of the longest cached prefix of this chain, so that others can read them. Answered by Pinned,
+        unless the engine stops first. The id has not been used before."""
+        hashes = tuple(block_hashes)
+        self._post(lambda: self._core.pin(pin_id, hashes))
+
+    def unpin(self, pin_id: PinId) -> None:
+        """Nobody reads them any more. Unknown ids are no error."""
+        self._post(lambda: self._core.unpin(pin_id))
 
     def clear_prefix_cache(self) -> None:
         """Forget all addresses. What runs goes on."""
@@ -148,6 +168,12 @@ class Engine:
         """Tokens that prefill chunks have run since the start: what the prefix cache did not save."""
         with self._wake:
             return self._load.computed_prompt_tokens
+
+    @property
+    def prefill_tokens_per_s(self) -> float | None:
+        """How fast prompts have been computed of late; None before the first."""
+        with self._wake:
+            return self._load.prefill_tokens_per_s
 
     def last_progress_s(self) -> float:
         """How long the loop has been busy without finishing a step: 0 while it has nothing to do, infinity if it has

@@ -2,7 +2,8 @@
 
 Every submitted request ends in exactly one of PrefillFinished, Finished or Failed. For an IMPORT request, Reserved comes
 first and obliges the receiver to answer with exactly one `Engine.activate` or `Engine.abandon_import`, even after a
-cancel: until then its blocks belong to the transfer.
+cancel: until then its blocks belong to the transfer. So it is with a request whose first tokens may come from elsewhere,
+if it is told to bring them; the answer is then `Engine.resume` or `Engine.abandon_import`.
 """
 
 import asyncio
@@ -10,7 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from protocol.errors import HeadraceError
-from protocol.ids import RequestId
+from protocol.ids import PinId, RequestId
 from protocol.phases import DecodePhases, PrefillPhases
 from protocol.tokens import FinishReason, SampledToken
 
@@ -42,11 +43,13 @@ class PrefillFinished:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """Of an IMPORT request: `block_ids` hold the context. The first `num_cached_blocks` are already valid."""
+    """`block_ids` are to hold the context of an IMPORT request, or the first `import_tokens` tokens of another. The first
+    `num_cached_blocks` are already valid. `prefix`: the rest is computed here, and `Engine.resume` is the answer."""
 
     request_id: RequestId
     block_ids: tuple[int, ...]
     num_cached_blocks: int
+    prefix: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +63,8 @@ class TokensSampled:
 
 @dataclass(frozen=True, slots=True)
 class PromptComputed:
-    """Of a GENERATE request: how its prompt was computed. Once, right after its first TokensSampled."""
+    """Of a GENERATE request: how its prompt was computed. Once, right after its first TokensSampled. Cached tokens are those
+    that were not computed here, from the prefix cache or imported."""
 
     request_id: RequestId
     num_cached_tokens: int
@@ -84,7 +88,15 @@ class Failed:
     error: HeadraceError
 
 
-EngineEvent = BlocksComputed | PrefillFinished | Reserved | TokensSampled | PromptComputed | Finished | Failed
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """The answer to `Engine.pin`: blocks of the longest cached prefix, maybe none, held until `Engine.unpin`."""
+
+    pin_id: PinId
+    block_ids: tuple[int, ...]
+
+
+EngineEvent = BlocksComputed | PrefillFinished | Reserved | TokensSampled | PromptComputed | Finished | Failed | Pinned
 
 
 def on_loop(

@@ -51,6 +51,7 @@ class Outcomes:
         self.departed: list[RequestId] = []
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
+        self.num_imported_tokens = 0
         self.num_sampled_tokens = 0
 
     def admitted(self, sequence: Sequence, now: float) -> None:
@@ -58,12 +59,19 @@ class Outcomes:
         self.num_cached_tokens += sequence.num_computed
         if sequence.num_cached_tokens is None:
             sequence.num_cached_tokens = sequence.num_computed
+        num_cached_blocks = sequence.num_computed // self._layout.block_size
         if sequence.state is State.IMPORTING:
-            num_cached_blocks = sequence.num_computed // self._layout.block_size
-            self.events.append(Reserved(sequence.request_id, tuple(sequence.block_ids), num_cached_blocks))
-            return
-        if sequence.times.first_scheduled_at is None:
+            block_ids = tuple(sequence.block_ids[: self._layout.num_blocks_for(sequence.import_end)])
+            prefix = not sequence.computes_nothing
+            self.events.append(Reserved(sequence.request_id, block_ids, num_cached_blocks, prefix))
+        if sequence.times.first_scheduled_at is None and not sequence.computes_nothing:
             sequence.times.first_scheduled_at = now
+        self._announce(sequence, num_cached_blocks)
+
+    def resumed(self, sequence: Sequence, num_imported_tokens: int) -> None:
+        """So many of its first tokens, beyond those of the prefix cache, have come from elsewhere."""
+        self.num_imported_tokens += num_imported_tokens
+        sequence.num_cached_tokens = sequence.num_computed
         self._announce(sequence, sequence.num_computed // self._layout.block_size)
 
     def computed(

@@ -27,6 +27,10 @@ class EngineRequest:
     """The context is prompt plus emitted tokens; the next sampled token has output position len(emitted).
 
     `deadline_s` counts from submission. `sampling` has been validated against the vocabulary.
+
+    `import_tokens`: so many leading tokens, in whole blocks, somebody may bring before the rest is computed (GENERATE and
+    PREFILL_ONLY; an IMPORT brings all). If the prefix cache holds fewer, the request waits with its blocks reserved until
+    `Engine.resume` says how many have come.
     """
 
     request_id: RequestId
@@ -36,9 +40,10 @@ class EngineRequest:
     emitted_token_ids: tuple[int, ...] = ()
     cache_salt: str | None = None
     deadline_s: float = 3600.0
+    import_tokens: int = 0
 
     @classmethod
-    def of(cls, message: PrefillRequest | DecodeRequest, mode: Mode) -> Self:
+    def of(cls, message: PrefillRequest | DecodeRequest, mode: Mode, import_tokens: int = 0) -> Self:
         """What a router asked for, to be done in this mode."""
         return cls(
             request_id=RequestId(message.request_id),
@@ -48,6 +53,7 @@ class EngineRequest:
             emitted_token_ids=message.emitted_token_ids,
             cache_salt=message.cache_salt,
             deadline_s=message.deadline_s,
+            import_tokens=import_tokens,
         )
 
     @property

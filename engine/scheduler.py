@@ -4,7 +4,9 @@ One token budget a step. Every running decode gets its token first, then prefill
 new sequences are admitted while budget, rows and blocks last.
 
 Admission reserves the whole context, so that a prefill never stops half-way for want of blocks and an import always
-has where to land; only decodes grow. A decode that finds no free block preempts the youngest sequence, which may be
+has where to land; only decodes grow. A sequence whose first tokens somebody may bring is admitted like an import, ahead of
+those that wait for compute, and computes the rest when they have come, or have not: in its turn by age, so that whom it
+passed is not overtaken twice. A decode that finds no free block preempts the youngest sequence, which may be
 itself: the oldest always gets on. A preempted sequence is recomputed, mostly from the prefix cache. Neither the blocks of
 an import nor those of a prefill for somebody else move: others may be writing or reading them.
 
@@ -67,8 +69,9 @@ class Scheduler:
 
     @property
     def num_waiting_tokens(self) -> int:
-        """Context tokens of all admitted requests that are still to be computed. O(running)."""
-        return self.waiting.num_tokens + self._num_running_tokens
+        """Context tokens of all admitted requests that are still to be computed. O(running + importing)."""
+        rest_of_imports = sum(sequence.num_uncomputed_context for sequence in self.importing.values())
+        return self.waiting.num_tokens + self._num_running_tokens + rest_of_imports
 
     def add(self, sequence: Sequence) -> None:
         self.waiting.push(sequence)
@@ -90,7 +93,7 @@ class Scheduler:
                 raise AssertionError(f"{sequence.request_id} has been removed before")
 
     def imported(self, sequence: Sequence) -> None:
-        """Its context has arrived and it has its first token: it joins the next step."""
+        """Its context, or the beginning of it, has arrived: it joins the next step."""
         del self.importing[sequence.request_id]
         self._run(sequence)
 
@@ -123,31 +126,40 @@ class Scheduler:
             drafts = self._drafts(sequence, draft_room)
             draft_room -= len(drafts)
             step.decode(sequence, drafts)
+        admitted: list[Sequence] = []
         for sequence in by_age:
             if not sequence.decoding and sequence.state is State.RUNNING:
+                admitted += self._fill(step, before=sequence.arrival)
                 step.prefill(sequence)
+        admitted += self._fill(step)
+        return Schedule(StepPlan(tuple(step.chunks)), tuple(step.sequences), tuple(admitted))
+
+    def _fill(self, step: "_Step", before: float = math.inf) -> list[Sequence]:
+        """Admit what fits of those that arrived `before`, and give each its share of the step."""
         admitted: list[Sequence] = []
-        while (newcomer := self._admit(may_compute=step.budget > 0)) is not None:
+        while (newcomer := self._admit(step, before)) is not None:
             admitted.append(newcomer)
             if newcomer.state is State.RUNNING:
                 step.prefill(newcomer)
-        return Schedule(StepPlan(tuple(step.chunks)), tuple(step.sequences), tuple(admitted))
+        return admitted
 
-    def _admit(self, *, may_compute: bool) -> Sequence | None:
-        """Reserve blocks for the next waiting sequence, if there is one and it fits."""
-        if len(self.running) + len(self.importing) >= self._max_rows:
+    def _admit(self, step: "_Step", before: float) -> Sequence | None:
+        """Reserve blocks for the next waiting sequence, if there is one that arrived `before`, and it fits."""
+        if step.no_room or len(self.running) + len(self.importing) >= self._max_rows:
             return None
-        sequence = self.waiting.head(may_compute=may_compute)
-        if sequence is None:
+        sequence = self.waiting.head(may_compute=step.budget > 0)
+        if sequence is None or sequence.arrival >= before:
             return None
         # With nothing running there is nobody to leave room for, and whoever is next must get in.
         if not self._tables.reserve(sequence, keep_free=self._watermark if self.running else 0):
+            step.no_room = True
             return None
         self.waiting.remove(sequence)
-        if sequence.awaits_import:
+        if sequence.computes_nothing or sequence.num_computed < sequence.import_end:
             sequence.state = State.IMPORTING
             self.importing[sequence.request_id] = sequence
         else:
+            sequence.import_end = 0
             self._run(sequence)
         return sequence
 
@@ -174,7 +186,7 @@ class Scheduler:
 
     @property
     def _num_running_tokens(self) -> int:
-        """Context tokens of admitted requests that are still to be computed."""
+        """Context tokens of running requests that are still to be computed."""
         return sum(sequence.num_uncomputed_context for sequence in self.running.values())
 
     def _drafts(self, sequence: Sequence, room: int) -> list[int]:
@@ -205,10 +217,11 @@ class Scheduler:
 
 
 class _Step:
-    """A step in the making."""
+    """A step in the making. `no_room`: somebody waits for blocks, and nobody passes."""
 
     def __init__(self, max_tokens: int, max_chunk: int, layout: KVLayout) -> None:
         self.budget = max_tokens
+        self.no_room = False
         self._max_chunk = max_chunk
         self._layout = layout
         self.chunks: list[ScheduledChunk] = []

@@ -4,6 +4,7 @@
     WAITING ──▶ RUNNING ──▶ HELD ──▶ gone   PREFILL_ONLY
     WAITING ──▶ IMPORTING ──▶ RUNNING       IMPORT; once running it is like GENERATE
                     └──▶ ORPHANED ──▶ gone  it has failed, but its blocks still belong to the transfer
+    WAITING ──▶ IMPORTING ──▶ RUNNING       also one whose first tokens somebody may bring (`import_tokens`)
               RUNNING ──▶ LEAVING ──▶ gone  it has ended, but a step in flight still writes into its blocks
 
 Of its tokens (prompt, emitted, sampled) the first `num_computed` have their KV in the blocks of `block_ids`; steps in
@@ -55,6 +56,8 @@ class Sequence:
         self.token_ids: list[int] = [*request.prompt_token_ids, *request.emitted_token_ids]
         self.output_token_ids: list[int] = list(request.emitted_token_ids)
         self.context_end = len(self.token_ids)
+        self.import_end = self.context_end if request.mode is Mode.IMPORT else request.import_tokens
+        """Leading tokens that may come from elsewhere; 0 as soon as they have, or need not."""
         self.num_computed = 0
         self.has_penalties = request.sampling.has_penalties
         self.num_steps_in_flight = 0
@@ -82,8 +85,13 @@ class Sequence:
 
     @property
     def awaits_import(self) -> bool:
-        """Its context comes from elsewhere; it takes blocks but no compute to admit."""
-        return self.request.mode is Mode.IMPORT and self.num_sampled == 0
+        """All or the beginning of its context comes from elsewhere; it takes blocks but no compute to admit."""
+        return self.import_end > 0
+
+    @property
+    def computes_nothing(self) -> bool:
+        """Its whole context comes from elsewhere, and its first token too."""
+        return self.import_end == self.context_end
 
     @property
     def num_scheduled(self) -> int:
@@ -97,7 +105,8 @@ class Sequence:
 
     @property
     def num_uncomputed_context(self) -> int:
-        return max(0, self.context_end - self.num_computed)
+        """Tokens of its context that are to be computed here."""
+        return max(0, self.context_end - max(self.num_computed, self.import_end))
 
     @property
     def preemptable(self) -> bool:

@@ -18,6 +18,7 @@ class EngineTelemetry:
         self._steps = Total(metrics.steps)
         self._computed = Total(metrics.computed_prompt_tokens)
         self._cached = Total(metrics.cached_prompt_tokens)
+        self._imported = Total(metrics.imported_prompt_tokens)
         self._sampled = Total(metrics.generated_tokens)
         self._preemptions = Total(metrics.preemptions)
         self._phases = {phase: Total(metrics.step_seconds.labels(phase)) for phase in StepTimes().by_phase()}
@@ -35,6 +36,7 @@ class EngineTelemetry:
         self._steps.set(load.steps)
         self._computed.set(load.computed_prompt_tokens)
         self._cached.set(load.cached_prompt_tokens)
+        self._imported.set(load.imported_prompt_tokens)
         self._sampled.set(load.sampled_tokens)
         self._preemptions.set(load.preemptions)
         for phase, seconds in load.times.by_phase().items():
@@ -55,9 +57,9 @@ class EngineTelemetry:
         )
 
     def idle(self) -> bool:
-        """Nothing admitted, imported or held for a reader."""
+        """Nothing admitted, imported, or held for a reader."""
         load = self._engine.load()
-        return load.running + load.waiting + load.num_importing + load.num_held == 0
+        return load.running + load.waiting + load.num_importing + load.num_held + load.num_pins == 0
 
     def stuck(self) -> str | None:
         """Why the node should be restarted, None if there is no reason."""

@@ -1,7 +1,7 @@
 """WaitingQueue: sequences not yet admitted, oldest first. Every operation is O(1).
 
-Imports stand in a line of their own, because they need no compute: while prefill is busy with older prompts they may
-pass those that wait for compute. Nobody passes a sequence that waits for room.
+Imports, of a whole context or of its beginning, stand in a line of their own, because they need no compute as yet: while
+prefill is busy with older prompts they may pass those that wait for compute. Nobody passes a sequence that waits for room.
 """
 
 from collections import OrderedDict
@@ -17,14 +17,14 @@ class WaitingQueue:
         self.num_tokens = 0
         """Context tokens of all of them."""
         self.num_compute_tokens = 0
-        """Of those that are not imports."""
+        """Of those, what is to be computed here."""
 
     def __len__(self) -> int:
         return len(self._compute) + len(self._imports)
 
     def push(self, sequence: Sequence) -> None:
         self._line(sequence)[sequence.request_id] = sequence
-        self._count(sequence, sequence.context_end)
+        self._count(sequence, 1)
 
     def push_front(self, sequence: Sequence) -> None:
         """A preempted sequence was admitted before and comes first again."""
@@ -33,7 +33,7 @@ class WaitingQueue:
 
     def remove(self, sequence: Sequence) -> None:
         del self._line(sequence)[sequence.request_id]
-        self._count(sequence, -sequence.context_end)
+        self._count(sequence, -1)
 
     def head(self, *, may_compute: bool) -> Sequence | None:
         """The next one to admit; only an import if there is no compute left to give."""
@@ -43,10 +43,9 @@ class WaitingQueue:
             return first_import or first_compute
         return min(first_import, first_compute, key=lambda sequence: sequence.arrival)
 
-    def _count(self, sequence: Sequence, num_tokens: int) -> None:
-        self.num_tokens += num_tokens
-        if not sequence.awaits_import:
-            self.num_compute_tokens += num_tokens
+    def _count(self, sequence: Sequence, sign: int) -> None:
+        self.num_tokens += sign * sequence.context_end
+        self.num_compute_tokens += sign * (sequence.context_end - sequence.import_end)
 
     def _line(self, sequence: Sequence) -> OrderedDict[RequestId, Sequence]:
         return self._imports if sequence.awaits_import else self._compute

@@ -1,11 +1,11 @@
-"""Export: one request's blocks, announced to one reader and kept for it under a lease. A state machine without I/O.
+"""Export: a context's blocks, announced to one reader and kept for it under a lease. A state machine without I/O.
 
     computing --finish--> leased --+-- released (by the reader)
         |                          +-- expired  (ttl_s after the prefill finished or the last renewal)
         +--- failed ---------------+            any state may also fail
 
-What comes after the end changes nothing. A reader that loses its stream may attach again until then, and hears
-everything from the start; two at once may not.
+A prefix that is lent is leased from the start. What comes after the end changes nothing. A reader that loses its stream may
+attach again until then, and hears everything from the start; two at once may not.
 
 Of a block's way: submitted (final) -> staged (there for peers, its checksum known) -> announced; to a reader that wants
 them pushed they are announced when they have landed.
@@ -15,7 +15,7 @@ it lacks (`restart`), and taken back as they land there (`take_back`), to be sta
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from kv_transfer.push import Push
@@ -58,10 +58,12 @@ class ExportStats:
 
 
 class Export:
-    """Created by ExportTable.open. `changed` is set whenever a reader may find something new."""
+    """Created by ExportTable. `changed` is set whenever a reader may find something new; `give_back` is called once, when
+    the blocks are the owner's again."""
 
-    def __init__(self, ticket: TransferTicket, *, scarce: bool = False) -> None:
+    def __init__(self, ticket: TransferTicket, give_back: Callable[[], None], *, scarce: bool = False) -> None:
         self.ticket = ticket
+        self.give_back = give_back
         self._scarce = scarce
         self.attached = False
         self.staging: asyncio.Task[None] | None = None
@@ -129,7 +131,7 @@ class Export:
         return taken_back
 
     def finish(self, completion: Completion | AllLent, now: float) -> None:
-        """The prefill is done; the reader hears so after the last submitted block."""
+        """Everything is submitted; the reader hears so after the last submitted block."""
         self._completion = completion
         self._finished_at = now
         if self.push is not None:

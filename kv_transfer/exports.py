@@ -1,4 +1,5 @@
-"""ExportTable: the owner's side of every hand-off. Which blocks others may read, until when, and what they get to hear.
+"""ExportTable: the owner's side of every hand-off, and of every prefix that is lent. Which blocks others may read, until
+when, and what they get to hear.
 
 One per process, `async with ExportTable(...) as exports:` for its life, inside the staging and whatever gives it links; event
 loop only, except `may_read` and `stage_at_once`.
@@ -48,6 +49,7 @@ from runtime.node_config import TransferOptions
 
 SIGNS_OF_LIFE_PER_STALL = 3
 REAP_INTERVAL_S = 1.0
+LOAN_TTL_STALLS = 2
 
 Ending = Literal["released", "expired", "failed"]
 
@@ -55,8 +57,8 @@ log = logging.getLogger(__name__)
 
 
 class ExportTable:
-    """`on_released(request_id)` is called exactly once for every export, when its blocks are the owner's again, in
-    whatever way it ended. Unknown request ids are no-ops everywhere: they are of exports that have ended. Without
+    """`on_released(request_id)` is called exactly once for every request's export, when its blocks are the owner's again,
+    in whatever way it ended. Unknown request ids are no-ops everywhere: they are of exports that have ended. Without
     `push_links` nobody is pushed to."""
 
     def __init__(
@@ -104,12 +106,12 @@ class ExportTable:
 
     def end_all(self) -> None:
         """Whoever still listens hears that this node stops. For the end of the process, after draining."""
-        for request_id in list(self._by_request):
-            self.fail(request_id, PeerLost(f"{self._owner} stops"))
+        for export in list(self._by_ticket.values()):
+            self._end(export, "failed", PeerLost(f"{self._owner} stops"))
 
     def stats(self) -> ExportStats:
         return ExportStats(
-            num_open=len(self._by_request),
+            num_open=len(self._by_ticket),
             num_opened=self._num_opened,
             num_released=self._endings["released"],
             num_expired=self._endings["expired"],
@@ -125,10 +127,38 @@ class ExportTable:
     # The prefill node's side, in the order of a request's life.
 
     def open(self, request_id: RequestId, num_tokens: int, context_hash: ContextHash) -> TransferTicket:
-        """A ticket for a request of `num_tokens` tokens, bound to exactly these by their hash. Raises InvalidParameter for a request that has one."""
+        """A ticket for a request of `num_tokens` tokens, bound to exactly these by their hash. Raises InvalidParameter
+        for a request that has one."""
         if request_id in self._by_request:
             raise InvalidParameter(f"request {request_id} is exported already", param="request_id")
-        ticket = TransferTicket(
+        ticket = self._ticket(request_id, num_tokens, context_hash, self._options.lease_ttl_s)
+        self._by_request[request_id] = self._enter(ticket, partial(self._on_released, request_id))
+        return ticket
+
+    def lend(
+        self,
+        request_id: RequestId,
+        num_tokens: int,
+        context_hash: ContextHash,
+        block_ids: Sequence[int],
+        give_back: Callable[[], None],
+    ) -> TransferTicket:
+        """A ticket to blocks that are final already. `request_id` is the reader's; it may borrow more than once, and be
+        exported too. `give_back()` is called exactly once, when the blocks are the owner's again.
+
+        The lease is short: who has asked fetches at once, or has gone, and then nobody would return the loan."""
+        ttl_s = min(self._options.lease_ttl_s, LOAN_TTL_STALLS * self._options.stall_timeout_s)
+        ticket = self._ticket(request_id, num_tokens, context_hash, ttl_s)
+        export = self._enter(ticket, give_back)
+        export.submit(0, block_ids)
+        export.finish(AllLent(), self._clock.now())
+        self._stage_rest(export)
+        return ticket
+
+    def _ticket(
+        self, request_id: RequestId, num_tokens: int, context_hash: ContextHash, ttl_s: float
+    ) -> TransferTicket:
+        return TransferTicket(
             ticket_id=new_ticket_id(),
             request_id=request_id,
             owner=self._owner,
@@ -137,12 +167,13 @@ class ExportTable:
             control_url=self._control_url,
             num_tokens=num_tokens,
             context_hash=context_hash,
-            ttl_s=self._options.lease_ttl_s,
+            ttl_s=ttl_s,
         )
-        export = Export(ticket, scarce=not self._staging.eager)
-        self._by_request[request_id] = self._by_ticket[TicketId(ticket.ticket_id)] = export
+
+    def _enter(self, ticket: TransferTicket, give_back: Callable[[], None]) -> Export:
+        export = self._by_ticket[TicketId(ticket.ticket_id)] = Export(ticket, give_back, scarce=not self._staging.eager)
         self._num_opened += 1
-        return ticket
+        return export
 
     def stage_at_once(self, block_ids: Sequence[int]) -> StagedBlocks | None:
         """Stage final blocks here and now, on whatever thread this is; None where that takes long. Saves `publish` the way
@@ -177,12 +208,6 @@ class ExportTable:
         export = self._by_request.get(request_id)
         if export is not None:
             export.finish(Completion(first_token, finished, computed_at, phases), self._clock.now())
-
-    def finish_prefix(self, request_id: RequestId) -> None:
-        """All that is lent of a prefix is published."""
-        export = self._by_request.get(request_id)
-        if export is not None:
-            export.finish(AllLent(), self._clock.now())
 
     def fail(self, request_id: RequestId, error: HeadraceError) -> None:
         """The prefill failed or was cancelled: whoever listens hears the error, and the blocks are released."""
@@ -248,7 +273,7 @@ class ExportTable:
     def reap(self) -> None:
         """End every export whose lease has run out."""
         now = self._clock.now()
-        for export in [export for export in self._by_request.values() if export.expired(now)]:
+        for export in [export for export in self._by_ticket.values() if export.expired(now)]:
             log.warning("%s: the lease expired; nobody released the exported blocks", export.ticket.request_id)
             self._end(export, "expired", lease_gone("the lease expired"))
 
@@ -323,8 +348,9 @@ class ExportTable:
     # The end.
 
     def _end(self, export: Export, ending: Ending, error: HeadraceError | None) -> None:
-        ticket_id = TicketId(export.ticket.ticket_id)
-        del self._by_request[RequestId(export.ticket.request_id)]
+        ticket_id, request_id = TicketId(export.ticket.ticket_id), RequestId(export.ticket.request_id)
+        if self._by_request.get(request_id) is export:  # it is not lent
+            del self._by_request[request_id]
         del self._by_ticket[ticket_id]
         self._unsettled[ticket_id] = export
         self._endings[ending] += 1
@@ -338,7 +364,7 @@ class ExportTable:
         ticket_id = TicketId(export.ticket.ticket_id)
         if export.ended and export.settled and self._unsettled.pop(ticket_id, None) is not None:
             self._staging.unstage(export.take_back(export.num_staged))
-            self._on_released(RequestId(export.ticket.request_id))
+            export.give_back()
 
     # The reader's stream.
 

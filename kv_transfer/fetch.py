@@ -1,4 +1,4 @@
-"""Fetch: one hand-off as its reader lives it.
+"""Fetch: one hand-off, or one borrowed prefix, as its reader lives it.
 
     meet the owner -> follow its stream: announcements, then the end -> done when every block is proven
                          |

@@ -1,4 +1,5 @@
-"""Importer: the reader's side of every hand-off. Fetches contexts from their owners, and tidies up after each fetch.
+"""Importer: the reader's side of every hand-off. Fetches contexts, or the beginnings of some, from their owners, and tidies
+up after each fetch.
 
 One per process, `async with Importer(...) as importer:` for its whole life, inside the RpcClient, the transports and the
 staging.
@@ -33,7 +34,7 @@ from protocol.errors import (
     TransferTimeout,
 )
 from protocol.ids import TicketId
-from protocol.transfer import TransferTicket
+from protocol.transfer import BorrowPrefix, PrefixLent, TransferTicket
 from runtime.clock import Clock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
@@ -91,6 +92,8 @@ class Importer:
         options: TransferOptions,
         clock: Clock,
     ) -> None:
+        self._client = client
+        self._timeout_s = options.stall_timeout_s
         self._block_bytes = staging.arena.block_bytes
         self._reader = reader
         self._tasks = asyncio.TaskGroup()
@@ -158,10 +161,35 @@ class Importer:
         return await self._fetch(ticket, local_block_ids, num_cached_blocks, deadline_s, on_arrived, lent=False)
 
     async def fetch_prefix(
-        self, ticket: TransferTicket, local_block_ids: Sequence[int], num_cached_blocks: int, deadline_s: float
+        self, ticket: TransferTicket, local_block_ids: Sequence[int], deadline_s: float
     ) -> FetchResult:
-        """Bring what a node lends of its prefix cache here. As `fetch`, for a ticket of whole blocks."""
-        return await self._fetch(ticket, local_block_ids, num_cached_blocks, deadline_s, None, lent=True)
+        """Bring blocks here that their owner lends. `local_block_ids`: ours for all of them. Raises FetchFailed, as `fetch`
+        does."""
+        return await self._fetch(ticket, local_block_ids, 0, deadline_s, None, lent=True)
+
+    async def borrow(self, url: str, message: BorrowPrefix) -> TransferTicket | None:
+        """Ask for a loan; `fetch_prefix` is to follow. None: there is nothing to be had. Raises HeadraceError. Of a call that
+        is cancelled, what is lent all the same is given back at once."""
+        given_up = asyncio.Event()
+        asking = self._tasks.create_task(self._ask(url, message, given_up), name=f"kv-borrow:{message.request_id}")
+        try:
+            answer = await asyncio.shield(asking)
+        except asyncio.CancelledError:
+            given_up.set()
+            raise
+        if isinstance(answer, HeadraceError):
+            raise answer
+        return answer.ticket
+
+    async def _ask(self, url: str, message: BorrowPrefix, given_up: asyncio.Event) -> PrefixLent | HeadraceError:
+        """Returns its error: it must not end the group that it runs in."""
+        try:
+            answer = await self._client.call(url, message, PrefixLent, self._timeout_s)
+        except HeadraceError as error:
+            return error
+        if given_up.is_set() and answer.ticket is not None:
+            await self._leases.release(answer.ticket)
+        return answer
 
     def keep(self, ticket: TransferTicket) -> None:
         """Keep a lease alive while there is no room yet for what it covers. A fetch keeps its own."""

@@ -7,6 +7,7 @@ POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
 POST /kv/renew      RenewLease -> LeasesHeld
 POST /kv/landed     BlocksLanded -> LeaseState
 POST /kv/release    ReleaseLease -> LeaseState
+POST /kv/borrow     BorrowPrefix -> PrefixLent
 """
 
 from collections.abc import AsyncIterator
@@ -14,16 +15,19 @@ from collections.abc import AsyncIterator
 from starlette.routing import Route
 
 from kv_transfer.exports import ExportTable
+from kv_transfer.lending import NOTHING, Lender
 from kv_transfer.pushers import Pushers
 from kv_transfer.transport_set import TransportSet
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
 from protocol.transfer import (
     BlocksLanded,
+    BorrowPrefix,
     Introduction,
     LeasesHeld,
     LeaseState,
     OpenHandoff,
+    PrefixLent,
     ProbePush,
     ProbeResult,
     ReleaseLease,
@@ -39,6 +43,7 @@ HANDOFF_PATH = "/kv/handoff"
 RENEW_PATH = "/kv/renew"
 LANDED_PATH = "/kv/landed"
 RELEASE_PATH = "/kv/release"
+BORROW_PATH = "/kv/borrow"
 
 
 def kv_routes(
@@ -50,8 +55,9 @@ def kv_routes(
     worker_id: WorkerId,
     incarnation: Incarnation,
     cluster_key: str | None,
+    lender: Lender | None = None,
 ) -> list[Route]:
-    """The routes of one owner. All are behind the cluster key."""
+    """The routes of one owner. All are behind the cluster key. Without `lender` nothing is lent."""
 
     async def hello() -> Hello:
         return Hello(WIRE_VERSION, worker_id, incarnation, layout.fingerprint)
@@ -77,6 +83,9 @@ def kv_routes(
     async def release(message: ReleaseLease) -> LeaseState:
         return exports.release(message)
 
+    async def borrow(message: BorrowPrefix) -> PrefixLent:
+        return NOTHING if lender is None else await lender.lend(message)
+
     return [
         get_route(HELLO_PATH, hello, cluster_key),
         message_route(CONNECT_PATH, Introduction, connect, cluster_key),
@@ -85,4 +94,5 @@ def kv_routes(
         message_route(RENEW_PATH, RenewLease, renew, cluster_key),
         message_route(LANDED_PATH, BlocksLanded, landed, cluster_key),
         message_route(RELEASE_PATH, ReleaseLease, release, cluster_key),
+        message_route(BORROW_PATH, BorrowPrefix, borrow, cluster_key),
     ]

@@ -1,7 +1,8 @@
 """PrefillService: between the control plane, the engine and the exports. Lives on the node's event loop.
 
 A request is admitted by opening an export and submitting to the engine; from then on the engine's events drive both the
-reader's stream (blocks as they become final) and the router's (the first token). What ends a request early, from
+reader's stream (blocks as they become final) and the router's (the first token). Where other nodes hold its beginning, that
+is borrowed before the rest is computed; others borrow from this node in the same way. What ends a request early, from
 whatever side, ends it on all three: engine, export, token stream.
 """
 
@@ -9,9 +10,9 @@ import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from engine.engine import Engine
-from engine.events import BlocksComputed, EngineEvent, Failed, PrefillFinished
+from engine.events import BlocksComputed, EngineEvent, Failed, Pinned, PrefillFinished, Reserved
 from engine.request import EngineRequest, Mode
-from kv_transfer.exports import ExportTable
+from kv_transfer.exchange import KVExchange
 from kv_transfer.staging import StagedBlocks
 from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError
@@ -24,19 +25,21 @@ from runtime.token_outbox import TokenOutbox
 
 
 class PrefillService:
-    """`exports` calls `engine.release` when a reader is done with a request's blocks."""
+    """The exports of `exchange` call `engine.release` when a reader is done with a request's blocks."""
 
     def __init__(
         self,
         engine: Engine,
-        exports: ExportTable,
+        exchange: KVExchange,
         outbox: TokenOutbox,
         metrics: NodeMetrics,
         vocab_size: int,
         layout_identity: str,
     ) -> None:
         self._engine = engine
-        self._exports = exports
+        self._exports = exchange.exports
+        self._prefixes = exchange.prefixes
+        self._lender = exchange.lender
         self._outbox = outbox
         self._metrics = metrics
         self._vocab_size = vocab_size
@@ -57,8 +60,9 @@ class PrefillService:
             raise
         self._first_index[request_id] = len(request.emitted_token_ids)
         try:
-            self._engine.submit(EngineRequest.of(request, Mode.PREFILL_ONLY))
+            self._engine.submit(EngineRequest.of(request, Mode.PREFILL_ONLY, self._prefixes.expect(request)))
         except HeadraceError as error:
+            self._prefixes.forget(request_id)
             self._first_index.pop(request_id, None)
             self._exports.fail(request_id, error)
             self._outbox.forget(request_id)
@@ -69,6 +73,7 @@ class PrefillService:
         """Stop requests wherever they are. Unknown ones are no error."""
         ids = list(request_ids)
         self._engine.cancel(ids)
+        self._prefixes.cancel(ids)
         for request_id in ids:
             self._first_index.pop(request_id, None)
             self._exports.fail(request_id, Cancelled("the request was cancelled"))
@@ -96,11 +101,16 @@ class PrefillService:
             match event:
                 case BlocksComputed(request_id, first_block, block_ids):
                     self._exports.publish(request_id, first_block, block_ids, staged.get(event))
+                case Reserved(request_id, block_ids, num_cached_blocks):
+                    self._prefixes.reserved(request_id, block_ids, num_cached_blocks)
+                case Pinned(pin_id, block_ids):
+                    self._lender.pinned(pin_id, block_ids)
                 case PrefillFinished():
                     messages += self._finished(event)
                 case Failed(request_id, error):
                     self._metrics.requests.labels(error.to_info().code).inc()
                     self._first_index.pop(request_id, None)
+                    self._prefixes.cancel([request_id])
                     self._exports.fail(request_id, error)
                     messages.append(SequenceFailed(request_id, error.to_info()))
         self._outbox.post(messages)
@@ -113,6 +123,7 @@ class PrefillService:
         self._metrics.requests.labels("finished").inc()
         self._metrics.phases.labels("queue").observe(event.phases.queue_s)
         self._metrics.phases.labels("prefill").observe(event.phases.prefill_s)
+        self._prefixes.forget(request_id)
         index = self._first_index.pop(request_id, None)
         if index is None:
             return []

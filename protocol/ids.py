@@ -27,6 +27,9 @@ Incarnation = NewType("Incarnation", str)
 TicketId = NewType("TicketId", str)
 """The capability to read one request's exported KV blocks."""
 
+PinId = NewType("PinId", str)
+"""One holding of cached blocks for somebody else to read, within one process."""
+
 BlockHash = NewType("BlockHash", bytes)
 """16 bytes: the content address of one full KV block (see block_hash)."""
 

@@ -224,20 +224,19 @@ class LeaseState(msgspec.Struct, frozen=True):
 
 
 class BorrowPrefix(msgspec.Struct, frozen=True, kw_only=True):
-    """Lend the blocks of this chain of addresses, as many from its beginning as the owner holds. The reader has the first
-    `first_block` of them: a lender with no more than those lends nothing."""
+    """Lend the blocks of these addresses, which follow each other in a context: as many, from the first on, as the owner
+    holds. What comes before them in the context the reader has."""
 
     request_id: IdText
     reader: IdText
     block_hashes: Annotated[tuple[HashBytes, ...], msgspec.Meta(min_length=1, max_length=1 << 17)]
-    first_block: BlockCount
 
 
 class PrefixLent(msgspec.Struct, frozen=True):
-    """`ticket` None: nothing that the reader lacks. `num_blocks` of the chain are lent."""
+    """The ticket to the first blocks that were asked for: as many as hold its `num_tokens`, all of them full. Its
+    `context_hash` is the address of the last one. None: the owner holds not even the first, or lends no more now."""
 
     ticket: TransferTicket | None
-    num_blocks: BlockCount
 
 
 class KVSource(msgspec.Struct, frozen=True, kw_only=True):

@@ -168,6 +168,7 @@ class Attempt:
                         deadline_s=self._seconds_left(),
                         cache_salt=self._cache_salt,
                         ticket=ticket,
+                        sources=self._route.decode_sources,
                     )
                 )
         except HeadraceError as error:
@@ -183,6 +184,7 @@ class Attempt:
             sampling=self._sampling,
             deadline_s=self._seconds_left(),
             cache_salt=self._cache_salt,
+            sources=self._route.prefill_sources,
         )
 
     def _seconds_left(self) -> float:

@@ -14,6 +14,7 @@ from typing import Self
 from protocol.block_hash import hash_blocks, root_hash
 from protocol.errors import HeadraceError
 from protocol.ids import BlockHash, Incarnation, RouterId, WorkerId
+from protocol.transfer import KVSource
 from protocol.workers import Heartbeat, HeartbeatReply, Leave, Registered, WorkerInfo
 from router.config import RouterConfig
 from router.in_flight import InFlight
@@ -33,13 +34,16 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Route:
-    """A decision, with the links to act on it and the addresses of the prompt's full blocks."""
+    """A decision, with the links to act on it and the addresses of the prompt's full blocks. The two nodes may borrow from
+    the sources."""
 
     prefill: NodeLink | None
     decode: NodeLink | None
     block_hashes: tuple[BlockHash, ...]
     cached_tokens: int
     num_tokens: int
+    prefill_sources: tuple[KVSource, ...] = ()
+    decode_sources: tuple[KVSource, ...] = ()
 
     @property
     def computes(self) -> NodeLink:
@@ -213,14 +217,15 @@ class Cluster:
         num_tokens = len(token_ids)
         prompt = Prompt(num_tokens, -(-num_tokens // block_size), tokens_left)
         local = self._config.local_prefill_tokens
+        matched = self.index.match(hashes)
         decision = decide(
-            self._view(hashes, block_size, num_tokens),
+            self._view(matched, block_size, num_tokens),
             prompt,
             local_prefill_tokens=block_size if local is None else local,
             rng=self._rng,
             avoid=avoid,
         )
-        return self._to_route(decision, tuple(hashes), num_tokens)
+        return self._to_route(decision, matched, tuple(hashes), num_tokens)
 
     def _hash(self, token_ids: Sequence[int], cache_salt: str | None) -> tuple[int, list[BlockHash]]:
         layout = self._registry.snapshot.layout
@@ -228,8 +233,8 @@ class Cluster:
             return DEFAULT_BLOCK_SIZE, []
         return layout.block_size, hash_blocks(token_ids, layout.block_size, root_hash(layout.identity, cache_salt))
 
-    def _view(self, hashes: Sequence[BlockHash], block_size: int, num_tokens: int) -> ClusterView:
-        matched = self.index.match(hashes)
+    def _view(self, matched: dict[Incarnation, int], block_size: int, num_tokens: int) -> ClusterView:
+        """`matched`: leading blocks of the prompt that each node holds."""
         prefill: list[PrefillCandidate] = []
         decode: list[DecodeCandidate] = []
         for worker in self.workers:
@@ -244,13 +249,24 @@ class Cluster:
                 decode.append(DecodeCandidate(node, sequences, worker.load.free_blocks, cached_tokens))
         return ClusterView(tuple(prefill), tuple(decode))
 
-    def _to_route(self, decision: RouteDecision, hashes: tuple[BlockHash, ...], num_tokens: int) -> Route:
+    def _to_route(
+        self,
+        decision: RouteDecision,
+        matched: dict[Incarnation, int],
+        hashes: tuple[BlockHash, ...],
+        num_tokens: int,
+    ) -> Route:
+        def sources(nodes: tuple[Incarnation, ...]) -> tuple[KVSource, ...]:
+            return tuple(self._links[node].as_source(matched[node]) for node in nodes)
+
         return Route(
             prefill=None if decision.prefill is None else self._links[decision.prefill],
             decode=None if decision.decode is None else self._links[decision.decode],
             block_hashes=hashes,
             cached_tokens=decision.cached_tokens,
             num_tokens=num_tokens,
+            prefill_sources=sources(decision.prefill_sources),
+            decode_sources=sources(decision.decode_sources),
         )
 
 

@@ -18,7 +18,7 @@ from protocol.errors import HeadraceError, MalformedMessage, NodeLost
 from protocol.ids import Incarnation, RequestId, RouterId, WorkerId
 from protocol.requests import CancelRequest, DecodeAccepted, DecodeRequest, PrefillAccepted, PrefillRequest
 from protocol.tokens import OpenTokenStream, TokenFrame, TokenMessage
-from protocol.transfer import TransferTicket
+from protocol.transfer import KVSource, TransferTicket
 from protocol.wire import decode
 from protocol.workers import WorkerInfo
 from runtime.rpc_client import RpcClient
@@ -61,6 +61,12 @@ class NodeLink:
     @property
     def is_open(self) -> bool:
         return self._open.is_set()
+
+    def as_source(self, num_blocks: int) -> KVSource:
+        """This node, as one that others may borrow a context's first blocks from."""
+        return KVSource(
+            worker=self.worker_id, incarnation=self.incarnation, control_url=self._url, num_blocks=num_blocks
+        )
 
     async def wait_open(self, timeout_s: float) -> None:
         """Raise NodeLost unless the token stream is open within the timeout."""

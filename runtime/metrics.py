@@ -111,6 +111,9 @@ class EngineMetrics:
         self.cached_prompt_tokens = Counter(
             "headrace_prompt_tokens_cached_total", "Prompt tokens found in a cache", registry=registry
         )
+        self.imported_prompt_tokens = Counter(
+            "headrace_prompt_tokens_borrowed_total", "Prompt tokens whose KV other nodes lent", registry=registry
+        )
         self.generated_tokens = Counter("headrace_generated_tokens_total", "Tokens sampled", registry=registry)
         self.preemptions = Counter(
             "headrace_preemptions_total", "Sequences put back for want of KV blocks", registry=registry

@@ -75,7 +75,8 @@ class SchedulerOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown
 
 class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """How KV moves. `lease_ttl_s`: how long an export outlives its last sign of interest. `stall_timeout_s`: silence
-    of the other node after which a hand-off is given up and the context recomputed.
+    of the other node after which a hand-off is given up and the context recomputed. `borrow`: take the KV of a prompt's
+    beginning from another node that has it; "auto" where that is faster than computing it, as far as this node has measured.
 
     `transport` "auto" runs all of `allowed` that can start; two nodes that meet measure those that both run and take the
     fastest, and of some that are about as fast the one that stands first. Any other value is the one transport that is
@@ -95,6 +96,7 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     staging_memory: str = "auto"
     lease_ttl_s: PositiveFloat = 30.0
     stall_timeout_s: PositiveFloat = 5.0
+    borrow: Literal["auto", "always", "never"] = "auto"
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

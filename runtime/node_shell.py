@@ -93,11 +93,11 @@ class NodeShell:
         role: NodeRole,
         client: RpcClient,
         kv_events: KVEventFeed,
-        duty: Coroutine[Any, Any, None] | None = None,
+        *duties: Coroutine[Any, Any, None],
     ) -> None:
         """From the first served request to the last; takes over the socket. Returns when the life has ended.
 
-        `duty` is what the role has to do all the while, if anything; it never ends by itself, and its failure is the node's.
+        `duties` are what the role has to do all the while; they never end by themselves, and their failure is the node's.
         """
         self._role = role
         registration = Registration(client, self._config.routers, self._info, role.load, kv_events)
@@ -106,9 +106,8 @@ class NodeShell:
             background = [
                 tasks.create_task(registration.run(), name="registration"),
                 tasks.create_task(self._report(role), name="report"),
+                *(tasks.create_task(duty, name="duty") for duty in duties),
             ]
-            if duty is not None:
-                background.append(tasks.create_task(duty, name="duty"))
 
             async def drain() -> None:
                 await registration.leave()

@@ -15,6 +15,7 @@ from engine.events import (
     EngineEvent,
     Failed,
     Finished,
+    Pinned,
     PrefillFinished,
     PromptComputed,
     Reserved,
@@ -26,7 +27,7 @@ from engine.runner import ScheduledChunk, StepPlan, StepResult
 from engine.simulated_runner import SimulatedCost, SimulatedRunner, next_token
 from engine.speculation import Drafter
 from protocol.errors import HeadraceError
-from protocol.ids import Incarnation, RequestId
+from protocol.ids import BlockHash, Incarnation, PinId, RequestId
 from protocol.kv_layout import KVLayout
 from protocol.sampling import SamplingParams
 from protocol.tokens import SampledToken
@@ -65,6 +66,7 @@ def request(
     cache_salt: str | None = None,
     stop_token_ids: tuple[int, ...] = (),
     min_tokens: int = 0,
+    import_tokens: int = 0,
 ) -> EngineRequest:
     sampling = SamplingParams(
         max_tokens=max_tokens, seed=0, temperature=0.0, stop_token_ids=stop_token_ids, min_tokens=min_tokens
@@ -77,6 +79,7 @@ def request(
         emitted_token_ids=tuple(emitted),
         cache_salt=cache_salt,
         deadline_s=deadline_s,
+        import_tokens=import_tokens,
     )
 
 
@@ -166,6 +169,7 @@ class Bench:
         self.core = EngineCore(self.runner, self.config, self.clock, self.kv_events, drafter)
         self.heard: dict[str, Heard] = {}
         self.requests: dict[str, EngineRequest] = {}
+        self.pinned: dict[str, tuple[int, ...]] = {}
 
     def submit(self, request: EngineRequest) -> None:
         self.requests[request.request_id] = request
@@ -183,6 +187,18 @@ class Bench:
     def activate(self, request_id: str, first_token: int, computed_at: float | None = None) -> None:
         self.core.activate(RequestId(request_id), SampledToken(first_token), computed_at)
         self.listen()
+
+    def resume(self, request_id: str, num_valid_tokens: int) -> None:
+        self.core.resume(RequestId(request_id), num_valid_tokens)
+        self.listen()
+
+    def pin(self, pin_id: str, block_hashes: Sequence[BlockHash]) -> tuple[int, ...]:
+        self.core.pin(PinId(pin_id), tuple(block_hashes))
+        self.listen()
+        return self.pinned[pin_id]
+
+    def unpin(self, pin_id: str) -> None:
+        self.core.unpin(PinId(pin_id))
 
     def abandon(self, request_id: str, num_valid_tokens: int, error: HeadraceError) -> None:
         self.core.abandon_import(RequestId(request_id), num_valid_tokens, error)
@@ -220,12 +236,16 @@ class Bench:
         """The announced blocks of a PREFILL_ONLY request hold what the simulated runner says they hold."""
         request = self.requests[request_id]
         context = [*request.prompt_token_ids, *request.emitted_token_ids]
-        for index, block_id in enumerate(self.heard[request_id].block_ids):
+        self.check_blocks(self.heard[request_id].block_ids, context, f"{request_id} was exported")
+
+    def check_blocks(self, block_ids: Sequence[int], context: Sequence[int], whose: str) -> None:
+        """These blocks hold the beginning of this context."""
+        for index, block_id in enumerate(block_ids):
             start, end = index * BLOCK_SIZE, min(len(context), (index + 1) * BLOCK_SIZE)
             expected = sum((position + 1) * (context[position] + 1) for position in range(start, end))
             slot = block_id * LAYOUT.block_bytes + (end - start - 1) * LAYOUT.token_bytes
             found = int.from_bytes(self.runner.memory[slot : slot + 8], "little")
-            assert found == expected, f"block {index} of {request_id} was exported and then changed"
+            assert found == expected, f"block {index} of {whose} and then changed"
 
     def listen(self) -> None:
         for event in self.core.take_events():
@@ -233,6 +253,9 @@ class Bench:
 
     def _hear(self, event: EngineEvent) -> None:
         """Check what every request is promised, whatever happens to it."""
+        if isinstance(event, Pinned):
+            self.pinned[event.pin_id] = event.block_ids
+            return
         heard, request = self.heard[event.request_id], self.requests[event.request_id]
         assert not heard.over, f"{event} after the end"
         match event:
@@ -247,9 +270,10 @@ class Bench:
                 heard.tokens.append(event.first_token.token_id)
                 heard.prefill = event
             case Reserved():
-                assert request.mode is Mode.IMPORT
                 assert heard.reserved is None
-                assert len(event.block_ids) == LAYOUT.num_blocks_for(request.num_context_tokens)
+                num_awaited = request.num_context_tokens if request.mode is Mode.IMPORT else request.import_tokens
+                assert len(event.block_ids) == LAYOUT.num_blocks_for(num_awaited)
+                assert request.mode is Mode.IMPORT or event.num_cached_blocks < len(event.block_ids)
                 heard.reserved = event
             case TokensSampled():
                 assert request.mode is not Mode.PREFILL_ONLY

@@ -33,9 +33,10 @@ from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_inca
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
-from protocol.transfer import Introduction, TransferTicket, TransportKind
+from protocol.transfer import Introduction, KVSource, TransferTicket, TransportKind
 from runtime.clock import Clock, MonotonicClock
 from runtime.node_config import TransferOptions
+from tests.support.kv_lender import CachedBlocks
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.support.kv_owner"])
@@ -75,6 +76,7 @@ class Owner:
     exports: ExportTable
     url: str
     incarnation: Incarnation
+    cached: CachedBlocks
     released: list[RequestId] = field(default_factory=list)
 
     @property
@@ -89,6 +91,9 @@ class Owner:
     def arena(self) -> HostArena:
         assert isinstance(self.staging.arena, HostArena)
         return self.staging.arena
+
+    def source(self, num_blocks: int) -> KVSource:
+        return KVSource(worker=OWNER, incarnation=self.incarnation, control_url=self.url, num_blocks=num_blocks)
 
     def open(self, request_id: str, num_tokens: int) -> TransferTicket:
         """A prefill that has begun."""
@@ -176,13 +181,21 @@ async def running_owner(
         push_links=pushers,
     )
     reporter = LinkReporter(OWNER, transports, MonotonicClock(), pushers=pushers)
+    cached = CachedBlocks(exports, layout.block_size, NUM_BLOCKS, options.stall_timeout_s)
     routes = kv_routes(
-        exports, transports, pushers, layout, worker_id=OWNER, incarnation=incarnation, cluster_key=CLUSTER_KEY
+        exports,
+        transports,
+        pushers,
+        layout,
+        worker_id=OWNER,
+        incarnation=incarnation,
+        cluster_key=CLUSTER_KEY,
+        lender=cached.lender,
     )
     reaper = asyncio.create_task(exports.run())
     try:
         async with pushers, exports, serving(Starlette(routes=[*routes, reporter.route(CLUSTER_KEY)]), listener):
-            yield Owner(staging, transports, pushers, exports, url, incarnation, released)
+            yield Owner(staging, transports, pushers, exports, url, incarnation, cached, released)
             exports.end_all()
     finally:
         reaper.cancel()

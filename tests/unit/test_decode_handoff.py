@@ -4,10 +4,14 @@ import asyncio
 
 from decode_node.handoff import Handoffs
 from engine.events import Reserved
+from kv_transfer.borrowing import BorrowContext
 from kv_transfer.imports import FetchFailed
 from protocol.errors import Cancelled, PeerLost
-from protocol.ids import RequestId
+from protocol.ids import RequestId, WorkerId
+from protocol.requests import DecodeRequest
+from protocol.sampling import SamplingParams
 from protocol.transfer import TransferTicket
+from tests.support.kv_owner import LAYOUT
 
 BLOCK_SIZE = 16
 EVENT = Reserved(RequestId("req-1"), (4, 5, 6), 1)
@@ -24,6 +28,29 @@ TICKET = TransferTicket(
 )
 
 
+REQUEST = DecodeRequest(
+    request_id="req-1",
+    trace_id="t",
+    router_id="r",
+    prompt_token_ids=tuple(range(40)),
+    sampling=SamplingParams(max_tokens=4, seed=0),
+    deadline_s=5.0,
+    ticket=TICKET,
+)
+
+
+def context(importer: "Importer") -> BorrowContext:
+    return BorrowContext(
+        importer=importer,  # type: ignore[arg-type]  # a fake
+        reader=WorkerId("d0"),
+        layout=LAYOUT,
+        stall_timeout_s=1.0,
+        policy="auto",
+        estimate_seconds=lambda _: None,
+        compute_tokens_per_s=lambda: None,
+    )
+
+
 class Engine:
     """Records what it is told of imports."""
 
@@ -32,6 +59,9 @@ class Engine:
 
     def activate(self, request_id: str, first_token: object, computed_at: float) -> None:
         self.answers.append(("activate", 0, ""))
+
+    def fail_import(self, request_id: str, error: Exception) -> None:
+        self.answers.append(("fail", 0, type(error).__name__))
 
     def abandon_import(self, request_id: str, num_valid_tokens: int, error: Exception) -> None:
         self.answers.append(("abandon", num_valid_tokens, type(error).__name__))
@@ -58,8 +88,8 @@ class Importer:
 async def test_a_cancel_in_the_same_turn_as_the_start_gives_the_blocks_back() -> None:
     engine, importer = Engine(), Importer()
     importer.blocks_settled.set()
-    async with Handoffs(engine, importer, BLOCK_SIZE) as handoffs:  # type: ignore[arg-type]
-        handoffs.start(EVENT, TICKET, 5.0)
+    async with Handoffs(engine, context(importer)) as handoffs:  # type: ignore[arg-type]
+        handoffs.start(EVENT, TICKET, REQUEST, 5.0)
         handoffs.cancel([EVENT.request_id])
         await asyncio.sleep(0.01)
         assert engine.answers == [("abandon", BLOCK_SIZE, "Cancelled")]
@@ -67,31 +97,31 @@ async def test_a_cancel_in_the_same_turn_as_the_start_gives_the_blocks_back() ->
 
 async def test_blocks_go_back_only_when_they_have_settled() -> None:
     engine, importer = Engine(), Importer()
-    async with Handoffs(engine, importer, BLOCK_SIZE) as handoffs:  # type: ignore[arg-type]
-        handoffs.start(EVENT, TICKET, 5.0)
+    async with Handoffs(engine, context(importer)) as handoffs:  # type: ignore[arg-type]
+        handoffs.start(EVENT, TICKET, REQUEST, 5.0)
         await importer.fetching.wait()
         handoffs.cancel([EVENT.request_id])
         await asyncio.sleep(0.01)
         handoffs.cancel([EVENT.request_id])
         await asyncio.sleep(0.01)
-        assert engine.answers == []
+        assert engine.answers == [("fail", 0, "Cancelled")], "whoever waits for it hears at once"
         importer.blocks_settled.set()
         await asyncio.sleep(0.01)
-        assert engine.answers == [("abandon", BLOCK_SIZE, "Cancelled")]
+        assert engine.answers[1:] == [("abandon", BLOCK_SIZE, "Cancelled")]
 
 
 async def test_what_arrived_before_a_failure_is_kept() -> None:
     settled = asyncio.Event()
     settled.set()
     engine, importer = Engine(), Importer(FetchFailed(PeerLost("gone"), 2, settled))
-    async with Handoffs(engine, importer, BLOCK_SIZE) as handoffs:  # type: ignore[arg-type]
-        handoffs.start(EVENT, TICKET, 5.0)
+    async with Handoffs(engine, context(importer)) as handoffs:  # type: ignore[arg-type]
+        handoffs.start(EVENT, TICKET, REQUEST, 5.0)
         await asyncio.sleep(0.01)
     assert engine.answers == [("abandon", 2 * BLOCK_SIZE, "FetchFailed")]
 
 
 async def test_a_reservation_for_a_request_that_is_gone_is_refused() -> None:
     engine, importer = Engine(), Importer()
-    async with Handoffs(engine, importer, BLOCK_SIZE) as handoffs:  # type: ignore[arg-type]
+    async with Handoffs(engine, context(importer)) as handoffs:  # type: ignore[arg-type]
         handoffs.refuse(EVENT, Cancelled("gone"))
     assert engine.answers == [("abandon", BLOCK_SIZE, "Cancelled")]

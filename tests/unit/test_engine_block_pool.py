@@ -4,7 +4,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from engine.block_pool import BlockPool
+from engine.block_pool import EVICTED_AHEAD, BlockPool
 
 
 def test_a_fresh_pool_hands_out_neighbours() -> None:
@@ -14,13 +14,47 @@ def test_a_fresh_pool_hands_out_neighbours() -> None:
     assert pool.num_free == 3
 
 
-def test_blocks_released_together_come_back_together() -> None:
-    pool = BlockPool(8, on_reuse=lambda _: None)
-    first, second = pool.allocate(4), pool.allocate(4)
-    pool.release(first)
-    pool.release(second)
-    assert pool.allocate(4) == second
-    assert pool.allocate(4) == first
+def test_blocks_that_come_back_join_their_neighbours() -> None:
+    pool = BlockPool(12, on_reuse=lambda _: None)
+    tables = [pool.allocate(1) for _ in range(12)]
+    for block_id in (5, 3, 9, 4, 6, 0):
+        pool.release(tables[block_id])
+    assert pool.allocate(3) == [3, 4, 5], "the only run that holds them"
+    assert pool.allocate(3) == [0, 6, 9]
+
+
+def test_the_shortest_run_that_is_long_enough() -> None:
+    pool = BlockPool(100, on_reuse=lambda _: None)
+    table = pool.allocate(100)
+    for start, end in ((0, 3), (10, 50), (60, 66)):
+        pool.release(table[start:end])
+    assert pool.allocate(5) == [60, 61, 62, 63, 64]
+    assert pool.allocate(2) == [0, 1]
+    assert pool.allocate(42) == [2, *range(10, 50), 65], "no run is long enough"
+
+
+def test_a_table_grows_in_place_while_its_neighbour_is_free() -> None:
+    pool = BlockPool(16, on_reuse=lambda _: None)
+    one, two = pool.allocate(4), pool.allocate(4)
+    assert pool.allocate(1, after=two[-1]) == [8]
+    assert pool.allocate(1, after=one[-1]) == [9]
+    pool.release(two)
+    assert pool.allocate(2, after=one[-1]) == [4, 5]
+    assert pool.allocate(1, after=15) == [6], "nothing follows the last block"
+
+
+def test_a_little_more_is_evicted_than_needed_in_the_order_of_use() -> None:
+    reused: list[int] = []
+    pool = BlockPool(64, on_reuse=reused.append)
+    tables = [pool.allocate(8) for _ in range(8)]
+    for table in tables:
+        for block_id in table:
+            pool.mark_cached(block_id)
+        pool.release(table)
+    assert pool.allocate(6) == [0, 1, 2, 3, 4, 5]
+    assert reused == [7, 6, 5, 4, 3, 2, 1, 0], "two more than wanted: a thirty-second of all"
+    pool.share([8])
+    assert pool.num_free == 64 - 6 - 1
 
 
 def test_worthless_blocks_first_then_cached_ones_tail_first_oldest_first() -> None:
@@ -66,7 +100,7 @@ def test_uncached_while_free_means_used_next() -> None:
 class PoolMachine(RuleBasedStateMachine):
     """A model with plain dicts and a list in LRU order beside the real thing."""
 
-    @initialize(num_blocks=st.integers(1, 12))
+    @initialize(num_blocks=st.integers(1, 12) | st.integers(32, 100))
     def start(self, num_blocks: int) -> None:
         self.pool = BlockPool(num_blocks, on_reuse=self.on_reuse)
         self.tables: list[list[int]] = []
@@ -86,7 +120,9 @@ class PoolMachine(RuleBasedStateMachine):
         num_worthless = self.pool.num_free - len(self.free_cached)
         self.reused.clear()
         taken = self.pool.allocate(count)
-        expected = self.free_cached[: max(0, count - num_worthless)]
+        num_wanted = max(0, count - num_worthless)
+        num_ahead = int(self.pool.num_blocks * EVICTED_AHEAD) if num_wanted else 0
+        expected = self.free_cached[: num_wanted + num_ahead]
         assert self.reused == expected, "least recently used first, and none while there are others"
         del self.free_cached[: len(expected)]
         self.cached.difference_update(expected)

@@ -9,7 +9,7 @@ coming and with steps that raise.
 
 from typing import Any
 
-from engine_bench import BLOCK_SIZE, VOCAB_SIZE, Bench, Oracle, continuation, request
+from engine_bench import BLOCK_SIZE, LAYOUT, VOCAB_SIZE, Bench, Oracle, continuation, request
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -17,6 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from engine.config import SpeculationConfig
 from engine.request import Mode
 from engine.runner import StepPlan, StepResult
+from protocol.block_hash import hash_blocks, root_hash
 from protocol.errors import DeadlineExceeded, Draining, InternalError, PeerLost
 from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored
 
@@ -41,6 +42,7 @@ class EngineMachine(RuleBasedStateMachine):
         self.given_back: set[str] = set()
         self.count = 0
         self.index: set[bytes] = set()
+        self.pins: dict[str, list[int]] = {}
 
     @rule(
         modes=st.lists(st.sampled_from(Mode), min_size=1, max_size=4),
@@ -50,6 +52,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens=st.integers(4, 30),
         stops_after=st.none() | st.integers(0, 9),
         deadline_s=st.sampled_from([5.0, 1e6, 1e6, 1e6]),
+        share_imported=st.sampled_from([0.0, 0.0, 0.5, 1.0]),
     )
     def submit(
         self,
@@ -60,6 +63,7 @@ class EngineMachine(RuleBasedStateMachine):
         max_tokens: int,
         stops_after: int | None,
         deadline_s: float,
+        share_imported: float,
     ) -> None:
         """Prompts of one family share their beginning."""
         for mode in modes:
@@ -75,6 +79,7 @@ class EngineMachine(RuleBasedStateMachine):
                 stop_token_ids=stops,
                 max_tokens=max_tokens,
                 deadline_s=deadline_s,
+                import_tokens=self.some_blocks(mode, length + num_emitted, share_imported),
             )
             self.bench.submit(candidate)
             length = min(length + 3, MAX_TOKENS - 4)
@@ -120,9 +125,8 @@ class EngineMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def activate(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.landing)))
-        self.land(name, num_blocks=None)
         self.landing.discard(name)
-        self.bench.activate(name, continuation(self.context(name), 1)[0], self.bench.clock.now())
+        self.arrive(name, data.draw(st.sampled_from([0.0, 0.5, 1.0])))
 
     @precondition(lambda self: self.landing)
     @rule(data=st.data())
@@ -132,6 +136,30 @@ class EngineMachine(RuleBasedStateMachine):
         self.land(name, num_blocks=-(-num_valid_tokens // BLOCK_SIZE))
         self.landing.discard(name)
         self.bench.abandon(name, num_valid_tokens, PeerLost("gone"))
+
+    @precondition(lambda self: self.count)
+    @rule(data=st.data())
+    def pin(self, data: st.DataObject) -> None:
+        """What is cached of some context stays readable for as long as it is pinned."""
+        name = data.draw(st.sampled_from(sorted(self.bench.heard)))
+        context = self.context(name)
+        pin_id = f"pin-{len(self.bench.pinned)}"
+        block_ids = self.bench.pin(pin_id, hash_blocks(context, BLOCK_SIZE, root_hash(LAYOUT.identity)))
+        assert len(block_ids) <= len(context) // BLOCK_SIZE
+        self.pins[pin_id] = context
+
+    @precondition(lambda self: self.pins)
+    @rule(data=st.data())
+    def unpin(self, data: st.DataObject) -> None:
+        pin_id = data.draw(st.sampled_from(sorted(self.pins)))
+        del self.pins[pin_id]
+        self.bench.unpin(pin_id)
+        self.bench.unpin(pin_id)
+
+    @invariant()
+    def what_is_pinned_stays_as_it_is(self) -> None:
+        for pin_id, context in self.pins.items() if hasattr(self, "bench") else ():
+            self.bench.check_blocks(self.bench.pinned[pin_id], context, f"{pin_id} was pinned")
 
     @rule(clear=st.booleans())
     def time_passes(self, clear: bool) -> None:
@@ -179,9 +207,10 @@ class EngineMachine(RuleBasedStateMachine):
             self.bench.run()
             self.notice_reservations()
             for name in sorted(self.landing):
-                self.land(name, num_blocks=None)
-                self.bench.activate(name, continuation(self.context(name), 1)[0])
+                self.arrive(name, 1.0)
             self.landing.clear()
+            for pin_id in self.pins:
+                self.bench.unpin(pin_id)
             for name, heard in self.bench.heard.items():
                 if heard.prefill is not None:
                     self.bench.release(name)
@@ -197,7 +226,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert isinstance(heard.error, expected) or heard.error.status in (499, 503)
         load = self.bench.core.load()
         assert (load.free_blocks, load.running, load.waiting, load.waiting_tokens) == (NUM_BLOCKS, 0, 0, 0)
-        assert (load.num_held, load.num_importing) == (0, 0)
+        assert (load.num_held, load.num_importing, load.num_pins) == (0, 0, 0)
         assert sorted(self.bench.runner.forgotten) == sorted(self.bench.heard)
         assert sorted(self.bench.core.take_departed()) == sorted(self.bench.heard)
 
@@ -219,6 +248,20 @@ class EngineMachine(RuleBasedStateMachine):
                 self.noticed.add(name)
                 self.landing.add(name)
 
+    def some_blocks(self, mode: Mode, num_tokens: int, share: float) -> int:
+        """Tokens in so much of the whole blocks that a request may import before it computes."""
+        return 0 if mode is Mode.IMPORT else int(share * ((num_tokens - 1) // BLOCK_SIZE)) * BLOCK_SIZE
+
+    def arrive(self, name: str, share: float) -> None:
+        """The whole of an awaited context, or so much of an awaited prefix."""
+        if self.bench.requests[name].mode is Mode.IMPORT:
+            self.land(name, num_blocks=None)
+            self.bench.activate(name, continuation(self.context(name), 1)[0], self.bench.clock.now())
+        else:
+            num_blocks = int(share * self.bench.requests[name].import_tokens / BLOCK_SIZE)
+            self.land(name, num_blocks)
+            self.bench.resume(name, num_blocks * BLOCK_SIZE)
+
     def land(self, name: str, num_blocks: int | None) -> None:
         """Fill the blocks of an import as another node would have: those it lacks, and no other."""
         reserved = self.bench.heard[name].reserved
@@ -228,7 +271,8 @@ class EngineMachine(RuleBasedStateMachine):
         other.submit(request("source", context, Mode.PREFILL_ONLY))
         other.run()
         source = other.heard["source"].block_ids
-        for index in range(reserved.num_cached_blocks, len(source) if num_blocks is None else num_blocks):
+        wanted = len(source) if num_blocks is None else min(num_blocks, len(reserved.block_ids))
+        for index in range(reserved.num_cached_blocks, wanted):
             self.bench.runner.import_block(other.runner.memory, source[index], reserved.block_ids[index])
 
 

@@ -22,7 +22,7 @@ from router.workers import WorkerRegistry
 from runtime.clock import ManualClock
 
 HASHES = hash_blocks(range(64), 16, root_hash("layout"))
-A, B, C = (Incarnation(name) for name in "abc")
+A, B, C, D = (Incarnation(name) for name in "abcd")
 
 
 def layout(**changes: object) -> KVLayout:
@@ -258,8 +258,23 @@ def route(prefill: list[PrefillCandidate], decode: list[DecodeCandidate], **opti
 class TestPolicy:
     def test_load_outweighs_a_short_prefix_and_a_long_prefix_outweighs_load(self) -> None:
         decode = [DECODE(C, 0, 100, 0)]
-        assert route([PREFILL(A, 0, 0), PREFILL(B, 90, 40)], decode).prefill == A
-        assert route([PREFILL(A, 0, 0), PREFILL(B, 90, 48)], decode).prefill == B
+        assert route([PREFILL(A, 0, 0), PREFILL(B, 25, 48)], decode).prefill == A
+        assert route([PREFILL(A, 0, 0), PREFILL(B, 23, 48)], decode).prefill == B
+
+    def test_whoever_computes_borrows_from_those_that_hold_more(self) -> None:
+        prefill = [PREFILL(A, 0, 16), PREFILL(B, 500, 48)]
+        chosen = route(prefill, [DECODE(C, 0, 100, 64)])
+        assert (chosen.prefill, chosen.prefill_sources, chosen.cached_tokens) == (A, (C, B), 64)
+        assert chosen.decode_sources == (), "what C holds it need not import, and B holds no more"
+        other = route(prefill, [DECODE(C, 9, 100, 64), DECODE(D, 0, 100, 0)])
+        assert (other.decode, other.decode_sources) == (D, (C, B)), "what A does not have from the start either"
+        assert route([PREFILL(A, 0, 80)], [DECODE(C, 0, 100, 64)]).prefill_sources == ()
+        local = route([], [DECODE(C, 9, 100, 64), DECODE(D, 0, 100, 0)])
+        assert (local.decode, local.decode_sources, local.cached_tokens) == (D, (C,), 64)
+
+    def test_after_a_failure_nothing_is_borrowed(self) -> None:
+        chosen = route([PREFILL(A, 0, 0), PREFILL(B, 0, 0)], [DECODE(C, 0, 100, 64)], avoid={B})
+        assert (chosen.prefill, chosen.prefill_sources, chosen.decode_sources) == (A, (), ())
 
     def test_the_least_loaded_decode_node_with_room(self) -> None:
         prefill = [PREFILL(C, 0, 0)]

@@ -1,5 +1,6 @@
 """A ticket opens the KV of one request's own context and of nothing else, whoever carries it."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -43,6 +44,16 @@ REQUEST = DecodeRequest(
 )
 
 
+class NoPrefixes:
+    """Nobody holds the beginning of anything."""
+
+    def expect(self, _: object) -> int:
+        return 0
+
+
+EXCHANGE = SimpleNamespace(exports=None, prefixes=NoPrefixes(), lender=None)
+
+
 class Recorder:
     """Stands for engine, outbox and exports: keeps what it is told."""
 
@@ -63,7 +74,7 @@ class Recorder:
 
 
 def decode_service(seen: Recorder) -> DecodeService:
-    return DecodeService(seen, seen, seen, None, 100, LAYOUT.identity)  # type: ignore[arg-type]  # fakes
+    return DecodeService(seen, EXCHANGE, seen, seen, None, 100, LAYOUT.identity)  # type: ignore[arg-type]  # fakes
 
 
 def test_a_request_with_its_own_ticket_is_taken() -> None:
@@ -98,7 +109,7 @@ def test_a_ticket_of_something_else_is_refused_before_anything_begins(name: str)
 
 def test_another_model_is_another_context() -> None:
     seen = Recorder()
-    service = DecodeService(seen, seen, seen, None, 100, "0" * 32)  # type: ignore[arg-type]  # fakes
+    service = DecodeService(seen, EXCHANGE, seen, seen, None, 100, "0" * 32)  # type: ignore[arg-type]  # fakes
     with pytest.raises(InvalidParameter, match="another context"):
         service.decode(REQUEST)
     assert seen.calls == []
@@ -126,7 +137,9 @@ def test_the_prefill_node_binds_its_ticket_to_what_it_computes() -> None:
         deadline_s=1.0,
     )
     exports: ExportTable = seen  # type: ignore[assignment]  # a fake
-    service = PrefillService(seen, exports, seen, None, 100, LAYOUT.identity)  # type: ignore[arg-type]  # fakes
+    service = PrefillService(
+        seen, SimpleNamespace(exports=exports, prefixes=NoPrefixes(), lender=None), seen, None, 100, LAYOUT.identity
+    )  # type: ignore[arg-type]  # fakes
     ticket = service.prefill(request).ticket
     assert ticket == TICKET
     decode_service(seen).decode(msgspec.structs.replace(REQUEST, ticket=ticket))

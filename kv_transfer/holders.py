@@ -1,0 +1,28 @@
+"""Holders: who is said to hold the beginning of a context, and the addresses of the blocks in question."""
+
+from dataclasses import dataclass
+
+from protocol.block_hash import hash_blocks, root_hash
+from protocol.ids import BlockHash
+from protocol.kv_layout import KVLayout
+from protocol.requests import DecodeRequest, PrefillRequest
+from protocol.transfer import KVSource
+
+
+@dataclass(frozen=True, slots=True)
+class Holders:
+    """`sources`, the best first; `block_hashes` up to the last block that any of them may have."""
+
+    sources: tuple[KVSource, ...]
+    block_hashes: tuple[BlockHash, ...]
+
+
+def holders_of(request: PrefillRequest | DecodeRequest, layout: KVLayout, max_tokens: int) -> Holders:
+    """As a router has it. Only whole blocks within the first `max_tokens` tokens are of interest."""
+    num_blocks = max((source.num_blocks for source in request.sources), default=0)
+    num_blocks = min(num_blocks, max_tokens // layout.block_size)
+    if not num_blocks:
+        return Holders((), ())
+    token_ids = (request.prompt_token_ids + request.emitted_token_ids)[: num_blocks * layout.block_size]
+    root = root_hash(layout.identity, request.cache_salt)
+    return Holders(request.sources, tuple(hash_blocks(token_ids, layout.block_size, root)))
