@@ -203,3 +203,13 @@ async def test_a_ticket_has_one_push_at_a_time() -> None:
         frames = [frame async for frame in owner.exports.attach(message)]
         assert len(list(FrameReader().feed(b"".join(frames)))) >= 3
         assert_arrived(owner, reader, [2, 3], [8, 9])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_a_broken_link_is_mended(kind: TransportKind) -> None:
+    async with pair(kind) as (owner, reader):
+        await reader.importer.fetch(owner.hand_off("met", 32, [0, 1]), [4, 5], 0, 10.0)
+        incarnation = owner.pushers.readers[0].incarnation
+        await (await owner.pushers.link("decode-0", incarnation, kind)).close()
+        await reader.importer.fetch(owner.hand_off("req-1", 32, [2, 3]), [6, 7], 0, 10.0)
+        assert_arrived(owner, reader, [0, 1, 2, 3], [4, 5, 6, 7])
