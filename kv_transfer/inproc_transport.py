@@ -138,6 +138,7 @@ class InprocLink:
         if source.faults.course is not None:
             course = source.faults.course(sum(run.num_blocks for run in runs))
             copied = loop.create_task(_follow(course, source, destination.arena, runs))
+            copied.add_done_callback(_heard)
         else:
             copy = functools.partial(_copy, source, destination.arena, runs)
             copied = loop.run_in_executor(self._initiator.executor, copy)
@@ -155,6 +156,12 @@ def _copy(source: InprocTransport, destination: HostArena, runs: list[CopyRun]) 
     copy_runs(source.arena.address, destination, runs)
     if faults.corrupt and runs:
         destination.block(runs[0].destination)[0] ^= 1
+
+
+def _heard(copied: asyncio.Future[None]) -> None:
+    """It may fail when nobody is left who waits for it."""
+    if not copied.cancelled():
+        copied.exception()
 
 
 async def _follow(course: Course, source: InprocTransport, destination: HostArena, runs: list[CopyRun]) -> None:

@@ -81,7 +81,7 @@ async def test_forged_tickets_get_nothing_and_harm_nobody(reader: ReaderNode) ->
         ticket = owner.hand_off("req-1", 32, [4, 5])
         for what, forged in forgeries(ticket).items():
             if what == "guessed":
-                assert not owner.exports.renew(RenewLease(forged.ticket_id, forged.incarnation)).held
+                assert owner.exports.renew(RenewLease((forged.ticket_id,), forged.incarnation)).held == (False,)
                 assert not owner.exports.release(ReleaseLease(forged.ticket_id, forged.incarnation)).held
             if what == "of a longer context":
                 continue  # its right ticket id would release the right lease: see below
@@ -148,11 +148,8 @@ async def test_an_expired_ticket_is_refused_by_every_route(reader: ReaderNode) -
             await asyncio.sleep(0.005)
         clock.advance(ticket.ttl_s + 1)
         assert isinstance(await refusal(reader, ticket), LeaseExpired)
-        for state in (
-            owner.exports.renew(RenewLease(ticket.ticket_id, ticket.incarnation)),
-            owner.exports.release(ReleaseLease(ticket.ticket_id, ticket.incarnation)),
-        ):
-            assert state == LeaseState(held=False)
+        assert owner.exports.renew(RenewLease((ticket.ticket_id,), ticket.incarnation)).held == (False,)
+        assert owner.exports.release(ReleaseLease(ticket.ticket_id, ticket.incarnation)) == LeaseState(held=False)
         assert owner.released == ["req-1"]
 
 
@@ -257,10 +254,11 @@ ANNOUNCEMENTS: dict[str, list[bytes]] = {
 @pytest.mark.parametrize("what", ANNOUNCEMENTS)
 async def test_an_owner_that_lies_is_not_believed(liar: LyingOwner, reader: ReaderNode, what: str) -> None:
     liar.say(*ANNOUNCEMENTS[what], liar.done())
-    before = bytes(reader.arena.memory[2 * LAYOUT.block_bytes :])
+    others = slice(2 * LAYOUT.block_bytes, NUM_BLOCKS * LAYOUT.block_bytes)
+    before = bytes(reader.arena.memory[others])
     error = await refusal(reader, liar.ticket())
     assert type(error) in (TransferError, PeerLost, ChecksumMismatch), repr(error)
-    assert bytes(reader.arena.memory[2 * LAYOUT.block_bytes :]) == before, "bytes landed beside the reader's blocks"
+    assert bytes(reader.arena.memory[others]) == before, "bytes landed beside the reader's blocks"
     liar.say(liar.ready(0, [0, 1]), liar.done())
     assert (await reader.importer.fetch(liar.ticket("req-2"), [0, 1], 0, 5.0)).num_blocks_moved == 2
     assert reader.importer.stats().num_unsettled == 0
@@ -299,7 +297,7 @@ async def test_an_owner_that_takes_the_lease_back_while_it_is_read_is_noticed(
             await asyncio.sleep(0.05)
 
     liar.frames = slow
-    liar.lease = LeaseState(False)
+    liar.holds = False
     assert isinstance(await refusal(reader, liar.ticket(ttl_s=0.2)), LeaseExpired)
 
 

@@ -194,9 +194,11 @@ class _OwnerLife:
         await self._staging.close()
         await self._transports.close()
 
-    def stop(self) -> None:
-        """What is being written ends first."""
-        self._stopping.set()
+    async def drain(self) -> None:
+        """Tell readers, and let what is being written end; but not for ever."""
+        self.exports.end_all()
+        for _ in range(10):
+            await asyncio.sleep(0.1)
 
     async def die(self) -> None:
         """Not a byte leaves it any more. What is left of it is only this simulation's to clear away."""
@@ -250,6 +252,7 @@ class SimOwner:
         self.url = f"http://{worker_id}:1"
         self.lives: list[_OwnerLife] = []
         """The last one is now. Memory of the others is still there: who reads it reads what was left in it."""
+        self._restarting = False
 
     @property
     def now(self) -> _OwnerLife:
@@ -262,15 +265,18 @@ class SimOwner:
         self._world.network.listen(self.url, Starlette(routes=life.routes))
 
     async def restart(self, *, killed: bool) -> None:
-        if self.url in self._world.network.listening:
-            if killed:
-                await self.now.die()
-            await self.stop()
-            self.start()
+        if self._restarting:
+            return
+        self._restarting = True
+        if not killed:
+            await self.now.drain()
+        await self.stop()
+        self.start()
+        self._restarting = False
 
     async def stop(self) -> None:
+        await self.now.die()
         await self._world.network.stop_listening(self.url)
-        self.now.stop()
 
 
 class _TimedImporter(Importer):

@@ -14,23 +14,36 @@ from starlette.applications import Starlette
 from kv_transfer.arena import HostArena
 from kv_transfer.checksum import checksums
 from kv_transfer.inproc_transport import InprocTransport
-from kv_transfer.routes import CONNECT_PATH, HANDOFF_PATH, HELLO_PATH, RELEASE_PATH, RENEW_PATH
-from kv_transfer.transport import introduce
-from protocol.ids import WorkerId, new_incarnation
+from kv_transfer.routes import CONNECT_PATH, HANDOFF_PATH, HELLO_PATH, PROBE_PATH, RELEASE_PATH, RENEW_PATH
+from kv_transfer.transport_set import TransportSet
+from protocol.ids import new_incarnation
 from protocol.tokens import SampledToken
 from protocol.transfer import (
     BlocksReady,
     Introduction,
+    LeasesHeld,
     LeaseState,
     OpenHandoff,
     PrefillDone,
+    ProbePush,
+    ProbeResult,
     ReleaseLease,
     RenewLease,
     TransferTicket,
 )
 from protocol.wire import WIRE_VERSION, Hello, encode_frame
 from runtime.rpc_server import get_route, message_route, stream_route
-from tests.support.kv_owner import CLUSTER_KEY, CONTEXT, LAYOUT, NUM_BLOCKS, PHASES, fill, serving
+from tests.support.kv_owner import (
+    CLUSTER_KEY,
+    CONTEXT,
+    LAYOUT,
+    NUM_BLOCKS,
+    NUM_SCRATCH_BLOCKS,
+    OWNER,
+    PHASES,
+    fill,
+    serving,
+)
 
 Frames = Callable[[], AsyncIterator[bytes]]
 
@@ -42,17 +55,18 @@ class LyingOwner:
     """
 
     def __init__(self, url: str) -> None:
-        self.arena = HostArena(NUM_BLOCKS, LAYOUT.block_bytes)
+        self.arena = HostArena(NUM_BLOCKS, LAYOUT.block_bytes, NUM_SCRATCH_BLOCKS)
         fill(self.arena, seed=3)
         self.transport = InprocTransport(self.arena, lambda _ticket, _ids: True)
         self.url = url
         self.incarnation = new_incarnation()
         self.hello: object = Hello(WIRE_VERSION, "prefill-0", self.incarnation, LAYOUT.fingerprint)
-        self.introduction: object = introduce(
-            WorkerId("prefill-0"), self.incarnation, LAYOUT, self.arena, [self.transport]
+        self.introduction: object = TransportSet(self.arena, [self.transport]).introduce(
+            OWNER, self.incarnation, LAYOUT
         )
         self.frames: Frames = lambda: _each([self.ready(0, [0, 1]), self.done()])
-        self.lease: object = LeaseState(True)
+        self.holds = True
+        self.writes = False
         self.released: list[str] = []
 
     def ticket(self, request_id: str = "req-1", num_tokens: int = 32, ttl_s: float = 30.0) -> TransferTicket:
@@ -89,17 +103,21 @@ class LyingOwner:
         async def handoff(_: OpenHandoff) -> AsyncIterator[bytes]:
             return self.frames()
 
-        async def renew(_: RenewLease) -> object:
-            return self.lease
+        async def probe(_: ProbePush) -> ProbeResult:
+            return ProbeResult(latency_s=1e-5, bytes_per_s=1e9)
 
-        async def release(message: ReleaseLease) -> object:
+        async def renew(message: RenewLease) -> LeasesHeld:
+            return LeasesHeld((self.holds,) * len(message.ticket_ids))
+
+        async def release(message: ReleaseLease) -> LeaseState:
             self.released.append(message.ticket_id)
-            return self.lease
+            return LeaseState(self.holds, writing=self.writes)
 
         return Starlette(
             routes=[
                 get_route(HELLO_PATH, hello, CLUSTER_KEY),
                 message_route(CONNECT_PATH, Introduction, connect, CLUSTER_KEY),
+                message_route(PROBE_PATH, ProbePush, probe, CLUSTER_KEY),
                 stream_route(HANDOFF_PATH, OpenHandoff, handoff, CLUSTER_KEY),
                 message_route(RENEW_PATH, RenewLease, renew, CLUSTER_KEY),
                 message_route(RELEASE_PATH, ReleaseLease, release, CLUSTER_KEY),

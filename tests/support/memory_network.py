@@ -13,7 +13,7 @@ import asyncio
 import errno
 import random
 from collections import Counter
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator
 from typing import Any, Self
 from urllib.parse import urlsplit
 
@@ -62,10 +62,6 @@ class MemoryNetwork:
         self._open: dict[str, dict[_Connection, None]] = {}  # in order, unlike a set, and so is their end
         self._partitions: dict[str, asyncio.Event] = {}
         self._strays: set[asyncio.Task[None]] = set()
-
-    @property
-    def listening(self) -> Collection[str]:
-        return self._apps.keys()
 
     def listen(self, url: str, app: ASGIApp) -> None:
         self._apps[url] = app
