@@ -15,57 +15,26 @@ import argparse
 import asyncio
 import statistics
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
-
-from benchmarks.cluster_load import Client, Sample, cluster, machine, milliseconds, percentile, progress
+from benchmarks.cluster_load import (
+    Client,
+    Load,
+    cluster,
+    machine,
+    memory_copy_s,
+    milliseconds,
+    percentile,
+    progress,
+    run_load,
+)
 from runtime.models.resolve import DEFAULT_MODEL, resolve_model
 
 CONCURRENCY = (1, 8, 32)
 PROMPT_TOKENS = 128
 OUTPUT_TOKENS = 32
 HANDOFF_PROMPT_TOKENS = 2000
-
-
-@dataclass(frozen=True)
-class Load:
-    """What a number of concurrent requests saw."""
-
-    concurrency: int
-    samples: tuple[Sample, ...]
-    elapsed_s: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return sum(len(sample.arrivals_s) for sample in self.samples) / self.elapsed_s
-
-    def row(self) -> str:
-        ttft = [sample.ttft_s for sample in self.samples]
-        gaps = [gap for sample in self.samples for gap in sample.gaps_s]
-        return (
-            f"| {self.concurrency} | {milliseconds(ttft, 50)} | {milliseconds(ttft, 99)} | {milliseconds(gaps, 50)} "
-            f"| {milliseconds(gaps, 99)} | {self.tokens_per_s:.1f} |"
-        )
-
-
-async def run_load(
-    client: Client, concurrency: int, requests: int, num_prompt_tokens: int, num_output_tokens: int
-) -> Load:
-    """`requests` requests, at most `concurrency` at a time."""
-    slots = asyncio.Semaphore(concurrency)
-    connector = aiohttp.TCPConnector(limit=0)
-    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=180)) as session:
-
-        async def one() -> Sample:
-            async with slots:
-                return await client.stream(session, num_prompt_tokens, num_output_tokens)
-
-        start = time.perf_counter()
-        samples = await asyncio.gather(*(one() for _ in range(requests)))
-        return Load(concurrency, tuple(samples), time.perf_counter() - start)
 
 
 def run_loads(url: str, seed: int) -> list[Load]:
@@ -100,17 +69,6 @@ def transformers_tokens_per_s(folder: Path) -> float:
     start = time.perf_counter()
     model.generate(prompt, max_new_tokens=OUTPUT_TOKENS, min_new_tokens=OUTPUT_TOKENS, do_sample=False)
     return (OUTPUT_TOKENS - 1) / (time.perf_counter() - start - first)
-
-
-def memory_copy_s(num_bytes: int) -> float:
-    """Median of five plain copies between two buffers that have been touched before."""
-    source, target = bytearray(num_bytes), bytearray(num_bytes)
-    times = []
-    for _ in range(5):
-        start = time.perf_counter()
-        target[:] = source
-        times.append(time.perf_counter() - start)
-    return statistics.median(times)
 
 
 def main() -> None:

@@ -3,6 +3,7 @@
 What the benchmarks of whole clusters share. Prompts are random token ids, so that lengths are exact and no prefix repeats.
 """
 
+import asyncio
 import contextlib
 import json
 import math
@@ -11,6 +12,7 @@ import platform
 import random
 import signal
 import socket
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -20,6 +22,7 @@ import urllib.request
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -32,7 +35,7 @@ class Sample:
     """One streamed request: seconds from sending to each token's arrival, and the ledger it came back with (ms)."""
 
     arrivals_s: tuple[float, ...]
-    timing_ms: dict[str, float]
+    timing_ms: dict[str, Any]
 
     @property
     def ttft_s(self) -> float:
@@ -51,6 +54,27 @@ def percentile(values: list[float], percent: float) -> float:
     """Nearest rank."""
     ordered = sorted(values)
     return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]
+
+
+@dataclass(frozen=True)
+class Load:
+    """What a number of concurrent requests saw."""
+
+    concurrency: int
+    samples: tuple[Sample, ...]
+    elapsed_s: float
+
+    @property
+    def tokens_per_s(self) -> float:
+        return sum(len(sample.arrivals_s) for sample in self.samples) / self.elapsed_s
+
+    def row(self) -> str:
+        ttft = [sample.ttft_s for sample in self.samples]
+        gaps = [gap for sample in self.samples for gap in sample.gaps_s]
+        return (
+            f"| {self.concurrency} | {milliseconds(ttft, 50)} | {milliseconds(ttft, 99)} | {milliseconds(gaps, 50)} "
+            f"| {milliseconds(gaps, 99)} | {self.tokens_per_s:.1f} |"
+        )
 
 
 @contextlib.contextmanager
@@ -119,7 +143,7 @@ class Client:
         }
         sent = time.perf_counter()
         arrivals: list[float] = []
-        timing: dict[str, float] = {}
+        timing: dict[str, Any] = {}
         async with session.post(f"{self._url}/v1/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.content:
@@ -134,6 +158,34 @@ class Client:
                     timing = choice.get("timing") or timing
                 timing = (chunk.get("timing") or [timing])[0]
         return Sample(tuple(arrivals), timing)
+
+
+async def run_load(
+    client: Client, concurrency: int, requests: int, num_prompt_tokens: int, num_output_tokens: int
+) -> Load:
+    """`requests` requests, at most `concurrency` at a time."""
+    slots = asyncio.Semaphore(concurrency)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout(total=180)) as session:
+
+        async def one() -> Sample:
+            async with slots:
+                return await client.stream(session, num_prompt_tokens, num_output_tokens)
+
+        start = time.perf_counter()
+        samples = await asyncio.gather(*(one() for _ in range(requests)))
+        return Load(concurrency, tuple(samples), time.perf_counter() - start)
+
+
+def memory_copy_s(num_bytes: int) -> float:
+    """Median of five plain copies between two buffers that have been touched before."""
+    source, target = bytearray(num_bytes), bytearray(num_bytes)
+    times = []
+    for _ in range(5):
+        start = time.perf_counter()
+        target[:] = source
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def machine() -> str:

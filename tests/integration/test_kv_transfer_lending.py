@@ -61,7 +61,6 @@ class Borrower:
     def __init__(self, reader: ReaderNode) -> None:
         self.reader = reader
         self.engine = Engine()
-        self.transfer_s: float | None = None
         self.compute_tokens_per_s: float | None = None
         self.context = BorrowContext(
             importer=reader.importer,
@@ -69,7 +68,6 @@ class Borrower:
             layout=LAYOUT,
             stall_timeout_s=1.0,
             policy="auto",
-            estimate_seconds=lambda _: self.transfer_s,
             compute_tokens_per_s=lambda: self.compute_tokens_per_s,
         )
         self.imports = PrefixImports(self.context, self.engine)
@@ -247,7 +245,7 @@ async def test_a_cancelled_request_gives_everything_back(owner: Owner, borrower:
 
 @in_process
 async def test_what_is_cheaper_to_compute_is_computed(owner: Owner, borrower: Borrower) -> None:
-    borrower.transfer_s, borrower.compute_tokens_per_s = 1.0, 1e4
+    borrower.compute_tokens_per_s = 1e12
     assert await borrower.borrow(owner.source(6)) == [("resume", 0)]
     assert owner.exports.stats().num_opened == 0
 

@@ -46,7 +46,6 @@ def context(importer: "Importer") -> BorrowContext:
         layout=LAYOUT,
         stall_timeout_s=1.0,
         policy="auto",
-        estimate_seconds=lambda _: None,
         compute_tokens_per_s=lambda: None,
     )
 
