@@ -7,6 +7,7 @@ blocks belong to the transfer; after a failed one they go back only when no byte
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Self
 
 from engine.engine import Engine
@@ -14,12 +15,11 @@ from engine.events import Reserved
 from kv_transfer.borrowing import BorrowContext
 from kv_transfer.fetch import FetchResult
 from kv_transfer.gathering import gather
-from kv_transfer.holders import holders_of
+from kv_transfer.holders import Holders
 from kv_transfer.imports import FetchFailed
 from protocol.errors import Cancelled, HeadraceError, InternalError
 from protocol.ids import RequestId, TicketId
-from protocol.requests import DecodeRequest
-from protocol.transfer import TransferTicket
+from protocol.transfer import PrefillDone, TransferTicket
 
 CLOSE_TIMEOUT_S = 5.0
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class _Running:
-    """`task` answers to the engine for what `fetching` does."""
+    """`task` answers to the engine for what `fetching` does, unless it has arrived."""
 
     task: asyncio.Task[None]
     fetching: asyncio.Task[FetchResult]
@@ -60,20 +60,24 @@ class Handoffs:
                 task.cancel()
             await asyncio.gather(*unsettled)
 
-    def start(self, event: Reserved, ticket: TransferTicket, request: DecodeRequest, deadline_s: float) -> None:
-        """Fetch into the blocks of `event`, also from other holders that `request` names. The outcome reaches the engine,
-        whatever it is."""
+    def start(self, event: Reserved, ticket: TransferTicket, holders: Holders, deadline_s: float) -> None:
+        """Fetch into the blocks of `event`, the first of them from other holders where there are any. The outcome reaches the
+        engine, whatever it is; success at the very moment when the last block is proven, before any task gets to run."""
         request_id = event.request_id
-        holders = holders_of(request, self._context.layout, ticket.num_tokens)
-        fetch = gather(self._context, ticket, holders, event.block_ids, event.num_cached_blocks, deadline_s)
+        arrived = partial(self._arrived, request_id)
+        fetch = gather(self._context, ticket, holders, event.block_ids, event.num_cached_blocks, deadline_s, arrived)
         fetching = asyncio.create_task(fetch, name=f"fetch:{request_id}")
         task = asyncio.create_task(self._run(event, ticket, fetching), name=f"handoff:{request_id}")
         self._running[request_id] = _Running(task, fetching)
         task.add_done_callback(lambda _: self._running.pop(request_id, None))
 
-    async def renew(self, ticket: TransferTicket) -> None:
-        """Keep what `ticket` covers alive while there is no room for it here."""
-        await self._importer.renew(ticket)
+    def keep(self, ticket: TransferTicket) -> None:
+        """Keep what `ticket` covers alive until `start` or `drop`: there is no room for it here yet."""
+        self._importer.keep(ticket)
+
+    def drop(self, ticket: TransferTicket) -> None:
+        """Nobody wants it any more."""
+        self._importer.drop(ticket)
 
     def refuse(self, event: Reserved, error: HeadraceError) -> None:
         """Give the blocks of `event` back untouched."""
@@ -92,7 +96,7 @@ class Handoffs:
     async def _run(self, event: Reserved, ticket: TransferTicket, fetching: asyncio.Task[FetchResult]) -> None:
         request_id = event.request_id
         try:
-            fetched = await fetching
+            await fetching
         except FetchFailed as failed:
             await self._give_back(event, failed.num_valid_blocks, failed.settled, failed)
         except asyncio.CancelledError:
@@ -103,8 +107,10 @@ class Handoffs:
             settled = self._importer.settled(TicketId(ticket.ticket_id))
             error = InternalError("the hand-off failed; see the decode node's log")
             await self._give_back(event, event.num_cached_blocks, settled, error)
-        else:
-            self._engine.activate(request_id, fetched.first_token, fetched.computed_at)
+
+    def _arrived(self, request_id: RequestId, fetched: FetchResult) -> None:
+        assert isinstance(fetched.end, PrefillDone), "a fetch for a request ends with its first token"
+        self._engine.activate(request_id, fetched.end.first_token, fetched.computed_at, fetched.landing)
 
     async def _give_back(
         self, event: Reserved, num_valid_blocks: int, settled: asyncio.Event, error: HeadraceError

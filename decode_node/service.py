@@ -5,7 +5,6 @@ the engine decodes. One without is generated here from its first token on. Eithe
 the router gets to see.
 """
 
-import asyncio
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,10 +13,12 @@ from engine.engine import Engine
 from engine.events import EngineEvent, Failed, Finished, Pinned, PromptComputed, Reserved, TokensSampled
 from engine.request import EngineRequest, Mode
 from kv_transfer.exchange import KVExchange
+from kv_transfer.holders import Holders, holders_of
 from protocol import tokens
 from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError, InvalidParameter
 from protocol.ids import RequestId, RouterId
+from protocol.kv_layout import KVLayout
 from protocol.requests import DecodeAccepted, DecodeRequest
 from protocol.tokens import SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
 from protocol.transfer import TransferTicket
@@ -25,15 +26,13 @@ from runtime.clock import Deadline
 from runtime.metrics import NodeMetrics
 from runtime.token_outbox import TokenOutbox
 
-RENEWALS_PER_TTL = 3
-
 
 @dataclass(frozen=True, slots=True)
 class _Expected:
     """A hand-off that waits for room here."""
 
-    request: DecodeRequest
     ticket: TransferTicket
+    holders: Holders
     deadline: Deadline
 
 
@@ -46,7 +45,7 @@ class DecodeService:
         outbox: TokenOutbox,
         metrics: NodeMetrics,
         vocab_size: int,
-        layout_identity: str,
+        layout: KVLayout,
     ) -> None:
         self._engine = engine
         self._prefixes = exchange.prefixes
@@ -55,28 +54,27 @@ class DecodeService:
         self._outbox = outbox
         self._metrics = metrics
         self._vocab_size = vocab_size
-        self._layout_identity = layout_identity
+        self._layout = layout
         self._expected: dict[RequestId, _Expected] = {}
-        self._ticket_came = asyncio.Event()
 
     def decode(self, request: DecodeRequest) -> DecodeAccepted:
         """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
         request.sampling.validate(self._vocab_size)
         if request.ticket is not None:
-            _check_ticket(request.ticket, request, self._layout_identity)
+            _check_ticket(request.ticket, request, self._layout.identity)
         request_id = RequestId(request.request_id)
         self._outbox.expect(request_id, RouterId(request.router_id))
         if request.ticket is not None:
-            self._expected[request_id] = _Expected(request, request.ticket, Deadline(request.deadline_s))
-            self._ticket_came.set()
+            holders = holders_of(request, self._layout, request.ticket.num_tokens)
+            self._expected[request_id] = _Expected(request.ticket, holders, Deadline(request.deadline_s))
+            self._handoffs.keep(request.ticket)
         try:
             if request.ticket is None:
                 self._engine.submit(EngineRequest.of(request, Mode.GENERATE, self._prefixes.expect(request)))
             else:
                 self._engine.submit(EngineRequest.of(request, Mode.IMPORT))
         except HeadraceError:
-            self._expected.pop(request_id, None)
-            self._prefixes.forget(request_id)
+            self._forget(request_id)
             self._outbox.forget(request_id)
             raise
         return DecodeAccepted(request_id)
@@ -88,20 +86,8 @@ class DecodeService:
         self._handoffs.cancel(ids)
         self._prefixes.cancel(ids)
         for request_id in ids:
-            self._expected.pop(request_id, None)
+            self._forget(request_id)
             self._outbox.forget(request_id)
-
-    async def keep_leases(self) -> None:
-        """Renew the leases on what requests wait for that have no room here yet. Runs for the node's whole life."""
-        while True:
-            await self._ticket_came.wait()
-            await asyncio.sleep(
-                min((one.ticket.ttl_s for one in self._expected.values()), default=0.0) / RENEWALS_PER_TTL
-            )
-            waiting = [one.ticket for one in self._expected.values()]
-            await asyncio.gather(*(self._handoffs.renew(ticket) for ticket in waiting))
-            if not self._expected:
-                self._ticket_came.clear()
 
     def on_engine_events(self, events: Sequence[EngineEvent]) -> None:
         messages: list[TokenMessage] = []
@@ -121,7 +107,7 @@ class DecodeService:
                     messages.append(self._finished(event))
                 case Failed(request_id, error):
                     self._metrics.requests.labels(error.to_info().code).inc()
-                    self._expected.pop(request_id, None)
+                    self._forget(request_id)
                     self._prefixes.cancel([request_id])
                     messages.append(SequenceFailed(request_id, error.to_info()))
         self._outbox.post(messages)
@@ -132,7 +118,14 @@ class DecodeService:
             self._handoffs.refuse(event, Cancelled("the request was cancelled"))
             return
         deadline_s = max(expected.deadline.remaining_s, 0.001)
-        self._handoffs.start(event, expected.ticket, expected.request, deadline_s)
+        self._handoffs.start(event, expected.ticket, expected.holders, deadline_s)
+
+    def _forget(self, request_id: RequestId) -> None:
+        """It will not be imported. No error if it is not waiting for that."""
+        self._prefixes.forget(request_id)
+        expected = self._expected.pop(request_id, None)
+        if expected is not None:
+            self._handoffs.drop(expected.ticket)
 
     def _computed(self, event: PromptComputed) -> tokens.PromptComputed:
         self._prefixes.forget(event.request_id)
@@ -144,8 +137,7 @@ class DecodeService:
         self._metrics.requests.labels("finished").inc()
         self._metrics.phases.labels("decode").observe(event.decode.decode_s)
         if event.imported:
-            self._metrics.handoff_seconds.observe(event.decode.handoff_s)
-            self._metrics.phases.labels("handoff").observe(event.decode.handoff_s)
+            self._metrics.observe_handoff(event.decode.handoff)
         return SequenceFinished(event.request_id, event.reason, event.decode, event.stop_token_id)
 
 

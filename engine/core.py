@@ -27,6 +27,7 @@ from engine.step_pipeline import StepPipeline
 from engine.step_times import StepTimes
 from protocol.errors import Cancelled, DeadlineExceeded, HeadraceError, InternalError
 from protocol.ids import BlockHash, PinId, RequestId
+from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
 from runtime.clock import Clock
 
@@ -93,14 +94,23 @@ class EngineCore:
         else:
             sequence.released_early = True
 
-    def activate(self, request_id: RequestId, first_token: SampledToken, computed_at: float | None) -> None:
+    def activate(
+        self,
+        request_id: RequestId,
+        first_token: SampledToken,
+        computed_at: float | None,
+        landing: HandoffPhases | None = None,
+    ) -> None:
         """The context of an IMPORT request is in its blocks. `computed_at`: when the other node ended its last chunk,
-        by our clock; None if that is unknown, and the hand-off then counts from now."""
+        by our clock; None if that is unknown, and the hand-off then counts from now. `landing`: what of the time since
+        then has been accounted for; from its end on the sequence waits to join."""
         sequence = self._import(request_id)
         if sequence is None or not self._landed(sequence, sequence.context_end):
             return
         now = self._clock.now()
         sequence.times.computed_at = now if computed_at is None else computed_at
+        if landing is not None:
+            sequence.times.landing = landing
         self._scheduler.imported(sequence)
         self._outcomes.imported(sequence, first_token, now)
 

@@ -24,6 +24,7 @@ from engine.runner import Runner
 from protocol.errors import Draining, HeadraceError, InternalError, InvalidParameter, Overloaded
 from protocol.ids import BlockHash, Incarnation, PinId, RequestId
 from protocol.kv_events import KVEventBatch
+from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
 from runtime.clock import Clock
 
@@ -110,10 +111,16 @@ class Engine:
         """The blocks of a PREFILL_ONLY request are needed no more. Unknown ids are no error."""
         self._post(lambda: self._core.release(request_id))
 
-    def activate(self, request_id: RequestId, first_token: SampledToken, computed_at: float | None) -> None:
+    def activate(
+        self,
+        request_id: RequestId,
+        first_token: SampledToken,
+        computed_at: float | None,
+        landing: HandoffPhases | None = None,
+    ) -> None:
         """All blocks of an import are filled and verified. `first_token` is reported again from here; the sequence
-        decodes from the next step on. `computed_at`: see engine.core."""
-        self._post(lambda: self._core.activate(request_id, first_token, computed_at))
+        decodes from the next step on. `computed_at`, `landing`: see engine.core."""
+        self._post(lambda: self._core.activate(request_id, first_token, computed_at, landing))
 
     def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:
         """The answer to Reserved of a request with `import_tokens`: the first `num_valid_tokens` tokens have come and are

@@ -15,6 +15,7 @@ from enum import Enum, auto
 
 from engine.request import EngineRequest, Mode
 from protocol.ids import BlockHash, RequestId
+from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
 
 
@@ -30,15 +31,17 @@ class State(Enum):
 
 class Timestamps:
     """Instants of the engine's clock; None until they have come. `computed_at`: the end of the last prefill chunk,
-    wherever it ran. `decode_started_at`: the start of the step that computed this engine's second token."""
+    wherever it ran. `decode_started_at`: the start of the step that computed this engine's second token. `landing`: how an
+    imported context came here after `computed_at`."""
 
-    __slots__ = ("computed_at", "decode_started_at", "first_scheduled_at", "submitted_at")
+    __slots__ = ("computed_at", "decode_started_at", "first_scheduled_at", "landing", "submitted_at")
 
     def __init__(self, submitted_at: float) -> None:
         self.submitted_at = submitted_at
         self.first_scheduled_at: float | None = None
         self.computed_at: float | None = None
         self.decode_started_at: float | None = None
+        self.landing = HandoffPhases()
 
 
 class Sequence:

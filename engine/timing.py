@@ -1,7 +1,7 @@
 """A sequence's instants, turned into the phases of protocol.phases. Pure."""
 
 from engine.sequence import Sequence
-from protocol.phases import DecodePhases, PrefillPhases
+from protocol.phases import DecodePhases, HandoffPhases, PrefillPhases
 
 
 def prefill_phases(sequence: Sequence) -> PrefillPhases:
@@ -19,6 +19,10 @@ def decode_phases(sequence: Sequence, ended_at: float, *, imported: bool) -> Dec
     times = sequence.times
     assert times.computed_at is not None, "a token came before its context"
     started_at = ended_at if times.decode_started_at is None else times.decode_started_at
+    decode_s = ended_at - started_at
+    if not imported:
+        return DecodePhases(HandoffPhases(), decode_s)
+    landing = times.landing
     # The instant is an estimate when another node computed the context, and may lie after the start.
-    handoff_s = max(0.0, started_at - times.computed_at) if imported else 0.0
-    return DecodePhases(handoff_s=handoff_s, decode_s=ended_at - started_at)
+    join_s = max(0.0, started_at - times.computed_at - landing.total_s)
+    return DecodePhases(HandoffPhases(landing.queue_s, landing.wire_s, landing.verify_s, join_s), decode_s)

@@ -7,7 +7,7 @@ still be written, and nothing else may use them before they have settled; no oth
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,7 +37,7 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class BorrowContext:
-    """What all borrowings of one node share. `estimate_seconds(num_bytes)`: what moving so much takes;
+    """What all borrowings of one node share. `estimate_seconds(source, num_bytes)`: what moving so much from there takes, or TransferError;
     `compute_tokens_per_s()`: how fast prompts are computed here; None where that is not known yet."""
 
     importer: Importer
@@ -45,7 +45,7 @@ class BorrowContext:
     layout: KVLayout
     stall_timeout_s: float
     policy: Literal["auto", "always", "never"]
-    estimate_seconds: Callable[[int], float | None]
+    estimate_seconds: Callable[[KVSource, int], Awaitable[float | None]]
     compute_tokens_per_s: Callable[[], float | None]
 
     def patience_s(self, num_tokens: int) -> float:
@@ -81,10 +81,10 @@ class Borrowing:
 
     async def _ask(self, source: KVSource, deadline_s: float) -> None:
         first, end = self.num_valid_blocks, min(source.num_blocks, len(self._prefix.block_ids))
-        if not self._worth_it(end - first):
-            return
         request_id = self._prefix.request_id
         try:
+            if not await self._worth_it(source, end - first):
+                return
             message = BorrowPrefix(
                 request_id=request_id,
                 reader=self._context.reader,
@@ -99,13 +99,13 @@ class Borrowing:
         except HeadraceError as error:
             log.info("%s: no KV borrowed from %s: %s", request_id, source.worker, error.message)
 
-    def _worth_it(self, num_blocks: int) -> bool:
+    async def _worth_it(self, source: KVSource, num_blocks: int) -> bool:
         if num_blocks <= 0 or self._context.policy != "auto":
             return num_blocks > 0 and self._context.policy == "always"
         layout = self._context.layout
         return worth_borrowing(
             num_blocks * layout.block_size,
-            transfer_s=self._context.estimate_seconds(num_blocks * layout.block_bytes),
+            transfer_s=await self._context.estimate_seconds(source, num_blocks * layout.block_bytes),
             compute_tokens_per_s=self._context.compute_tokens_per_s(),
         )
 
@@ -115,7 +115,7 @@ class Borrowing:
         num_blocks = self._check(ticket, source, max_blocks)
         try:
             block_ids = self._prefix.block_ids[first : first + num_blocks]
-            await self._context.importer.fetch_prefix(ticket, block_ids, deadline_s)
+            await self._context.importer.fetch_prefix(ticket, block_ids, 0, deadline_s)
             self.num_valid_blocks += num_blocks
         except FetchFailed as failed:
             self.num_valid_blocks += failed.num_valid_blocks

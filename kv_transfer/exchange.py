@@ -1,6 +1,6 @@
 """KVExchange: all of kv_transfer that a node is made of, put together. Every node owns blocks and reads those of others.
 
-    staging, transport    how its KV blocks reach the wire
+    wires                 how its KV blocks reach other processes: staging and transports
     exports, lender       what others may read: finished prompts, and loans of the prefix cache
     importer, prefixes    what it reads: whole contexts, and the beginnings of others
     routes                how others talk to it
@@ -9,30 +9,35 @@ Used as `async with`, inside the RpcClient. The engine is what the parts talk to
 `prefixes` is a context of its own, to be left before the engine stops, because it owes the engine answers.
 """
 
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, Self
 
 from starlette.routing import Route
 
 from kv_transfer.arena import HostArena
 from kv_transfer.borrowing import BorrowContext
-from kv_transfer.device_arena import Arena
 from kv_transfer.device_blocks import DeviceBlocks, open_staging
 from kv_transfer.exports import ExportTable
-from kv_transfer.factory import make_transport
+from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
 from kv_transfer.lending import Lender
 from kv_transfer.peers import Reader
 from kv_transfer.prefix_imports import ImportTarget, PrefixImports
+from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
+from kv_transfer.staging import Staging
 from kv_transfer.telemetry import TransferTelemetry
-from kv_transfer.transport import Transport
-from protocol.ids import BlockHash, Incarnation, PinId, RequestId, WorkerId
+from kv_transfer.transport_set import TransportSet
+from protocol.ids import BlockHash, Incarnation, PinId, RequestId, TicketId, WorkerId
+from protocol.transfer import KVSource
 from protocol.workers import WorkerInfo
 from runtime.clock import MonotonicClock
 from runtime.metrics import TransferMetrics
 from runtime.node_config import NodeConfig
-from runtime.node_shell import advertised_host
 from runtime.rpc_client import RpcClient
 
 
@@ -49,34 +54,65 @@ class ExchangeEngine(ImportTarget, Protocol):
     def unpin(self, pin_id: PinId) -> None: ...
 
 
+@dataclass(slots=True)
+class Wires:
+    """Open before anybody knows the node, because what it can do is part of what it says of itself. `may_read` is asked once
+    there are exports: until then nobody may read anything."""
+
+    staging: Staging
+    transports: TransportSet
+    may_read: Callable[[TicketId, Sequence[int]], bool]
+
+
+def open_wires(
+    config: NodeConfig, incarnation: Incarnation, advertise_host: str, memory: HostArena | DeviceBlocks
+) -> Wires:
+    """`memory` holds the engine's KV blocks. Raises ConfigError without a transport that works."""
+    opened: list[Wires] = []
+    start = partial(
+        start_transports,
+        config.transfer,
+        incarnation=incarnation,
+        host=config.host,
+        advertise_host=advertise_host,
+        may_read=lambda ticket_id, block_ids: opened[0].may_read(ticket_id, block_ids),
+    )
+    staging, transports = open_staging(memory, config.transfer, start)
+    opened.append(Wires(staging, transports, lambda *_: False))
+    return opened[0]
+
+
 class KVExchange:
-    """`memory` holds the engine's KV blocks."""
+    """Takes over `wires`."""
 
     def __init__(
         self,
         config: NodeConfig,
         info: WorkerInfo,
-        memory: HostArena | DeviceBlocks,
+        wires: Wires,
         engine: ExchangeEngine,
         client: RpcClient,
         metrics: TransferMetrics,
     ) -> None:
-        self._config = config
+        self._cluster_key = config.cluster_key
         self._info = info
-        worker_id, incarnation = WorkerId(info.worker_id), Incarnation(info.incarnation)
-        clock = MonotonicClock()
-        options = config.transfer
-        self._staging, self._transport = open_staging(memory, options, self._open_transport)
+        self._wires = wires
+        self._worker_id, self._incarnation = WorkerId(info.worker_id), Incarnation(info.incarnation)
+        self._stack = AsyncExitStack()
+        clock, options = MonotonicClock(), config.transfer
+        self._pushers = Pushers(wires.transports, clock)
         self.exports = ExportTable(
-            self._staging,
-            owner=worker_id,
-            incarnation=incarnation,
+            wires.staging,
+            owner=self._worker_id,
+            incarnation=self._incarnation,
             layout=info.layout,
             control_url=info.control_url,
             options=options,
             clock=clock,
             on_released=engine.release,
+            push_links=self._pushers,
         )
+        wires.may_read = self.exports.may_read
         self.lender = Lender(
             self.exports,
             block_size=info.layout.block_size,
@@ -87,15 +123,15 @@ class KVExchange:
         )
         self.importer = Importer(
             client=client,
-            transport=self._transport,
-            staging=self._staging,
-            reader=Reader(worker_id, incarnation, info.layout),
+            transports=wires.transports,
+            staging=wires.staging,
+            reader=Reader(self._worker_id, self._incarnation, info.layout),
             options=options,
             clock=clock,
         )
         self.borrowing = BorrowContext(
             importer=self.importer,
-            reader=worker_id,
+            reader=self._worker_id,
             layout=info.layout,
             stall_timeout_s=options.stall_timeout_s,
             policy=options.borrow,
@@ -103,14 +139,14 @@ class KVExchange:
             compute_tokens_per_s=lambda: engine.prefill_tokens_per_s,
         )
         self.prefixes = PrefixImports(self.borrowing, engine)
-        self.telemetry = TransferTelemetry(metrics, self._transport, exports=self.exports, importer=self.importer)
-        self._stack = AsyncExitStack()
+        self.telemetry = TransferTelemetry(metrics, wires.transports, exports=self.exports, importer=self.importer)
 
     async def __aenter__(self) -> Self:
-        self._stack.push_async_callback(self._staging.close)
-        self._stack.push_async_callback(self._transport.close)
+        self._stack.push_async_callback(self._wires.transports.close)
+        await self._stack.enter_async_context(self._pushers)
+        self._stack.push_async_callback(self._wires.staging.close)
         await self._stack.enter_async_context(self.importer)
-        self._stack.push_async_callback(self.exports.close)
+        await self._stack.enter_async_context(self.exports)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -119,30 +155,26 @@ class KVExchange:
     def routes(self) -> list[Route]:
         return kv_routes(
             self.exports,
-            self._transport,
-            self._staging.arena,
+            self._wires.transports,
+            self._pushers,
             self._info.layout,
-            worker_id=WorkerId(self._info.worker_id),
-            incarnation=Incarnation(self._info.incarnation),
-            cluster_key=self._config.cluster_key,
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
+            cluster_key=self._cluster_key,
             lender=self.lender,
         )
+
+    def idle(self) -> bool:
+        """Nobody holds a lease on anything here, and nothing is being moved from it."""
+        exports = self.exports.stats()
+        return exports.num_open == 0 and exports.num_unsettled == 0
 
     async def run(self) -> None:
         """What there is to do all the while, until cancelled."""
         await self.exports.run()
 
-    def _open_transport(self, arena: Arena) -> Transport:
-        return make_transport(
-            self._config.transfer.transport,
-            arena,
-            incarnation=Incarnation(self._info.incarnation),
-            host=self._config.host,
-            advertise_host=advertised_host(self._info.control_url),
-            may_read=lambda ticket_id, block_ids: self.exports.may_read(ticket_id, block_ids),
-        )
-
-    def _estimate_seconds(self, num_bytes: int) -> float | None:
-        """By what reads have taken so far, whoever the peer was."""
-        moved = self._transport.stats()
-        return num_bytes * moved.seconds / moved.num_bytes if moved.num_bytes else None
+    async def _estimate_seconds(self, source: KVSource, num_bytes: int) -> float | None:
+        """By what was measured when the two nodes met. Raises TransferError."""
+        peer = await self.importer.peers.meet(source.control_url, source.incarnation, source.worker)
+        seconds = peer.estimate_seconds(num_bytes)
+        return None if math.isinf(seconds) else seconds

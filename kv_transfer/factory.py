@@ -1,6 +1,8 @@
-"""make_transport: from the configured kind to a transport that serves peers and reads from them."""
+"""start_transports: from the configuration to the transports that this process runs; make_transport makes one."""
 
+import logging
 from collections.abc import Sequence
+from typing import Literal
 
 from kv_transfer.device_arena import Arena, DeviceArena
 from kv_transfer.inproc_transport import InprocTransport
@@ -8,14 +10,66 @@ from kv_transfer.nixl_transport import NixlTransport
 from kv_transfer.shm_transport import ShmTransport
 from kv_transfer.tcp_transport import TcpTransport
 from kv_transfer.transport import MayRead, Transport
+from kv_transfer.transport_set import TransportSet
 from protocol.errors import ConfigError
 from protocol.ids import Incarnation, TicketId
-from protocol.transfer import TransportKind
+from protocol.transfer import Direction, MissingTransport, TransportKind
+from runtime.node_config import TransferOptions
+
+MAX_REASON_CHARS = 1000
+
+log = logging.getLogger(__name__)
 
 
 def lend_nothing(_ticket_id: TicketId, _block_ids: Sequence[int]) -> bool:
     """The MayRead of a node that exports nothing."""
     return False
+
+
+def start_transports(
+    options: TransferOptions,
+    arena: Arena,
+    *,
+    incarnation: Incarnation,
+    host: str,
+    advertise_host: str | None = None,
+    may_read: MayRead = lend_nothing,
+) -> TransportSet:
+    """What the configuration names: one transport, or with "auto" all of `allowed` that can start here.
+
+    Arguments as of make_transport. One after the other: NIXL and UCX read the process's environment while they start,
+    and set some of it. Raises ConfigError when there is none, or none that moves bytes in the direction that is set.
+    """
+    wanted = options.allowed if options.transport == "auto" else (options.transport,)
+    running: list[Transport] = []
+    missing: list[MissingTransport] = []
+    for kind in dict.fromkeys(wanted):
+        try:
+            running.append(
+                make_transport(
+                    kind, arena, incarnation=incarnation, host=host, advertise_host=advertise_host, may_read=may_read
+                )
+            )
+        except ConfigError as error:
+            if len(wanted) == 1:
+                raise
+            log.info("the transport %s does not run here: %s", kind, error.message)
+            missing.append(MissingTransport(kind, error.message[:MAX_REASON_CHARS]))
+    if not running:
+        reasons = "; ".join(f"{each.transport}: {each.reason}" for each in missing)
+        raise ConfigError(f"no transport of transfer.allowed can start here: {reasons}", param="transfer.allowed")
+    _check_direction(options.direction, running)
+    return TransportSet(arena, running, missing)
+
+
+def _check_direction(direction: Direction | Literal["auto"], running: Sequence[Transport]) -> None:
+    if direction == "auto" or any(direction in transport.capabilities.directions for transport in running):
+        return
+    kinds = ", ".join(transport.kind for transport in running)
+    raise ConfigError(
+        f'transfer.direction is "{direction}", which {kinds} cannot do; set it to "auto", or allow "nixl"',
+        param="transfer.direction",
+    )
 
 
 def make_transport(
@@ -27,7 +81,7 @@ def make_transport(
     advertise_host: str | None = None,
     may_read: MayRead = lend_nothing,
 ) -> Transport:
-    """The process's one transport, ready to use; close it before the arena.
+    """One transport, ready to use; close it before the arena.
 
     `host` is what the node binds and `advertise_host` how peers reach it, where that differs (only tcp listens by
     itself). `may_read` is ExportTable.may_read on a node that exports. Takes up to half a second; call it before the

@@ -1,7 +1,7 @@
-"""Importer: the reader's side of every hand-off. Fetches contexts, or the beginnings of some, from their owners, and tidies
-up after each fetch.
+"""Importer: the reader's side of every hand-off. Fetches contexts from their owners, and tidies up after each fetch.
 
-One per process, `async with Importer(...) as importer:` for its whole life, inside the RpcClient and the transport.
+One per process, `async with Importer(...) as importer:` for its whole life, inside the RpcClient, the transports and the
+staging.
 
 What the caller must know about its local blocks: after a return all are valid. After FetchFailed the first
 `num_valid_blocks` are valid, and the others may be used again once `settled` is set (nearly always at once). After a
@@ -10,16 +10,18 @@ cancelled fetch ask `Importer.settled(ticket_id)` for that event. No block may b
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from kv_transfer.fetch import Fetch, FetchContext, FetchResult, LastWord
+from kv_transfer.fetch import Fetch, FetchContext, FetchResult
 from kv_transfer.landing import Landing
+from kv_transfer.leases import Leases
+from kv_transfer.link_queue import LinkQueues, QueueStats
 from kv_transfer.peers import Peers, Reader, as_transfer_error
-from kv_transfer.routes import RELEASE_PATH, RENEW_PATH
+from kv_transfer.quarantine import Quarantine
 from kv_transfer.staging import Staging
-from kv_transfer.transport import TransferAbandoned, Transport
+from kv_transfer.transport_set import TransportSet
 from protocol.errors import (
     ChecksumMismatch,
     ErrorInfo,
@@ -30,24 +32,14 @@ from protocol.errors import (
     TransferTimeout,
 )
 from protocol.ids import TicketId
-from protocol.transfer import (
-    BorrowPrefix,
-    LeaseState,
-    PrefillDone,
-    PrefixDone,
-    PrefixLent,
-    ReleaseLease,
-    RenewLease,
-    TransferTicket,
-)
+from protocol.transfer import BorrowPrefix, PrefixLent, TransferTicket
 from runtime.clock import Clock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
 
-RELEASE_ATTEMPTS = 3
-RELEASE_PAUSE_S = 0.2
-
 log = logging.getLogger(__name__)
+
+OnArrived = Callable[[FetchResult], None]
 
 
 class FetchFailed(TransferError):
@@ -71,7 +63,8 @@ class FetchFailed(TransferError):
 @dataclass(slots=True)
 class ImportStats:
     """Totals since start. `num_lost_leases`: fetches that succeeded though the lease had ended by then (the checksums
-    had proven the bytes). `num_unsettled`: ended fetches whose local blocks are in quarantine, now."""
+    had proven the bytes). `num_unsettled`: ended fetches whose local blocks are in quarantine, now. `num_retries`: reads
+    that were done again over a new link."""
 
     num_fetched: int = 0
     num_failed: int = 0
@@ -81,6 +74,7 @@ class ImportStats:
     num_bytes_moved: int = 0
     num_lost_leases: int = 0
     num_unsettled: int = 0
+    num_retries: int = 0
     num_peers: int = 0
 
 
@@ -89,29 +83,34 @@ class Importer:
         self,
         *,
         client: RpcClient,
-        transport: Transport,
+        transports: TransportSet,
         staging: Staging,
         reader: Reader,
         options: TransferOptions,
         clock: Clock,
     ) -> None:
-        self._client = client
-        self._transport = transport
+        self._block_bytes = staging.arena.block_bytes
         self._reader = reader
-        self._options = options
-        self._clock = clock
         self._tasks = asyncio.TaskGroup()
-        self._peers = Peers(client, transport, staging.arena, reader, options.stall_timeout_s, self._tasks)
+        self._peers = Peers(client, transports, reader, options, clock, self._tasks)
+        self._leases = Leases(client, options.stall_timeout_s, self._tasks)
+        self._quarantine = Quarantine(self._tasks)
+        self._queues = LinkQueues(options.max_bytes_in_flight, self._block_bytes, staging.max_blocks, clock)
         self._context = FetchContext(
             client=client,
             peers=self._peers,
+            queues=self._queues,
+            leases=self._leases,
+            quarantine=self._quarantine,
             staging=staging,
             reader=reader,
             options=options,
             clock=clock,
             tasks=self._tasks,
+            count_retry=self._count_retry,
         )
-        self._unsettled: dict[TicketId, tuple[asyncio.Event, asyncio.Task[None]]] = {}
+        self._unsettled: dict[TicketId, asyncio.Event] = {}
+        self._settling: set[asyncio.Task[None]] = set()
         self._totals = ImportStats()
 
     async def __aenter__(self) -> Self:
@@ -121,69 +120,46 @@ class Importer:
     async def __aexit__(self, *exc_info: object) -> None:
         """Waits for releases and reads in flight (each has its deadline). What is in quarantine then stays there."""
         self._peers.close()
-        for _, watcher in self._unsettled.values():
-            watcher.cancel()
+        self._leases.close()
+        self._quarantine.close()
+        for task in self._settling:
+            task.cancel()
         await self._tasks.__aexit__(None, None, None)
+
+    @property
+    def peers(self) -> Peers:
+        return self._peers
 
     def stats(self) -> ImportStats:
         self._totals.num_unsettled = len(self._unsettled)
         self._totals.num_peers = self._peers.num_known
         return self._totals
 
+    def queue_stats(self) -> QueueStats:
+        return self._queues.stats()
+
     async def fetch(
-        self, ticket: TransferTicket, local_block_ids: Sequence[int], num_cached_blocks: int, deadline_s: float
+        self,
+        ticket: TransferTicket,
+        local_block_ids: Sequence[int],
+        num_cached_blocks: int,
+        deadline_s: float,
+        on_arrived: OnArrived | None = None,
     ) -> FetchResult:
         """Bring a context here. `local_block_ids`: our blocks for all of it, the first `num_cached_blocks` of which hold
         it already and are not touched.
 
-        Raises FetchFailed within `deadline_s` seconds, sooner if the owner is silent for stall_timeout_s.
+        `on_arrived` is called at the moment when everything is here, before anything else gets to run; after it this
+        returns, whatever happens. Raises FetchFailed within `deadline_s` seconds, sooner if the owner is silent for
+        stall_timeout_s.
         """
-        landing = Landing(local_block_ids, num_cached_blocks)
-        done, heard_at = await self._run(ticket, landing, deadline_s, PrefillDone)
-        num_moved = landing.num_blocks - num_cached_blocks
-        return FetchResult(
-            first_token=done.first_token,
-            finished=done.finished,
-            phases=done.phases,
-            computed_at=heard_at - max(0.0, done.since_computed_s),
-            num_blocks_moved=num_moved,
-            num_bytes_moved=num_moved * self._context.staging.arena.block_bytes,
-        )
+        return await self._fetch(ticket, local_block_ids, num_cached_blocks, deadline_s, on_arrived, lent=False)
 
-    async def fetch_prefix(self, ticket: TransferTicket, local_block_ids: Sequence[int], deadline_s: float) -> None:
-        """Bring blocks here that their owner lends. `local_block_ids`: ours for all of them. Raises FetchFailed, as
-        `fetch` does."""
-        await self._run(ticket, Landing(local_block_ids, 0), deadline_s, PrefixDone)
-
-    async def _run(
-        self, ticket: TransferTicket, landing: Landing, deadline_s: float, last_word: type[LastWord]
-    ) -> tuple[LastWord, float]:
-        """One fetch, accounted for and tidied up after, however it ends."""
-        num_cached_blocks = landing.num_valid_blocks
-        fetch = Fetch(self._context, ticket, landing)
-        failure: TransferError
-        try:
-            self._check(ticket, landing)
-            async with asyncio.timeout(deadline_s):
-                heard = await fetch.run(last_word)
-        except asyncio.CancelledError:
-            self._totals.num_cancelled += 1
-            self._tidy_up(ticket, fetch, succeeded=False)
-            raise
-        except TimeoutError:
-            failure = TransferTimeout(f"the hand-off from {ticket.owner} took longer than {deadline_s:g} s")
-        except HeadraceError as error:
-            failure = as_transfer_error(error)
-        else:
-            num_moved = landing.num_blocks - num_cached_blocks
-            self._totals.num_fetched += 1
-            self._totals.num_blocks_moved += num_moved
-            self._totals.num_bytes_moved += num_moved * self._context.staging.arena.block_bytes
-            self._tidy_up(ticket, fetch, succeeded=True)
-            return heard
-        settled = self._tidy_up(ticket, fetch, succeeded=False)
-        self._note_failure(ticket, failure)
-        raise FetchFailed(failure, landing.num_valid_blocks, settled) from failure
+    async def fetch_prefix(
+        self, ticket: TransferTicket, local_block_ids: Sequence[int], num_cached_blocks: int, deadline_s: float
+    ) -> FetchResult:
+        """Bring what a node lends of its prefix cache here. As `fetch`, for a ticket of whole blocks."""
+        return await self._fetch(ticket, local_block_ids, num_cached_blocks, deadline_s, None, lent=True)
 
     async def borrow(self, url: str, message: BorrowPrefix) -> TransferTicket | None:
         """Ask for a loan; `fetch_prefix` is to follow. None: there is nothing to be had. Raises HeadraceError. Of a call that
@@ -202,25 +178,59 @@ class Importer:
     async def _ask(self, url: str, message: BorrowPrefix, given_up: asyncio.Event) -> PrefixLent | HeadraceError:
         """Returns its error: it must not end the group that it runs in."""
         try:
-            answer = await self._client.call(url, message, PrefixLent, self._options.stall_timeout_s)
+            answer = await self._context.client.call(url, message, PrefixLent, self._context.options.stall_timeout_s)
         except HeadraceError as error:
             return error
         if given_up.is_set() and answer.ticket is not None:
             await self._release(answer.ticket, succeeded=False)
         return answer
 
-    async def renew(self, ticket: TransferTicket) -> None:
-        """Keep a lease alive while there is no room yet for what it covers. A fetch renews its own."""
-        message = RenewLease(ticket.ticket_id, ticket.incarnation)
-        try:
-            await self._client.call(ticket.control_url + RENEW_PATH, message, LeaseState, self._options.stall_timeout_s)
-        except HeadraceError as error:
-            log.info("%s: the lease was not renewed: %s", ticket.request_id, error.message)
+    def keep(self, ticket: TransferTicket) -> None:
+        """Keep a lease alive while there is no room yet for what it covers. A fetch keeps its own."""
+        self._leases.keep(ticket, _lost_before_its_fetch)
+
+    def drop(self, ticket: TransferTicket) -> None:
+        """The opposite of `keep`, for a ticket that is not fetched after all."""
+        self._leases.drop(ticket)
 
     def settled(self, ticket_id: TicketId) -> asyncio.Event:
         """Set when no more bytes can land in the local blocks of this ticket's fetch. For a fetch that has ended."""
-        unsettled = self._unsettled.get(ticket_id)
-        return unsettled[0] if unsettled is not None else _set_event()
+        return self._unsettled.get(ticket_id) or _set_event()
+
+    async def _fetch(
+        self,
+        ticket: TransferTicket,
+        local_block_ids: Sequence[int],
+        num_cached_blocks: int,
+        deadline_s: float,
+        on_arrived: OnArrived | None,
+        *,
+        lent: bool,
+    ) -> FetchResult:
+        landing = Landing(local_block_ids, num_cached_blocks)
+        fetch = Fetch(self._context, ticket, landing, on_arrived or _nobody_waits, lent=lent)
+        failure: TransferError
+        try:
+            self._check(ticket, landing)
+            async with asyncio.timeout(deadline_s):
+                result = await fetch.run()
+        except asyncio.CancelledError:
+            self._totals.num_cancelled += 1
+            self._tidy_up(ticket, fetch)
+            raise
+        except TimeoutError:
+            failure = TransferTimeout(f"the hand-off from {ticket.owner} took longer than {deadline_s:g} s")
+        except HeadraceError as error:
+            failure = as_transfer_error(error)
+        else:
+            self._totals.num_fetched += 1
+            self._totals.num_blocks_moved += result.num_blocks_moved
+            self._totals.num_bytes_moved += result.num_blocks_moved * self._block_bytes
+            self._tasks.create_task(self._release(ticket, succeeded=True), name=f"kv-release:{ticket.request_id}")
+            return result
+        settled = self._tidy_up(ticket, fetch)
+        self._note_failure(ticket, failure)
+        raise FetchFailed(failure, landing.num_valid_blocks, settled) from failure
 
     def _check(self, ticket: TransferTicket, landing: Landing) -> None:
         layout = self._reader.layout
@@ -238,47 +248,49 @@ class Importer:
         if isinstance(failure, ChecksumMismatch):
             self._totals.num_checksum_mismatches += 1
         if isinstance(failure, PeerLost):
-            self._peers.forget(ticket)
+            self._peers.forget(ticket.control_url, ticket.incarnation)
 
-    def _tidy_up(self, ticket: TransferTicket, fetch: Fetch, *, succeeded: bool) -> asyncio.Event:
-        """Release the lease in the background; say when the local blocks are safe."""
-        self._tasks.create_task(self._release(ticket, succeeded), name=f"kv-release:{ticket.request_id}")
-        reading = fetch.reading
-        if reading is None or (reading.done() and not isinstance(reading.result(), TransferAbandoned)):
-            return _set_event()
+    def _count_retry(self) -> None:
+        self._totals.num_retries += 1
+
+    def _tidy_up(self, ticket: TransferTicket, fetch: Fetch) -> asyncio.Event:
+        """After a fetch that did not succeed: release the lease in the background, say when the local blocks are safe."""
+        releasing = self._tasks.create_task(
+            self._release_push(ticket, fetch) if fetch.pushed else self._release(ticket, succeeded=False),
+            name=f"kv-release:{ticket.request_id}",
+        )
+        if fetch.settled.is_set() and not fetch.pushed:
+            return fetch.settled
         ticket_id = TicketId(ticket.ticket_id)
-        settled = asyncio.Event()
-        watcher = self._tasks.create_task(self._watch(ticket_id, fetch, reading, settled), name="kv-quarantine")
-        self._unsettled[ticket_id] = (settled, watcher)
+        settled = self._unsettled[ticket_id] = asyncio.Event()
+        settling = self._tasks.create_task(self._settle(ticket_id, fetch, releasing), name="kv-settle")
+        self._settling.add(settling)
+        settling.add_done_callback(self._settling.discard)
         return settled
 
-    async def _watch(
-        self, ticket_id: TicketId, fetch: Fetch, reading: asyncio.Task[TransferError | None], settled: asyncio.Event
-    ) -> None:
-        outcome = await asyncio.shield(reading)
-        if isinstance(outcome, TransferAbandoned):
-            await outcome.settled.wait()
-            fetch.give_back()
-        settled.set()
-        del self._unsettled[ticket_id]
+    async def _settle(self, ticket_id: TicketId, fetch: Fetch, releasing: asyncio.Task[None]) -> None:
+        await fetch.settled.wait()
+        if fetch.pushed:
+            await releasing
+            fetch.discard_pushed()
+        self._unsettled.pop(ticket_id).set()
 
-    async def _release(self, ticket: TransferTicket, succeeded: bool) -> None:
-        """Tries a little; the lease's end does the rest. Must not raise: the group it runs in is everybody's."""
-        message = ReleaseLease(ticket.ticket_id, ticket.incarnation)
-        for attempt in range(RELEASE_ATTEMPTS):
-            if attempt:
-                await asyncio.sleep(RELEASE_PAUSE_S)
-            try:
-                state = await self._client.call(
-                    ticket.control_url + RELEASE_PATH, message, LeaseState, self._options.stall_timeout_s
-                )
-            except HeadraceError as error:
-                log.info("%s: the lease was not released: %s", ticket.request_id, error.message)
-                continue
-            if succeeded and not state.held:
-                self._totals.num_lost_leases += 1
-                log.warning("%s: the lease had ended before the blocks were read", ticket.request_id)
-            return
+    async def _release_push(self, ticket: TransferTicket, fetch: Fetch) -> None:
+        await self._leases.release_push(ticket, stream_cut=fetch.stream_cut)
+
+    async def _release(self, ticket: TransferTicket, *, succeeded: bool) -> None:
+        held = await self._leases.release(ticket)
+        if succeeded and held is False:
+            self._totals.num_lost_leases += 1
+            log.warning("%s: the lease had ended before the blocks were read", ticket.request_id)
+
+
+def _nobody_waits(_: FetchResult) -> None:
+    """The caller awaits the fetch itself."""
+
+
+def _lost_before_its_fetch() -> None:
+    """The fetch will find out."""
 
 
 def _set_event() -> asyncio.Event:

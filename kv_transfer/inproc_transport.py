@@ -16,7 +16,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.memory_copy import copy_runs
 from kv_transfer.plan import CopyRun, coalesce
 from kv_transfer.read_log import LinkUse, ReadLog, bounded
-from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids, make_endpoint
+from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids, lends, make_endpoint
 from protocol.errors import LeaseExpired, PeerLost, TransferError
 from protocol.ids import TicketId
 from protocol.transfer import Endpoint, Introduction, TransportKind
@@ -78,8 +78,8 @@ class InprocLink:
         self._initiator = initiator
         self._peer_name = peer_name
         self._peer = peer
-        self._use = LinkUse(initiator.log, peer)
         self._target()
+        self._use = LinkUse(initiator.log, peer)
 
     async def read(
         self, ticket_id: TicketId, remote_block_ids: Sequence[int], local_block_ids: Sequence[int], timeout_s: float
@@ -88,13 +88,13 @@ class InprocLink:
         with self._use.transfer(len(local_block_ids) * self._initiator.arena.block_bytes, len(runs)):
             target = self._target()
             self._check(target, remote_block_ids, local_block_ids)
-            if not target.may_read(ticket_id, remote_block_ids):
+            if not lends(target.arena, target.may_read, ticket_id, [(block_id, 1) for block_id in remote_block_ids]):
                 raise LeaseExpired(f"{self._peer} does not lend these blocks to this ticket")
             await self._copy(target, self._initiator, runs, timeout_s)
 
     async def write(self, local_block_ids: Sequence[int], remote_block_ids: Sequence[int], timeout_s: float) -> None:
         runs = coalesce(local_block_ids, remote_block_ids)
-        with self._use.transfer(len(local_block_ids) * self._initiator.arena.block_bytes, len(runs)):
+        with self._use.transfer(len(local_block_ids) * self._initiator.arena.block_bytes, len(runs), "push"):
             target = self._target()
             self._check(target, remote_block_ids, local_block_ids)
             await self._copy(self._initiator, target, runs, timeout_s)

@@ -31,7 +31,7 @@ from kv_transfer.read_log import LinkUse, ReadLog, bounded
 from kv_transfer.transport import Capabilities, TransferAbandoned, TransportStats, check_block_ids, make_endpoint
 from protocol.errors import HeadraceError, LayoutMismatch, TransferError
 from protocol.ids import IdText, Incarnation, TicketId
-from protocol.transfer import Endpoint, Introduction, TransportKind
+from protocol.transfer import Direction, Endpoint, Introduction, TransportKind
 from protocol.wire import decode, encode
 
 _serials = itertools.count()
@@ -146,7 +146,8 @@ class NixlLink:
     ) -> None:
         transport = self._transport
         plan = plan_copy(sources, destinations, transport.chunk_blocks)
-        with self._use.transfer(len(sources) * transport.arena.block_bytes, plan.num_pieces):
+        direction: Direction = "pull" if operation == "READ" else "push"
+        with self._use.transfer(len(sources) * transport.arena.block_bytes, plan.num_pieces, direction):
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             transfer = NixlTransfer(operation, self._peer, plan, transport.chunk_blocks, ended)
             transport.agent.start(transfer)

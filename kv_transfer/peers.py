@@ -1,22 +1,25 @@
 """Peers: the owners that a reader has met. Meets each incarnation once, whoever asks first; forgets it when it is lost.
 
 A meeting has two phases. Nothing of a peer is decoded before its Hello has shown a wire version we speak, and nothing
-of its transport metadata is used before it is verified. Meetings of one peer that coincide are one meeting. A failed
-one is not remembered: the next use tries again.
+of its transport metadata is used before it is verified; then the transports are tried (kv_transfer.meeting). Meetings of
+one peer that coincide are one meeting. A failed one is not remembered: the next use tries again.
 """
 
 import asyncio
 import logging
 from dataclasses import dataclass
 
-from kv_transfer.device_arena import Arena
+from kv_transfer.meeting import Meeting, PeerLink
 from kv_transfer.routes import CONNECT_PATH, HELLO_PATH
-from kv_transfer.transport import Link, Transport, check_introduction, find_endpoint, introduce
+from kv_transfer.transport import check_introduction
+from kv_transfer.transport_set import TransportSet
 from protocol.errors import HeadraceError, LayoutMismatch, LeaseExpired, NodeLost, PeerLost, TransferError
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Introduction, TransferTicket
+from protocol.transfer import Introduction
 from protocol.wire import Hello, check_wire_version
+from runtime.clock import Clock
+from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
 
 log = logging.getLogger(__name__)
@@ -31,7 +34,7 @@ class Reader:
     layout: KVLayout
 
 
-_Meeting = asyncio.Task[Link | TransferError]
+_Meeting = asyncio.Task[PeerLink | TransferError]
 
 
 class Peers:
@@ -40,17 +43,17 @@ class Peers:
     def __init__(
         self,
         client: RpcClient,
-        transport: Transport,
-        arena: Arena,
+        transports: TransportSet,
         reader: Reader,
-        timeout_s: float,
+        options: TransferOptions,
+        clock: Clock,
         tasks: asyncio.TaskGroup,
     ) -> None:
         self._client = client
-        self._transport = transport
-        self._arena = arena
+        self._transports = transports
         self._reader = reader
-        self._timeout_s = timeout_s
+        self._options = options
+        self._clock = clock
         self._tasks = tasks
         self._meetings: dict[tuple[str, str], _Meeting] = {}
         """By control URL and incarnation."""
@@ -59,12 +62,18 @@ class Peers:
     def num_known(self) -> int:
         return len(self._meetings)
 
-    async def link(self, ticket: TransferTicket) -> Link:
-        """The link to the ticket's owner, meeting it first if need be. Raises TransferError."""
-        key = (ticket.control_url, ticket.incarnation)
+    def links(self) -> list[PeerLink]:
+        """Of all peers that have been met and not been lost since."""
+        outcomes = (meeting.result() for meeting in self._meetings.values() if meeting.done())
+        return [outcome for outcome in outcomes if isinstance(outcome, PeerLink)]
+
+    async def meet(self, control_url: str, incarnation: str, worker: str) -> PeerLink:
+        """The way to an owner in this life of it, after meeting it if need be. Raises TransferError."""
+        key = (control_url, incarnation)
         meeting = self._meetings.get(key)
         if meeting is None:
-            meeting = self._meetings[key] = self._tasks.create_task(self._meet(ticket), name=f"kv-meet:{ticket.owner}")
+            meeting = self._tasks.create_task(self._meet(control_url, incarnation, worker), name=f"kv-meet:{worker}")
+            self._meetings[key] = meeting
         outcome = await asyncio.shield(meeting)
         if isinstance(outcome, TransferError):
             if self._meetings.get(key) is meeting:
@@ -72,57 +81,58 @@ class Peers:
             raise outcome
         return outcome
 
-    def forget(self, ticket: TransferTicket) -> None:
+    def forget(self, control_url: str, incarnation: str) -> None:
         """The owner is lost: close the link to this life of it, if there is one. The next use meets it anew."""
-        self._forget((ticket.control_url, ticket.incarnation))
+        meeting = self._meetings.pop((control_url, incarnation), None)
+        if meeting is not None:
+            self._tasks.create_task(_close(meeting), name="kv-goodbye")
 
     def close(self) -> None:
         """Close every link, in the task group."""
-        for key in list(self._meetings):
-            self._forget(key)
+        for control_url, incarnation in list(self._meetings):
+            self.forget(control_url, incarnation)
 
-    async def _meet(self, ticket: TransferTicket) -> Link | TransferError:
+    async def _meet(self, control_url: str, incarnation: str, worker: str) -> PeerLink | TransferError:
         """Never raises what a peer can cause: this runs in a group that others depend on."""
         try:
-            peer = await self._introduce(ticket)
-            check_introduction(peer, incarnation=Incarnation(ticket.incarnation), layout=self._reader.layout)
-            link = await self._transport.connect(peer, find_endpoint(peer, self._transport.kind))
+            reader = self._reader
+            ours = self._transports.introduce(reader.worker_id, reader.incarnation, reader.layout)
+            owner = await self._introduce(ours, control_url, incarnation, worker)
+            check_introduction(owner, incarnation=Incarnation(incarnation), layout=reader.layout)
+            meeting = Meeting(self._transports, self._client, self._options, ours, owner, control_url)
+            peer = await meeting.hold(self._clock.now())
         except HeadraceError as error:
-            log.warning("cannot read KV from %s: %s", ticket.owner, error.message)
+            log.warning("cannot read KV from %s: %s", worker, error.message)
             return as_transfer_error(error)
         except Exception:
-            log.exception("meeting %s failed", ticket.owner)
-            return TransferError(f"meeting {ticket.owner} failed; see this process's log")
-        log.info("reading KV from %s (%s) by %s", ticket.owner, ticket.control_url, self._transport.kind)
-        for url, incarnation in list(self._meetings):
-            if url == ticket.control_url and incarnation != ticket.incarnation:
-                self._forget((url, incarnation))  # who answers there now has shown that the earlier life is over
-        return link
+            log.exception("meeting %s failed", worker)
+            return TransferError(f"meeting {worker} failed; see this process's log")
+        log.info("KV comes from %s (%s) by %s", worker, control_url, peer.choice.why)
+        if peer.choice.warning is not None:
+            log.warning("KV from %s: %s", worker, peer.choice.warning)
+        for url, other in list(self._meetings):
+            if url == control_url and other != incarnation:
+                self.forget(url, other)  # who answers there now has shown that the earlier life is over
+        return peer
 
-    async def _introduce(self, ticket: TransferTicket) -> Introduction:
-        hello = await self._client.get(ticket.control_url + HELLO_PATH, Hello, self._timeout_s)
-        check_wire_version(hello.wire_version, ticket.owner)
-        if hello.incarnation != ticket.incarnation:
-            raise LeaseExpired(f"{ticket.owner} restarted; its earlier exports are gone")
-        reader = self._reader
-        message = introduce(reader.worker_id, reader.incarnation, reader.layout, self._arena, [self._transport])
-        url = ticket.control_url + CONNECT_PATH
-        if hello.layout_fingerprint != self._reader.layout.fingerprint:
-            await self._client.notify(url, message, self._timeout_s)  # refused, with the fields that differ
-            raise LayoutMismatch(f"KV of {ticket.owner} has the fingerprint {hello.layout_fingerprint}, not ours")
-        return await self._client.call(url, message, Introduction, self._timeout_s)
-
-    def _forget(self, key: tuple[str, str]) -> None:
-        meeting = self._meetings.pop(key, None)
-        if meeting is not None:
-            self._tasks.create_task(_close(meeting), name="kv-goodbye")
+    async def _introduce(self, ours: Introduction, control_url: str, incarnation: str, worker: str) -> Introduction:
+        timeout_s = self._options.stall_timeout_s
+        hello = await self._client.get(control_url + HELLO_PATH, Hello, timeout_s)
+        check_wire_version(hello.wire_version, worker)
+        if hello.incarnation != incarnation:
+            raise LeaseExpired(f"{worker} restarted; its earlier exports are gone")
+        url = control_url + CONNECT_PATH
+        if hello.layout_fingerprint != ours.layout.fingerprint:
+            await self._client.notify(url, ours, timeout_s)  # refused, with the fields that differ
+            raise LayoutMismatch(f"KV of {worker} has the fingerprint {hello.layout_fingerprint}, not ours")
+        return await self._client.call(url, ours, Introduction, timeout_s)
 
 
 async def _close(meeting: _Meeting) -> None:
     outcome = await meeting
-    if not isinstance(outcome, TransferError):
+    if isinstance(outcome, PeerLink) and outcome.link is not None:
         try:
-            await outcome.close()
+            await outcome.link.close()
         except TransferError as error:
             log.info("a link did not close cleanly: %s", error.message)
 

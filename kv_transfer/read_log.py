@@ -1,55 +1,114 @@
-"""What all transports need around a read: totals (ReadLog, one per transport), a link that closes only when no read is
-in flight (LinkUse, one per link), and giving up on one that takes too long (bounded). Event loop only.
+"""What all transports need around a transfer: totals (ReadLog, one per transport), a link that closes only when no transfer
+is in flight (LinkUse, one per link), and giving up on one that takes too long (bounded). Event loop only.
 """
 
 import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
 from typing import TypeVar
 
-from kv_transfer.transport import TransferAbandoned, TransportStats
+from kv_transfer.transport import Moved, TransferAbandoned, TransportStats
 from protocol.errors import PeerLost, TransferError
+from protocol.transfer import Direction
+
+REMEMBERED_S = 900.0
+"""How long totals by peer outlive the last link to it."""
 
 T = TypeVar("T")
 
+_probing: ContextVar[bool] = ContextVar("kv_probing", default=False)
 
-class ReadLog:
-    """Totals of a transport since it was made."""
 
-    def __init__(self) -> None:
-        self._num_transfers = 0
-        self._num_failed = 0
-        self._num_bytes = 0
-        self._num_copies = 0
-        self._seconds = 0.0
-        self._abandoned: set[asyncio.Event] = set()
+@contextmanager
+def uncounted() -> Iterator[None]:
+    """Transfers of this task within do not count: they are probes, and move nobody's KV."""
+    token = _probing.set(True)
+    try:
+        yield
+    finally:
+        _probing.reset(token)
 
-    def completed(self, num_bytes: int, num_copies: int, seconds: float) -> None:
-        self._num_transfers += 1
-        self._num_bytes += num_bytes
-        self._num_copies += num_copies
-        self._seconds += seconds
 
-    def failed(self, error: TransferError) -> None:
-        self._num_failed += 1
-        if isinstance(error, TransferAbandoned):
-            self._abandoned.add(error.settled)
+@dataclass(slots=True)
+class _Totals:
+    num_transfers: int = 0
+    num_failed: int = 0
+    num_bytes: int = 0
+    num_copies: int = 0
+    seconds: float = 0.0
+    abandoned: set[asyncio.Event] = field(default_factory=set)
 
-    def stats(self) -> TransportStats:
-        self._abandoned = {settled for settled in self._abandoned if not settled.is_set()}
-        return TransportStats(
-            num_transfers=self._num_transfers,
-            num_failed=self._num_failed,
-            num_bytes=self._num_bytes,
-            num_copies=self._num_copies,
-            seconds=self._seconds,
-            num_quarantined=len(self._abandoned),
+    def moved(self) -> Moved:
+        self.abandoned = {settled for settled in self.abandoned if not settled.is_set()}
+        return Moved(
+            num_transfers=self.num_transfers,
+            num_failed=self.num_failed,
+            num_bytes=self.num_bytes,
+            num_copies=self.num_copies,
+            seconds=self.seconds,
+            num_quarantined=len(self.abandoned),
         )
 
 
+class ReadLog:
+    """Totals of a transport since it was made, and by peer."""
+
+    def __init__(self) -> None:
+        self._all = _Totals()
+        self._by_peer: dict[tuple[str, Direction], _Totals] = {}
+        self._num_links: dict[str, int] = {}
+        self._unlinked_at: dict[str, float] = {}
+
+    def linked(self, peer: str) -> None:
+        self._num_links[peer] = self._num_links.get(peer, 0) + 1
+        self._unlinked_at.pop(peer, None)
+
+    def unlinked(self, peer: str) -> None:
+        self._num_links[peer] -= 1
+        if not self._num_links[peer]:
+            del self._num_links[peer]
+            self._unlinked_at[peer] = time.monotonic()
+
+    def completed(self, peer: str, direction: Direction, num_bytes: int, num_copies: int, seconds: float) -> None:
+        for totals in (self._all, self._of(peer, direction)):
+            totals.num_transfers += 1
+            totals.num_bytes += num_bytes
+            totals.num_copies += num_copies
+            totals.seconds += seconds
+
+    def failed(self, peer: str, direction: Direction, error: TransferError) -> None:
+        for totals in (self._all, self._of(peer, direction)):
+            totals.num_failed += 1
+            if isinstance(error, TransferAbandoned):
+                totals.abandoned.add(error.settled)
+
+    def stats(self) -> TransportStats:
+        """Forgets peers that have gone for REMEMBERED_S seconds."""
+        now = time.monotonic()
+        gone = {peer for peer, since in self._unlinked_at.items() if now - since >= REMEMBERED_S}
+        for peer in gone:
+            del self._unlinked_at[peer]
+        self._by_peer = {key: totals for key, totals in self._by_peer.items() if key[0] not in gone}
+        moved = self._all.moved()
+        return TransportStats(
+            num_transfers=moved.num_transfers,
+            num_failed=moved.num_failed,
+            num_bytes=moved.num_bytes,
+            num_copies=moved.num_copies,
+            seconds=moved.seconds,
+            num_quarantined=moved.num_quarantined,
+            by_peer={key: totals.moved() for key, totals in self._by_peer.items()},
+        )
+
+    def _of(self, peer: str, direction: Direction) -> _Totals:
+        return self._by_peer.setdefault((peer, direction), _Totals())
+
+
 class LinkUse:
-    """Reads in flight on one link: refuses new ones once it is closed, and tells when the last one has ended."""
+    """Transfers in flight on one link: refuses new ones once it is closed, and tells when the last one has ended."""
 
     def __init__(self, log: ReadLog, peer: str) -> None:
         self._log = log
@@ -58,30 +117,36 @@ class LinkUse:
         self._idle = asyncio.Event()
         self._idle.set()
         self.closed = False
+        log.linked(peer)
 
     @contextmanager
-    def transfer(self, num_bytes: int, num_copies: int) -> Iterator[None]:
+    def transfer(self, num_bytes: int, num_copies: int, direction: Direction = "pull") -> Iterator[None]:
         """Around one transfer. Raises PeerLost on a closed link."""
         if self.closed:
             raise PeerLost(f"the link to {self._peer} is closed")
+        counted = not _probing.get()
         started = time.perf_counter()
         self._in_flight += 1
         self._idle.clear()
         try:
             yield
         except TransferError as error:
-            self._log.failed(error)
+            if counted:
+                self._log.failed(self._peer, direction, error)
             raise
         else:
-            self._log.completed(num_bytes, num_copies, time.perf_counter() - started)
+            if counted:
+                self._log.completed(self._peer, direction, num_bytes, num_copies, time.perf_counter() - started)
         finally:
             self._in_flight -= 1
             if self._in_flight == 0:
                 self._idle.set()
 
     async def close(self) -> None:
-        """Refuse further reads and wait for those in flight."""
-        self.closed = True
+        """Refuse further transfers and wait for those in flight. Idempotent."""
+        if not self.closed:
+            self.closed = True
+            self._log.unlinked(self._peer)
         await self._idle.wait()
 
 

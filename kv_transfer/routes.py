@@ -2,8 +2,9 @@
 
 GET  /kv/hello      who is here: the one message that every wire version can read
 POST /kv/connect    Introduction -> Introduction
+POST /kv/probe      ProbePush -> ProbeResult
 POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
-POST /kv/renew      RenewLease -> LeaseState
+POST /kv/renew      RenewLease -> LeasesHeld
 POST /kv/landed     BlocksLanded -> LeaseState
 POST /kv/release    ReleaseLease -> LeaseState
 POST /kv/borrow     BorrowPrefix -> PrefixLent
@@ -13,19 +14,22 @@ from collections.abc import AsyncIterator
 
 from starlette.routing import Route
 
-from kv_transfer.device_arena import Arena
 from kv_transfer.exports import ExportTable
 from kv_transfer.lending import NOTHING, Lender
-from kv_transfer.transport import Transport, find_endpoint, introduce
+from kv_transfer.pushers import Pushers
+from kv_transfer.transport_set import TransportSet
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
 from protocol.transfer import (
     BlocksLanded,
     BorrowPrefix,
     Introduction,
+    LeasesHeld,
     LeaseState,
     OpenHandoff,
     PrefixLent,
+    ProbePush,
+    ProbeResult,
     ReleaseLease,
     RenewLease,
 )
@@ -34,6 +38,7 @@ from runtime.rpc_server import get_route, message_route, stream_route
 
 HELLO_PATH = "/kv/hello"
 CONNECT_PATH = "/kv/connect"
+PROBE_PATH = "/kv/probe"
 HANDOFF_PATH = "/kv/handoff"
 RENEW_PATH = "/kv/renew"
 LANDED_PATH = "/kv/landed"
@@ -43,8 +48,8 @@ BORROW_PATH = "/kv/borrow"
 
 def kv_routes(
     exports: ExportTable,
-    transport: Transport,
-    arena: Arena,
+    transports: TransportSet,
+    pushers: Pushers,
     layout: KVLayout,
     *,
     worker_id: WorkerId,
@@ -59,13 +64,17 @@ def kv_routes(
 
     async def connect(message: Introduction) -> Introduction:
         layout.check_compatible(message.layout, message.worker)
-        find_endpoint(message, transport.kind)
-        return introduce(worker_id, incarnation, layout, arena, [transport])
+        transports.check_common(message)
+        pushers.introduce(message)
+        return transports.introduce(worker_id, incarnation, layout)
+
+    async def probe(message: ProbePush) -> ProbeResult:
+        return await pushers.probe(message)
 
     async def handoff(message: OpenHandoff) -> AsyncIterator[bytes]:
         return exports.attach(message)
 
-    async def renew(message: RenewLease) -> LeaseState:
+    async def renew(message: RenewLease) -> LeasesHeld:
         return exports.renew(message)
 
     async def landed(message: BlocksLanded) -> LeaseState:
@@ -80,6 +89,7 @@ def kv_routes(
     return [
         get_route(HELLO_PATH, hello, cluster_key),
         message_route(CONNECT_PATH, Introduction, connect, cluster_key),
+        message_route(PROBE_PATH, ProbePush, probe, cluster_key),
         stream_route(HANDOFF_PATH, OpenHandoff, handoff, cluster_key),
         message_route(RENEW_PATH, RenewLease, renew, cluster_key),
         message_route(LANDED_PATH, BlocksLanded, landed, cluster_key),

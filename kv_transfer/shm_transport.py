@@ -25,7 +25,14 @@ from kv_transfer.arena import HEADER_BYTES, MAGIC, TOKEN_BYTES, HostArena
 from kv_transfer.memory_copy import copy_runs
 from kv_transfer.plan import coalesce
 from kv_transfer.read_log import LinkUse, ReadLog, bounded
-from kv_transfer.transport import Capabilities, TransportStats, check_block_ids, does_not_push, make_endpoint
+from kv_transfer.transport import (
+    Capabilities,
+    OutOfReach,
+    TransportStats,
+    check_block_ids,
+    does_not_push,
+    make_endpoint,
+)
 from protocol.errors import HeadraceError, LayoutMismatch, PeerLost, TransferError
 from protocol.ids import TicketId
 from protocol.transfer import Endpoint, Introduction, TransportKind
@@ -132,9 +139,14 @@ def _payload(peer: Introduction, endpoint: Endpoint) -> ShmPayload:
             f"layout take {expected}"
         )
     if payload.host != _this_host():
+        if payload.host.split(" ")[0] != _this_host().split(" ")[0]:
+            raise OutOfReach(
+                f"{peer.worker} is on another host; the shm transport works only within one: set transfer.transport to"
+                ' "auto", "nixl" or "tcp" on both'
+            )
         raise PeerLost(
-            f"{peer.worker} is on another host or in another pid namespace; the shm transport works only within "
-            'one: set transfer.transport to "nixl" or "tcp" on both'
+            f"{peer.worker} is in another pid namespace; the shm transport works only within one: run both containers with"
+            ' hostPID or shareProcessNamespace, or set transfer.transport to "auto", "nixl" or "tcp" on both'
         )
     return payload
 

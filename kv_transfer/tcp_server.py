@@ -10,7 +10,7 @@ import threading
 
 from kv_transfer.arena import HostArena
 from kv_transfer.tcp_wire import ConnectionEnded, TcpRead, TcpReply, receive_frame, send
-from kv_transfer.transport import MayRead
+from kv_transfer.transport import MayRead, lends
 from protocol.errors import HeadraceError, LeaseExpired, Overloaded, TransferError, TransferTimeout
 from protocol.ids import TicketId
 from protocol.wire import encode_frame
@@ -95,12 +95,11 @@ class TcpServer:
             raise TransferError(f"asked for blocks outside of an arena of {num_blocks}")
         if sum(count for _, count in request.runs) > num_blocks:
             raise TransferError("asked for more blocks than there are")
-        block_ids = [first + offset for first, count in request.runs for offset in range(count)]
-        if not self._may_read(TicketId(request.ticket_id), block_ids):
+        if not lends(self._arena, self._may_read, TicketId(request.ticket_id), request.runs):
             raise LeaseExpired("this ticket does not lend these blocks, or no longer")
         size = self._arena.block_bytes
         deadline = Deadline(SEND_TIMEOUT_S)
-        send(connection, encode_frame(TcpReply(len(block_ids) * size)), deadline)
+        send(connection, encode_frame(TcpReply(sum(count for _, count in request.runs) * size)), deadline)
         for first, count in request.runs:
             send(connection, self._arena.memory[first * size : (first + count) * size], deadline)
 

@@ -9,17 +9,17 @@ checks the checksums.
 """
 
 import asyncio
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import xxhash
 
 from kv_transfer.device_arena import Arena
-from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, TransferError, TransferTimeout
+from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, PeerLost, TransferError, TransferTimeout
 from protocol.ids import Incarnation, TicketId, WorkerId
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Direction, Endpoint, Introduction, TransportKind
+from protocol.transfer import Direction, Endpoint, Introduction, MissingTransport, TransportKind
 
 MayRead = Callable[[TicketId, Sequence[int]], bool]
 """The owner's answer to "may the holder of this ticket read these blocks now?". Called from any thread."""
@@ -52,9 +52,9 @@ class Capabilities:
 
 
 @dataclass(frozen=True, slots=True)
-class TransportStats:
-    """What an initiator's transport did since it was made. `num_copies`: pieces moved, after merging neighbours.
-    `num_quarantined`: transfers given up whose bytes may still land, now."""
+class Moved:
+    """Totals of transfers that we initiated. `num_copies`: pieces moved, after merging neighbours. `num_quarantined`:
+    transfers given up whose bytes may still land, now."""
 
     num_transfers: int = 0
     num_failed: int = 0
@@ -62,6 +62,14 @@ class TransportStats:
     num_copies: int = 0
     seconds: float = 0.0
     num_quarantined: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class TransportStats(Moved):
+    """What an initiator's transport did since it was made; probes do not count. `by_peer` is the same by the peer's name
+    and the direction, for peers that are linked or were until lately."""
+
+    by_peer: Mapping[tuple[str, Direction], Moved] = field(default_factory=dict)
 
 
 class TransferAbandoned(TransferTimeout):
@@ -125,6 +133,10 @@ class Transport(Protocol):
         ...
 
 
+class OutOfReach(PeerLost):
+    """This kind of transport cannot join these two processes, and no setting would change that."""
+
+
 def does_not_push(kind: TransportKind) -> TransferError:
     return TransferError(f"the {kind} transport does not push")
 
@@ -134,7 +146,14 @@ def make_endpoint(kind: TransportKind, payload: bytes) -> Endpoint:
 
 
 def introduce(
-    worker: WorkerId, incarnation: Incarnation, layout: KVLayout, arena: Arena, transports: Iterable[Transport]
+    worker: WorkerId,
+    incarnation: Incarnation,
+    layout: KVLayout,
+    arena: Arena,
+    transports: Iterable[Transport],
+    *,
+    missing: Iterable[MissingTransport] = (),
+    scratch_seed: bytes = b"",
 ) -> Introduction:
     """What a process says of itself when it meets a peer."""
     return Introduction(
@@ -144,6 +163,8 @@ def introduce(
         num_blocks=arena.num_blocks,
         num_scratch_blocks=arena.num_scratch_blocks,
         endpoints=tuple(transport.endpoint() for transport in transports),
+        missing=tuple(missing),
+        scratch_seed=scratch_seed,
     )
 
 
@@ -157,9 +178,13 @@ def find_endpoint(peer: Introduction, kind: TransportKind) -> Endpoint:
             if xxhash.xxh3_64_intdigest(endpoint.payload) != endpoint.checksum:
                 raise ChecksumMismatch(f"the {kind} metadata of {peer.worker} arrived damaged")
             return endpoint
+    raise nothing_in_common(peer, [kind])
+
+
+def nothing_in_common(peer: Introduction, ours: Sequence[TransportKind]) -> LayoutMismatch:
     offered = ", ".join(endpoint.transport for endpoint in peer.endpoints) or "nothing"
-    raise LayoutMismatch(
-        f"{peer.worker} moves KV by {offered}, this node by {kind}; set transfer.transport to the same on both"
+    return LayoutMismatch(
+        f"{peer.worker} moves KV by {offered}, this node by {', '.join(ours)}; set transfer.transport to the same on both"
     )
 
 
@@ -177,3 +202,9 @@ def check_block_ids(block_ids: Sequence[int], num_blocks: int, whose: str) -> No
     for block_id in block_ids:
         if not 0 <= block_id < num_blocks:
             raise TransferError(f"block {block_id} is not in {whose} arena of {num_blocks} blocks")
+
+
+def lends(arena: Arena, may_read: MayRead, ticket_id: TicketId, runs: Sequence[tuple[int, int]]) -> bool:
+    """Whether an owner lends all these blocks, (first, count) each. Scratch blocks are lent to everybody."""
+    lent = [block for first, count in runs for block in range(first, first + count) if block < arena.num_blocks]
+    return not lent or may_read(ticket_id, lent)

@@ -6,16 +6,18 @@ is borrowed before the rest is computed; others borrow from this node in the sam
 whatever side, ends it on all three: engine, export, token stream.
 """
 
-from collections.abc import Iterable, Sequence
+import asyncio
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from engine.engine import Engine
 from engine.events import BlocksComputed, EngineEvent, Failed, Pinned, PrefillFinished, Reserved
 from engine.request import EngineRequest, Mode
 from kv_transfer.exchange import KVExchange
+from kv_transfer.staging import StagedBlocks
 from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError
 from protocol.ids import RequestId, RouterId
-from protocol.phases import DecodePhases
+from protocol.phases import DecodePhases, HandoffPhases
 from protocol.requests import PrefillAccepted, PrefillRequest
 from protocol.tokens import PromptComputed, SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
 from runtime.metrics import NodeMetrics
@@ -77,13 +79,28 @@ class PrefillService:
             self._exports.fail(request_id, Cancelled("the request was cancelled"))
             self._outbox.forget(request_id)
 
-    def on_engine_events(self, events: Sequence[EngineEvent]) -> None:
-        """One step's events. Block announcements go out before the first token that depends on them."""
+    def listener(self, loop: asyncio.AbstractEventLoop) -> Callable[[list[EngineEvent]], None]:
+        """What the engine is to be started with. Blocks are staged on the engine's own thread, which runs anyway, as far as
+        that is quick: on its way to a reader the last chunk then waits for no other thread than the event loop's."""
+
+        def hand_on(events: list[EngineEvent]) -> None:
+            if loop.is_closed():
+                return
+            staged = {e: self._exports.stage_at_once(e.block_ids) for e in events if isinstance(e, BlocksComputed)}
+            loop.call_soon_threadsafe(self.on_engine_events, events, staged)
+
+        return hand_on
+
+    def on_engine_events(
+        self, events: Sequence[EngineEvent], staged: Mapping[BlocksComputed, StagedBlocks | None]
+    ) -> None:
+        """One step's events, and what has been staged of their blocks. Announcements go out before the first token that
+        depends on them."""
         messages: list[TokenMessage] = []
         for event in events:
             match event:
                 case BlocksComputed(request_id, first_block, block_ids):
-                    self._exports.publish(request_id, first_block, block_ids)
+                    self._exports.publish(request_id, first_block, block_ids, staged.get(event))
                 case Reserved(request_id, block_ids, num_cached_blocks):
                     self._prefixes.reserved(request_id, block_ids, num_cached_blocks)
                 case Pinned(pin_id, block_ids):
@@ -117,6 +134,6 @@ class PrefillService:
             PromptComputed(request_id, event.num_cached_tokens, event.phases),
         ]
         if event.finish_reason is not None:
-            none = DecodePhases(handoff_s=0.0, decode_s=0.0)
+            none = DecodePhases(HandoffPhases(), 0.0)
             messages.append(SequenceFinished(request_id, event.finish_reason, none, event.stop_token_id))
         return messages

@@ -74,10 +74,19 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     checksum: Annotated[int, msgspec.Meta(ge=0)]
 
 
+class MissingTransport(msgspec.Struct, frozen=True):
+    """A transport that a process was told to run and cannot. `reason` is for people, and says how to mend it."""
+
+    transport: TransportKind
+    reason: Annotated[str, msgspec.Meta(max_length=1000)]
+
+
 class Introduction(msgspec.Struct, frozen=True, kw_only=True):
     """Phase two of a meeting, from either side: who it is, what its blocks are, and how its arena is reached.
 
-    Blocks `num_blocks`, ..., `num_blocks + num_scratch_blocks - 1` of the arena hold nothing: probes move those.
+    Blocks `num_blocks`, ..., `num_blocks + num_scratch_blocks - 1` of the arena hold nothing: probes move those. The first
+    half of them are samples, which probes copy; the others are where probes land. `scratch_seed` tells what the samples
+    hold (kv_transfer.scratch says how); it is empty where nobody could write into them.
     """
 
     worker: IdText
@@ -86,6 +95,8 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
     num_blocks: BlockCount
     num_scratch_blocks: BlockCount
     endpoints: Annotated[tuple[Endpoint, ...], msgspec.Meta(max_length=8)]
+    missing: Annotated[tuple[MissingTransport, ...], msgspec.Meta(max_length=8)] = ()
+    scratch_seed: Annotated[bytes, msgspec.Meta(max_length=32)] = b""
 
     @property
     def num_wire_blocks(self) -> int:
@@ -94,18 +105,24 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class ProbePush(msgspec.Struct, frozen=True, kw_only=True):
-    """Push scratch blocks to the reader, which has introduced itself, and say how long that took."""
+    """Write samples into these scratch blocks of the reader, which has introduced itself, and say how long that took.
+    Whatever the answer is, once it is there no more bytes move."""
 
     reader: IdText
     incarnation: IdText
     transport: TransportKind
+    block_ids: Annotated[tuple[BlockCount, ...], msgspec.Meta(min_length=1, max_length=1024)]
 
 
 class ProbeResult(msgspec.Struct, frozen=True):
-    """Of one block, and of large transfers. Measured by whoever moved the bytes."""
+    """What a transfer costs: so much for itself, and so much for its bytes. Measured by whoever moved them."""
 
     latency_s: Annotated[float, msgspec.Meta(ge=0)]
     bytes_per_s: Annotated[float, msgspec.Meta(gt=0)]
+
+    def seconds(self, num_bytes: int) -> float:
+        """How long a transfer of this size takes."""
+        return self.latency_s + num_bytes / self.bytes_per_s
 
 
 class PushTarget(msgspec.Struct, frozen=True):
@@ -140,12 +157,14 @@ class BlocksReady(msgspec.Struct, frozen=True, tag="ready"):
 
 class PrefillDone(msgspec.Struct, frozen=True, tag="done"):
     """Every block has been announced; the first token is sampled. `since_computed_s` is how long ago the owner's last
-    chunk ended when this was written. If `finished` the first token was also the last and nothing is left to do."""
+    chunk ended when this was written, `wire_s` how much of that its push moved bytes. If `finished` the first token was
+    also the last and nothing is left to do."""
 
     first_token: SampledToken
     finished: bool
     since_computed_s: float
     phases: PrefillPhases
+    wire_s: float = 0.0
 
 
 class PrefixDone(msgspec.Struct, frozen=True, tag="lent"):
@@ -159,11 +178,20 @@ class HandoffFailed(msgspec.Struct, frozen=True, tag="failed"):
 HandoffMessage = BlocksReady | PrefillDone | PrefixDone | HandoffFailed
 
 
-class RenewLease(msgspec.Struct, frozen=True):
-    """The reader is still reading. Answered by LeaseState."""
+TicketIds = Annotated[tuple[IdText, ...], msgspec.Meta(min_length=1, max_length=4096)]
 
-    ticket_id: IdText
+
+class RenewLease(msgspec.Struct, frozen=True):
+    """The reader still wants what these tickets cover. Answered by LeasesHeld."""
+
+    ticket_ids: TicketIds
     incarnation: IdText
+
+
+class LeasesHeld(msgspec.Struct, frozen=True):
+    """In the order of the tickets that were asked for."""
+
+    held: tuple[bool, ...]
 
 
 class ReleaseLease(msgspec.Struct, frozen=True):
@@ -184,10 +212,12 @@ class BlocksLanded(msgspec.Struct, frozen=True):
 
 
 class LeaseState(msgspec.Struct, frozen=True):
-    """`writing`: a push of the owner has not ended; its bytes may still land in the reader's blocks."""
+    """`writing`: a push of the owner has not ended; its bytes may still land in the reader's blocks. `known`: this is the
+    incarnation that made the ticket; of what another did or does it can say nothing."""
 
     held: bool
     writing: bool = False
+    known: bool = True
 
 
 class BorrowPrefix(msgspec.Struct, frozen=True, kw_only=True):

@@ -15,7 +15,7 @@ Count = Annotated[int, msgspec.Meta(ge=0)]
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Constant for one incarnation. `served_model` is the name clients use; `max_model_len` counts prompt and output
-    tokens; `num_blocks` is the size of the KV cache."""
+    tokens; `num_blocks` is the size of the KV cache. `transports` are those it runs, the preferred first."""
 
     worker_id: IdText
     incarnation: IdText
@@ -27,7 +27,7 @@ class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     max_model_len: Count
     num_blocks: Count
     layout: KVLayout
-    transport: TransportKind
+    transports: Annotated[tuple[TransportKind, ...], msgspec.Meta(min_length=1, max_length=8)]
 
 
 class WorkerLoad(msgspec.Struct, frozen=True, kw_only=True):

@@ -5,7 +5,7 @@ from typing import Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
-from protocol.phases import PhaseLedger
+from protocol.phases import HandoffPhases, PhaseLedger
 
 LOWEST_LOGPROB = -9999.0
 """JSON has no minus infinity."""
@@ -22,8 +22,21 @@ class Usage(msgspec.Struct, frozen=True):
     prompt_tokens_details: PromptTokensDetails
 
 
+class HandoffTiming(msgspec.Struct, frozen=True):
+    """protocol.phases.HandoffPhases in milliseconds."""
+
+    queue_ms: float
+    wire_ms: float
+    verify_ms: float
+    join_ms: float
+
+    @classmethod
+    def of(cls, phases: HandoffPhases) -> "HandoffTiming":
+        return cls(*map(_milliseconds, (phases.queue_s, phases.wire_s, phases.verify_s, phases.join_s)))
+
+
 class Timing(msgspec.Struct, frozen=True):
-    """protocol.phases.PhaseLedger in milliseconds."""
+    """protocol.phases.PhaseLedger in milliseconds. `handoff` is handoff_ms in its parts."""
 
     router_ms: float
     queue_ms: float
@@ -32,10 +45,20 @@ class Timing(msgspec.Struct, frozen=True):
     decode_ms: float
     transit_ms: float
     total_ms: float
+    handoff: HandoffTiming
 
     @classmethod
     def of(cls, phases: PhaseLedger) -> "Timing":
-        return cls(*(round(1000 * seconds, 3) for seconds in msgspec.structs.astuple(phases)))
+        return cls(
+            router_ms=_milliseconds(phases.router_s),
+            queue_ms=_milliseconds(phases.queue_s),
+            prefill_ms=_milliseconds(phases.prefill_s),
+            handoff_ms=_milliseconds(phases.handoff_s),
+            decode_ms=_milliseconds(phases.decode_s),
+            transit_ms=_milliseconds(phases.transit_s),
+            total_ms=_milliseconds(phases.total_s),
+            handoff=HandoffTiming.of(phases.handoff),
+        )
 
 
 class ChatLogprob(msgspec.Struct, frozen=True):
@@ -145,3 +168,7 @@ class Model(msgspec.Struct, frozen=True, kw_only=True):
 class ModelList(msgspec.Struct, frozen=True):
     data: list[Model]
     object: Literal["list"] = "list"
+
+
+def _milliseconds(seconds: float) -> float:
+    return round(1000 * seconds, 3)

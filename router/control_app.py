@@ -54,7 +54,7 @@ def describe_workers(cluster: Cluster) -> list[dict[str, object]]:
                 "control_url": info.control_url,
                 "ready": cluster.is_ready(worker),
                 "leaving": worker.leaving,
-                "transport": info.transport,
+                "transports": info.transports,
                 "num_blocks": info.num_blocks,
                 "max_model_len": info.max_model_len,
                 "layout_fingerprint": info.layout.fingerprint,

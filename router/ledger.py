@@ -1,6 +1,6 @@
 """Ledger: collects where one sequence's time went, from the nodes' own records and the router's clock."""
 
-from protocol.phases import DecodePhases, PhaseLedger, PrefillPhases
+from protocol.phases import DecodePhases, HandoffPhases, PhaseLedger, PrefillPhases
 from runtime.clock import Clock
 
 
@@ -54,13 +54,13 @@ class Ledger:
         decode = self._decode
         if decode is None:
             resumed_at = self._last_token_at if self._resumed_at is None else self._resumed_at
-            decode = DecodePhases(handoff_s=0.0, decode_s=self._last_token_at - resumed_at)
+            decode = DecodePhases(HandoffPhases(), self._last_token_at - resumed_at)
         accounted = router_s + self._prefill.queue_s + self._prefill.prefill_s + decode.handoff_s + decode.decode_s
         return PhaseLedger(
             router_s=router_s,
             queue_s=self._prefill.queue_s,
             prefill_s=self._prefill.prefill_s,
-            handoff_s=decode.handoff_s,
+            handoff=decode.handoff,
             decode_s=decode.decode_s,
             transit_s=max(0.0, total_s - accounted),
             total_s=total_s,

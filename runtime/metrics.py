@@ -18,7 +18,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Proc
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
-from protocol.phases import PhaseLedger
+from protocol.phases import HandoffPhases, PhaseLedger
 
 _TTFT_BUCKETS_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
@@ -69,7 +69,23 @@ class NodeMetrics:
             registry=registry,
             buckets=_HANDOFF_BUCKETS_S,
         )
+        self.handoff_phases = Histogram(
+            "headrace_handoff_phase_seconds",
+            "Where the exposed hand-off went: queue, wire, verify, join",
+            ["phase"],
+            registry=registry,
+            buckets=_HANDOFF_BUCKETS_S,
+        )
         self.phases = _phases(registry)
+
+    def observe_handoff(self, handoff: HandoffPhases) -> None:
+        """One hand-off that ended well, as a whole and in its parts."""
+        self.handoff_seconds.observe(handoff.total_s)
+        self.phases.labels("handoff").observe(handoff.total_s)
+        self.handoff_phases.labels("queue").observe(handoff.queue_s)
+        self.handoff_phases.labels("wire").observe(handoff.wire_s)
+        self.handoff_phases.labels("verify").observe(handoff.verify_s)
+        self.handoff_phases.labels("join").observe(handoff.join_s)
 
 
 class EngineMetrics:

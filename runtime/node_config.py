@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
-from protocol.transfer import TransportKind
+from protocol.transfer import Direction, TransportKind
 
 PositiveInt = Annotated[int, msgspec.Meta(ge=1)]
 PositiveFloat = Annotated[float, msgspec.Meta(gt=0)]
@@ -78,12 +78,20 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     of the other node after which a hand-off is given up and the context recomputed. `borrow`: take the KV of a prompt's
     beginning from another node that has it; "auto" where that is faster than computing it, as far as this node has measured.
 
+    `transport` "auto" runs all of `allowed` that can start; two nodes that meet measure those that both run and take the
+    fastest, and of some that are about as fast the one that stands first. Any other value is the one transport that is
+    used. `direction`: whether the reader pulls or the owner pushes; "auto" pulls where pushing is not measured to be much
+    faster. `max_bytes_in_flight`: of all requests together, to or from one peer.
+
     Of a GPU's KV: `device_memory` "direct" lets the transport reach it where it is, "staged" copies through pinned host
     memory, "auto" does that only where the other cannot be. `staging_memory` is how much of it: a size, or "auto", 64
     blocks or 256 MiB, whichever is less.
     """
 
-    transport: TransportKind = "nixl"
+    transport: TransportKind | Literal["auto"] = "auto"
+    allowed: Annotated[tuple[TransportKind, ...], msgspec.Meta(min_length=1)] = ("shm", "nixl", "tcp")
+    direction: Direction | Literal["auto"] = "auto"
+    max_bytes_in_flight: PositiveInt = 64 << 20
     device_memory: Literal["auto", "direct", "staged"] = "auto"
     staging_memory: str = "auto"
     lease_ttl_s: PositiveFloat = 30.0

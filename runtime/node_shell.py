@@ -21,6 +21,7 @@ from protocol.errors import Draining
 from protocol.ids import Incarnation, RequestId, RouterId
 from protocol.requests import CancelRequest
 from protocol.tokens import OpenTokenStream
+from protocol.transfer import TransportKind
 from protocol.wire import WIRE_VERSION
 from protocol.workers import Role, WorkerInfo, WorkerLoad
 from runtime.health import health_routes
@@ -156,7 +157,12 @@ class NodeShell:
 
 
 def describe_worker(
-    config: NodeConfig, role: Role, incarnation: Incarnation, control_url: str, model: ServedModel
+    config: NodeConfig,
+    role: Role,
+    incarnation: Incarnation,
+    control_url: str,
+    model: ServedModel,
+    transports: tuple[TransportKind, ...],
 ) -> WorkerInfo:
     """Who this node is to its routers. Without a configured name it is called after its role, host and port."""
     parts = urlsplit(control_url)
@@ -171,7 +177,7 @@ def describe_worker(
         max_model_len=model.max_model_len,
         num_blocks=model.num_blocks,
         layout=model.layout,
-        transport=config.transfer.transport,
+        transports=transports,
     )
 
 

@@ -319,6 +319,7 @@ async def test_injected_faults_surface_as_what_they_are() -> None:
 async def test_a_fetch_cancelled_during_a_read_says_when_its_blocks_are_safe() -> None:
     async with running_owner("inproc") as owner, running_reader("inproc", stall_timeout_s=5.0) as reader:
         assert isinstance(owner.transport, InprocTransport)
+        await reader.importer.fetch(owner.hand_off("req-0", 32, [0, 1]), [0, 1], 0, 10.0)
         wake = threading.Event()
         owner.transport.faults = Faults(stall=wake)
         ticket = owner.hand_off("req-1", 32, [0, 1])

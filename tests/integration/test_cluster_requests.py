@@ -103,7 +103,10 @@ async def test_the_phases_add_up(cluster: Cluster) -> None:
     async with aiohttp.ClientSession() as session:
         answer = await complete(session, cluster.url, prompt_of(333), 32, include_timing=True)
     phases = dict(answer.timing)
-    total = phases.pop("total_ms")
+    total, parts = phases.pop("total_ms"), phases.pop("handoff")
+    assert set(parts) == {"queue_ms", "wire_ms", "verify_ms", "join_ms"}
+    assert all(value >= 0 for value in parts.values())
+    assert sum(parts.values()) == pytest.approx(phases["handoff_ms"], abs=0.01)
     assert set(phases) == {"router_ms", "queue_ms", "prefill_ms", "handoff_ms", "decode_ms", "transit_ms"}
     assert all(value >= 0 for value in phases.values())
     assert sum(phases.values()) == pytest.approx(total, rel=0.01)
@@ -128,6 +131,7 @@ async def test_a_local_prompt_is_accounted_for_though_a_stop_string_ends_it(mode
                 assert (choice["text"], choice["stop_reason"]) == (text[: text.index(stop)], stop)
                 assert timing["prefill_ms"] > 0
                 assert timing["handoff_ms"] == 0
+                assert sum(timing.pop("handoff").values()) == 0
                 assert sum(timing.values()) == pytest.approx(2 * timing["total_ms"], rel=0.01)
                 assert answer["usage"]["prompt_tokens_details"]["cached_tokens"] == 6 * BLOCK_SIZE
         single.wait_idle()

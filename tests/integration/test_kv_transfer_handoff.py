@@ -9,7 +9,7 @@ import pytest
 from kv_transfer.imports import FetchFailed
 from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired
 from protocol.ids import RequestId
-from protocol.transfer import TransportKind
+from protocol.transfer import PrefillDone, TransportKind
 from tests.support.kv_owner import FIRST_TOKEN, LAYOUT, PHASES, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
 
@@ -49,8 +49,9 @@ async def test_a_finished_prefill_arrives_whole(owner: Owner, reader: ReaderNode
     ticket = owner.hand_off("req-1", 70, remote)
     result = await reader.importer.fetch(ticket, local, 0, 10.0)
     assert_arrived(owner, reader, remote, local)
-    assert (result.first_token, result.finished, result.phases) == (FIRST_TOKEN, False, PHASES)
-    assert (result.num_blocks_moved, result.num_bytes_moved) == (5, 5 * LAYOUT.block_bytes)
+    assert isinstance(result.end, PrefillDone)
+    assert (result.end.first_token, result.end.finished, result.end.phases) == (FIRST_TOKEN, False, PHASES)
+    assert result.num_blocks_moved == 5
     await released(owner, "req-1")
     assert owner.exports.stats().num_open == 0
     assert reader.transport.stats().num_bytes == 5 * LAYOUT.block_bytes
@@ -81,7 +82,8 @@ async def test_cached_blocks_do_not_move(owner: Owner, reader: ReaderNode) -> No
 async def test_a_context_that_is_wholly_cached_moves_nothing(owner: Owner, reader: ReaderNode) -> None:
     ticket = owner.hand_off("req-1", 32, [0, 1])
     result = await reader.importer.fetch(ticket, [5, 6], 2, 10.0)
-    assert (result.num_blocks_moved, result.first_token) == (0, FIRST_TOKEN)
+    assert isinstance(result.end, PrefillDone)
+    assert (result.num_blocks_moved, result.end.first_token) == (0, FIRST_TOKEN)
     await released(owner, "req-1")
 
 

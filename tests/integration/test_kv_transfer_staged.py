@@ -53,11 +53,11 @@ class Pair:
             assert self.taken.block(ours) == self.lent.block(theirs)
 
     async def at_rest(self) -> None:
-        """Every wire block is back on both ends."""
-        stagings = (self.owner_staging, self.reader_staging)
-        await until(lambda: all(staging.num_free == NUM_WIRE_BLOCKS for staging in stagings))
-        assert self.owner.exports.stats().num_open == 0
-        assert self.reader.importer.stats().num_unsettled == 0
+        """Every lease has ended, and every wire block is back on both ends."""
+        await until(lambda: self.owner.exports.stats().num_open == 0)
+        await until(lambda: self.reader.importer.stats().num_unsettled == 0)
+        for staging in (self.owner_staging, self.reader_staging):
+            await until(lambda staging=staging: staging.num_free == NUM_WIRE_BLOCKS)  # type: ignore[misc]
 
 
 async def running_pair(kind: TransportKind) -> AsyncIterator[Pair]:
@@ -198,6 +198,34 @@ async def test_an_abandoned_read_keeps_its_wire_blocks_until_it_has_settled(inpr
     await inproc.at_rest()
 
 
+async def test_who_waits_for_room_behind_abandoned_reads_gives_up_in_time(inproc: Pair) -> None:
+    """And its KV blocks, into which nothing was read, do not wait for the others' bytes."""
+    assert isinstance(inproc.owner.transport, InprocTransport)
+    stall = inproc.owner.transport.faults.stall = threading.Event()
+    tickets = [inproc.owner.hand_off(f"req-{i}", 2 * TOKENS, [2 * i, 2 * i + 1]) for i in range(4)]
+    fetches = [inproc.reader.importer.fetch(ticket, [2 * i, 2 * i + 1], 0, 1.5) for i, ticket in enumerate(tickets)]
+    failures = await asyncio.gather(*fetches, return_exceptions=True)
+    assert all(isinstance(failure, FetchFailed) for failure in failures)
+    settled = [failure.settled for failure in failures if isinstance(failure, FetchFailed)]
+    await asyncio.wait_for(settled[3].wait(), 1)
+    assert not any(event.is_set() for event in settled[:3])
+    stall.set()
+    await asyncio.gather(*(asyncio.wait_for(event.wait(), 5) for event in settled))
+    await inproc.at_rest()
+
+
+async def test_an_owner_that_pushes_streams_through_its_staging_memory() -> None:
+    device, staging = device_staging(1)
+    async with (
+        running_owner("inproc", staging=staging) as owner,
+        running_reader("inproc", direction="push") as reader,
+    ):
+        ticket = owner.hand_off("req-1", 40 * TOKENS, list(range(40)))
+        await reader.importer.fetch(ticket, list(range(40)), 0, 10.0)
+        assert all(reader.arena.block(i) == device.block(i) for i in range(40))
+        await until(lambda: staging.num_free == NUM_WIRE_BLOCKS)
+
+
 async def test_an_owner_that_gives_up_its_prefill_gives_up_its_staging(inproc: Pair) -> None:
     request_id = RequestId("req-1")
     ticket = inproc.owner.open(request_id, 40 * TOKENS)
@@ -213,7 +241,7 @@ async def test_an_owner_that_gives_up_its_prefill_gives_up_its_staging(inproc: P
 async def test_a_device_that_fails_fails_the_hand_off_and_nothing_else(inproc: Pair) -> None:
     inproc.taken.fail = RuntimeError("the device is lost")
     ticket = inproc.owner.hand_off("req-1", 2 * TOKENS, [0, 1])
-    with pytest.raises(FetchFailed, match="reading KV failed"):
+    with pytest.raises(FetchFailed, match="moving KV failed"):
         await inproc.reader.importer.fetch(ticket, [10, 11], 0, 10.0)
     inproc.taken.fail = None
     inproc.lent.fail = RuntimeError("the device is lost")

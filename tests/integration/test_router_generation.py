@@ -360,14 +360,16 @@ async def test_the_phases_add_up(site: Site, local: bool) -> None:
             await prefill.die()
         _, answer = await site.post(include_timing=True)
         timing = answer["choices"][0]["timing"]
-        total = timing.pop("total_ms")
+        total, parts = timing.pop("total_ms"), timing.pop("handoff")
         assert sum(timing.values()) == pytest.approx(total, rel=0.01)
+        assert parts == {"queue_ms": 0, "wire_ms": 0.1, "verify_ms": 0, "join_ms": 0.2}
         assert (timing["queue_ms"], timing["prefill_ms"]) == (0.1, 0.2)
         assert (timing["handoff_ms"], timing["decode_ms"]) == (0.3, 0.4)
         _, stopped = await site.post(include_timing=True, stop="Müh")
         timing = stopped["choices"][0]["timing"]
-        total = timing.pop("total_ms")
+        total, parts = timing.pop("total_ms"), timing.pop("handoff")
         assert sum(timing.values()) == pytest.approx(total, rel=0.01)
+        assert sum(parts.values()) == timing["handoff_ms"]
         assert all(value >= 0 for value in timing.values())
 
 

@@ -52,7 +52,7 @@ def info(like: FakeNode, incarnation: str, **changes: object) -> WorkerInfo:
         "max_model_len": 256,
         "num_blocks": 10,
         "layout": LAYOUT,
-        "transport": "inproc",
+        "transports": ("inproc",),
     }
     return WorkerInfo(incarnation=incarnation, **(fields | changes))  # type: ignore[arg-type]
 

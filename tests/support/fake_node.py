@@ -16,7 +16,7 @@ from protocol.errors import Draining, HeadraceError
 from protocol.ids import RequestId, RouterId, new_incarnation, new_ticket_id
 from protocol.kv_events import AllBlocksCleared, BlocksStored, KVEventBatch
 from protocol.kv_layout import KVLayout
-from protocol.phases import DecodePhases, PrefillPhases
+from protocol.phases import DecodePhases, HandoffPhases, PrefillPhases
 from protocol.requests import CancelRequest, DecodeAccepted, DecodeRequest, PrefillAccepted, PrefillRequest
 from protocol.sampling import SamplingParams
 from protocol.tokens import (
@@ -51,7 +51,7 @@ LAYOUT = KVLayout(
 )
 NUM_CACHED_TOKENS = 16
 PREFILL_PHASES = PrefillPhases(queue_s=0.0001, prefill_s=0.0002)
-DECODE_PHASES = DecodePhases(handoff_s=0.0003, decode_s=0.0004)
+DECODE_PHASES = DecodePhases(HandoffPhases(wire_s=0.0001, join_s=0.0002), decode_s=0.0004)
 
 
 class FakeNode:
@@ -143,7 +143,7 @@ class FakeNode:
             max_model_len=self._max_model_len,
             num_blocks=1000,
             layout=LAYOUT,
-            transport="inproc",
+            transports=("inproc",),
         )
 
     def _load(self) -> WorkerLoad:
@@ -225,7 +225,7 @@ class FakeNode:
         ]
         reason, stop_token_id = self._end(index, token.token_id, request.sampling)
         if reason is not None:
-            none = DecodePhases(handoff_s=0.0, decode_s=0.0)
+            none = DecodePhases(HandoffPhases(), 0.0)
             messages.append(SequenceFinished(request.request_id, reason, none, stop_token_id))
         self.outbox.post(messages)
         self.outbox.forget(RequestId(request.request_id))

@@ -21,10 +21,12 @@ from starlette.applications import Starlette
 
 from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
-from kv_transfer.factory import make_transport
+from kv_transfer.factory import start_transports
+from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
 from kv_transfer.staging import HostStaging, Staging
-from kv_transfer.transport import Transport, introduce
+from kv_transfer.transport import Transport
+from kv_transfer.transport_set import TransportSet
 from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
@@ -65,15 +67,21 @@ def fill(arena: HostArena, seed: int) -> None:
 @dataclass
 class Owner:
     staging: Staging
-    transport: Transport
+    transports: TransportSet
+    pushers: Pushers
     exports: ExportTable
     url: str
     incarnation: Incarnation
     cached: CachedBlocks
     released: list[RequestId] = field(default_factory=list)
 
+    @property
+    def transport(self) -> Transport:
+        """The first, which is the only one where a test names a kind."""
+        return next(iter(self.transports))
+
     def introduction(self) -> Introduction:
-        return introduce(OWNER, self.incarnation, LAYOUT, self.arena, [self.transport])
+        return self.transports.introduce(OWNER, self.incarnation, LAYOUT)
 
     @property
     def arena(self) -> HostArena:
@@ -148,6 +156,14 @@ async def running_owner(
     if isinstance(arena, HostArena):
         fill(arena, seed)
     released: list[RequestId] = []
+    transports = start_transports(
+        options,
+        arena,
+        incarnation=incarnation,
+        host="127.0.0.1",
+        may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
+    )
+    pushers = Pushers(transports, MonotonicClock())
     exports = ExportTable(
         staging,
         owner=OWNER,
@@ -157,13 +173,13 @@ async def running_owner(
         options=options,
         clock=clock or MonotonicClock(),
         on_released=released.append,
+        push_links=pushers,
     )
-    transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1", may_read=exports.may_read)
     cached = CachedBlocks(exports, layout.block_size, NUM_BLOCKS, options.stall_timeout_s)
     routes = kv_routes(
         exports,
-        transport,
-        arena,
+        transports,
+        pushers,
         layout,
         worker_id=OWNER,
         incarnation=incarnation,
@@ -172,14 +188,14 @@ async def running_owner(
     )
     reaper = asyncio.create_task(exports.run())
     try:
-        async with serving(Starlette(routes=routes), listener):
-            yield Owner(staging, transport, exports, url, incarnation, cached, released)
-            await exports.close()
+        async with pushers, exports, serving(Starlette(routes=routes), listener):
+            yield Owner(staging, transports, pushers, exports, url, incarnation, cached, released)
+            exports.end_all()
     finally:
         reaper.cancel()
         await asyncio.gather(reaper, return_exceptions=True)
-        await transport.close()
         await staging.close()
+        await transports.close()
         if isinstance(arena, HostArena):
             arena.close()
 

@@ -5,14 +5,15 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from kv_transfer.arena import HostArena
-from kv_transfer.factory import make_transport
+from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
 from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Link, Transport, find_endpoint
+from kv_transfer.transport_set import TransportSet
 from protocol.ids import WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Introduction, TransportKind
+from protocol.transfer import Direction, Introduction, TransportKind
 from runtime.clock import MonotonicClock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
@@ -22,9 +23,14 @@ from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS, NUM_SCRATCH_
 @dataclass
 class ReaderNode:
     staging: Staging
-    transport: Transport
+    transports: TransportSet
     importer: Importer
     client: RpcClient
+
+    @property
+    def transport(self) -> Transport:
+        """The first, which is the only one where a test names a kind."""
+        return next(iter(self.transports))
 
     @property
     def arena(self) -> HostArena:
@@ -37,28 +43,34 @@ class ReaderNode:
 
 @contextlib.asynccontextmanager
 async def running_reader(
-    kind: TransportKind, *, stall_timeout_s: float = 2.0, layout: KVLayout = LAYOUT, staging: Staging | None = None
+    kind: TransportKind,
+    *,
+    direction: Direction = "pull",
+    stall_timeout_s: float = 2.0,
+    layout: KVLayout = LAYOUT,
+    options: TransferOptions | None = None,
+    staging: Staging | None = None,
 ) -> AsyncIterator[ReaderNode]:
     """`staging`: where the blocks go, if not into an arena of zeros. Closed in the end with its arena."""
     incarnation = new_incarnation()
-    options = TransferOptions(transport=kind, stall_timeout_s=stall_timeout_s)
+    options = options or TransferOptions(transport=kind, direction=direction, stall_timeout_s=stall_timeout_s)
     staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
     arena = staging.arena
-    transport = make_transport(kind, arena, incarnation=incarnation, host="127.0.0.1")
+    transports = start_transports(options, arena, incarnation=incarnation, host="127.0.0.1")
     try:
         async with RpcClient(CLUSTER_KEY) as client:
             importer = Importer(
                 client=client,
-                transport=transport,
+                transports=transports,
                 staging=staging,
                 reader=Reader(WorkerId("decode-0"), incarnation, layout),
                 options=options,
                 clock=MonotonicClock(),
             )
             async with importer:
-                yield ReaderNode(staging, transport, importer, client)
+                yield ReaderNode(staging, transports, importer, client)
     finally:
-        await transport.close()
         await staging.close()
+        await transports.close()
         if isinstance(arena, HostArena):
             arena.close()

@@ -25,7 +25,7 @@ from protocol.errors import (
 )
 from protocol.ids import RequestId, RouterId
 from protocol.kv_layout import KVLayout
-from protocol.phases import DecodePhases, PrefillPhases
+from protocol.phases import DecodePhases, HandoffPhases, PrefillPhases
 from protocol.tokens import (
     OpenTokenStream,
     PromptComputed,
@@ -60,7 +60,7 @@ INFO = WorkerInfo(
     layout=KVLayout(
         model="m", revision="r", dtype="float32", num_layers=1, num_kv_heads=1, head_dim=8, block_size=16, rope="x"
     ),
-    transport="nixl",
+    transports=("nixl",),
 )
 
 
@@ -277,7 +277,7 @@ async def test_the_account_of_a_prompt_does_not_end_the_request() -> None:
     await next_frame(frames)
     box.outbox.expect(RequestId("a"), ROUTER)
     computed = PromptComputed("a", 0, PrefillPhases(0.5, 0.25))
-    finished = SequenceFinished("a", "length", DecodePhases(0.0, 1.0))
+    finished = SequenceFinished("a", "length", DecodePhases(HandoffPhases(), 1.0))
     for messages in ((chunk("a"), computed), (chunk("a", 1), finished)):
         box.outbox.post(messages)
         assert (await next_frame(frames)).messages == messages

@@ -4,32 +4,38 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.landing import Landing
+from kv_transfer.landing import Landing, Piece
 from protocol.errors import ChecksumMismatch, TransferError
 from protocol.transfer import BlocksReady
 
 
 @given(st.integers(1, 40), st.data())
-def test_every_block_lands_once_in_its_place(num_blocks: int, data: st.DataObject) -> None:
+def test_every_block_lands_once_in_its_place_in_any_order(num_blocks: int, data: st.DataObject) -> None:
     cached = data.draw(st.integers(0, num_blocks))
     local = [1000 + index for index in range(num_blocks)]
     landing = Landing(local, cached)
     landed: dict[int, int] = {}
+    moving: list[Piece] = []
     while not landing.complete:
-        if landing.num_announced < num_blocks and data.draw(st.booleans()):
-            first = landing.num_announced
-            count = data.draw(st.integers(0, num_blocks - first))
-            ids = tuple(first + offset for offset in range(count))
-            landing.announce(BlocksReady(first, ids, ids))
-        batch = landing.next_batch(data.draw(st.integers(1, 8)))
-        if batch is not None:
-            landed |= dict(zip(batch.remote_ids, batch.local_ids, strict=True))
-            landing.landed(batch, len(batch.local_ids))
-        elif landing.num_announced < num_blocks:
-            first = landing.num_announced
-            landing.announce(BlocksReady(first, (first,), (first,)))
+        can = {
+            "announce": landing.num_announced < num_blocks,
+            "take": landing.num_taken < landing.num_announced,
+            "prove": bool(moving),
+        }
+        match data.draw(st.sampled_from([action for action, possible in can.items() if possible])):
+            case "announce":
+                first = landing.num_announced
+                ids = tuple(range(first, first + data.draw(st.integers(1, num_blocks - first))))
+                landing.announce(BlocksReady(first, ids, ids))
+            case "take":
+                moving.append(landing.take(data.draw(st.integers(1, 8))))
+            case "prove":
+                piece = moving.pop(data.draw(st.integers(0, len(moving) - 1)))
+                landed |= dict(zip(piece.remote_ids, piece.local_ids, strict=True))
+                landing.prove(piece, piece.num_blocks)
+        assert all(index in landed for index in range(cached, landing.num_valid_blocks))
     assert landed == {index: 1000 + index for index in range(cached, num_blocks)}
-    assert landing.next_batch(1) is None
+    assert landing.num_taken == num_blocks
 
 
 @pytest.mark.parametrize(
@@ -52,8 +58,10 @@ def test_announcements_that_cannot_be_true_are_refused(message: BlocksReady) -> 
 def test_blocks_before_a_damaged_one_count() -> None:
     landing = Landing([10, 11, 12, 13], 1)
     landing.announce(BlocksReady(1, (5, 6, 7), (50, 60, 70)))
-    batch = landing.next_batch(8)
-    assert batch is not None
-    with pytest.raises(ChecksumMismatch, match="block 2 of 4"):
-        landing.landed(batch, 1)
-    assert landing.num_valid_blocks == 2
+    first, rest = landing.take(1), landing.take(8)
+    assert (rest.first_block, rest.remote_ids, rest.local_ids) == (2, (6, 7), (12, 13))
+    with pytest.raises(ChecksumMismatch, match="block 3 of 4"):
+        landing.prove(rest, 1)
+    assert landing.num_valid_blocks == 1, "the one in between is not proven yet"
+    landing.prove(first, 1)
+    assert landing.num_valid_blocks == 3

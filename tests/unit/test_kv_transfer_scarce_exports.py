@@ -40,6 +40,8 @@ class Table:
             clock=self.clock,
             on_released=lambda _request_id: None,
         )
+
+    def prefill(self) -> None:
         self.ticket = self.exports.open(REQUEST, 6 * LAYOUT.block_size, CONTEXT)
         self.exports.publish(REQUEST, 0, range(20, 26))
         self.exports.finish(REQUEST, FIRST_TOKEN, False, 99.0, PHASES)
@@ -86,8 +88,9 @@ async def hear(stream: AsyncIterator[HandoffMessage], num_blocks: int) -> list[i
 @pytest.fixture
 async def table() -> AsyncIterator[Table]:
     made = Table()
-    yield made
-    await made.exports.close()
+    async with made.exports:
+        made.prefill()
+        yield made
     await made.staging.close()
     assert made.staging.num_free == NUM_WIRE_BLOCKS
     made.arena.close()

@@ -5,7 +5,7 @@ import pytest
 from protocol.errors import ErrorInfo, InvalidParameter, MalformedMessage
 from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored, KVEvent, KVEventBatch
 from protocol.kv_layout import KVLayout
-from protocol.phases import DecodePhases, PrefillPhases
+from protocol.phases import DecodePhases, HandoffPhases, PrefillPhases
 from protocol.requests import CancelRequest, DecodeAccepted, DecodeRequest, PrefillAccepted, PrefillRequest
 from protocol.sampling import SamplingParams
 from protocol.tokens import (
@@ -27,6 +27,7 @@ from protocol.transfer import (
     Introduction,
     KVSource,
     LeaseState,
+    MissingTransport,
     OpenHandoff,
     PrefillDone,
     PrefixDone,
@@ -84,7 +85,7 @@ MESSAGES: dict[str, object] = {
         (
             TokenChunk("q", 1, (SampledToken(5), SampledToken(6, -0.5, ((6, -0.5), (7, -1.0))))),
             PromptComputed("q", 16, PrefillPhases(0.5, 0.25)),
-            SequenceFinished("q", "stop", DecodePhases(0.125, 2.0), 2),
+            SequenceFinished("q", "stop", DecodePhases(HandoffPhases(0.125, 0.25, 0.5, 1.0), 2.0), 2),
             SequenceFailed("q", ERROR),
         ),
     ),
@@ -96,8 +97,10 @@ MESSAGES: dict[str, object] = {
         num_blocks=8,
         num_scratch_blocks=2,
         endpoints=(Endpoint(transport="nixl", payload=b"\x00\xff", checksum=1),),
+        missing=(MissingTransport("shm", "no memfd"),),
+        scratch_seed=b"\x01\x02",
     ),
-    "probe_push": ProbePush(reader="d0", incarnation="j", transport="nixl"),
+    "probe_push": ProbePush(reader="d0", incarnation="j", transport="nixl", block_ids=(102, 103)),
     "probe_result": ProbeResult(0.001, 1e9),
     "open_handoff": OpenHandoff(
         ticket_id="t",
@@ -111,7 +114,7 @@ MESSAGES: dict[str, object] = {
     "done": PrefillDone(SampledToken(5), False, 0.001, PrefillPhases(0.5, 0.25)),
     "prefix_done": PrefixDone(),
     "handoff_failed": HandoffFailed(ERROR),
-    "renew": RenewLease("t", "i"),
+    "renew": RenewLease(("t", "u"), "i"),
     "release": ReleaseLease("t", "i"),
     "landed": BlocksLanded("t", "i", 9),
     "lease_state": LeaseState(True),
@@ -128,7 +131,7 @@ MESSAGES: dict[str, object] = {
         max_model_len=20,
         num_blocks=30,
         layout=LAYOUT,
-        transport="nixl",
+        transports=("nixl", "tcp"),
     ),
     "heartbeat": Heartbeat(
         worker_id="p0",
@@ -178,21 +181,25 @@ GOLDEN: dict[str, str] = {
         "7801a6746f6b656e73929305c0909306cbbfe0000000000000929206cbbfe00000000000009207cbbff000000000000084a4"
         "74797065a8636f6d7075746564aa726571756573745f6964a171b16e756d5f6361636865645f746f6b656e7310a670686173"
         "657382a771756575655f73cb3fe0000000000000a970726566696c6c5f73cb3fd000000000000085a474797065a866696e69"
-        "73686564aa726571756573745f6964a171a6726561736f6ea473746f70a66465636f646582a968616e646f66665f73cb3fc0"
-        "000000000000a86465636f64655f73cb4000000000000000ad73746f705f746f6b656e5f69640283a474797065a66661696c"
-        "6564aa726571756573745f6964a171a56572726f7284a4636f6465aa6f7665726c6f61646564a76d657373616765a466756c"
-        "6ca9726574727961626c65c3ad72657472795f61667465725f73cb3ff8000000000000"
+        "73686564aa726571756573745f6964a171a6726561736f6ea473746f70a66465636f646582a768616e646f666684a7717565"
+        "75655f73cb3fc0000000000000a6776972655f73cb3fd0000000000000a87665726966795f73cb3fe0000000000000a66a6f"
+        "696e5f73cb3ff0000000000000a86465636f64655f73cb4000000000000000ad73746f705f746f6b656e5f69640283a47479"
+        "7065a66661696c6564aa726571756573745f6964a171a56572726f7284a4636f6465aa6f7665726c6f61646564a76d657373"
+        "616765a466756c6ca9726574727961626c65c3ad72657472795f61667465725f73cb3ff8000000000000"
     ),
     "open_token_stream": "81a9726f757465725f6964a172",
     "introduction": (
-        "86a6776f726b6572a27030ab696e6361726e6174696f6ea169a66c61796f75748da56d6f64656ca16da87265766973696f6e"
+        "88a6776f726b6572a27030ab696e6361726e6174696f6ea169a66c61796f75748da56d6f64656ca16da87265766973696f6e"
         "a172a56474797065a862666c6f61743136aa6e756d5f6c617965727302ac6e756d5f6b765f686561647301a8686561645f64"
         "696d08aa626c6f636b5f73697a6510a4726f7065a764656661756c74ac7175616e74697a6174696f6ea46e6f6e65ab706167"
         "655f666f726d6174a5706c61696ea774705f73697a6501a774705f72616e6b00ac776972655f76657273696f6e02aa6e756d"
         "5f626c6f636b7308b26e756d5f736372617463685f626c6f636b7302a9656e64706f696e74739183a97472616e73706f7274"
-        "a46e69786ca77061796c6f6164c40200ffa8636865636b73756d01"
+        "a46e69786ca77061796c6f6164c40200ffa8636865636b73756d01a76d697373696e679182a97472616e73706f7274a37368"
+        "6da6726561736f6ea86e6f206d656d6664ac736372617463685f73656564c4020102"
     ),
-    "probe_push": "83a6726561646572a26430ab696e6361726e6174696f6ea16aa97472616e73706f7274a46e69786c",
+    "probe_push": (
+        "84a6726561646572a26430ab696e6361726e6174696f6ea16aa97472616e73706f7274a46e69786ca9626c6f636b5f696473926667"
+    ),
     "probe_result": "82a96c6174656e63795f73cb3f50624dd2f1a9fcab62797465735f7065725f73cb41cdcd6500000000",
     "open_handoff": (
         "86a97469636b65745f6964a174ab696e6361726e6174696f6ea169a6726561646572a26430b27265616465725f696e636172"
@@ -204,19 +211,19 @@ GOLDEN: dict[str, str] = {
         "07a6736361726365c2"
     ),
     "done": (
-        "85a474797065a4646f6e65ab66697273745f746f6b656e9305c090a866696e6973686564c2b073696e63655f636f6d707574"
+        "86a474797065a4646f6e65ab66697273745f746f6b656e9305c090a866696e6973686564c2b073696e63655f636f6d707574"
         "65645f73cb3f50624dd2f1a9fca670686173657382a771756575655f73cb3fe0000000000000a970726566696c6c5f73cb3f"
-        "d0000000000000"
+        "d0000000000000a6776972655f73cb0000000000000000"
     ),
     "prefix_done": "81a474797065a46c656e74",
     "handoff_failed": (
         "82a474797065a66661696c6564a56572726f7284a4636f6465aa6f7665726c6f61646564a76d657373616765a466756c6ca9"
         "726574727961626c65c3ad72657472795f61667465725f73cb3ff8000000000000"
     ),
-    "renew": "82a97469636b65745f6964a174ab696e6361726e6174696f6ea169",
+    "renew": "82aa7469636b65745f69647392a174a175ab696e6361726e6174696f6ea169",
     "release": "82a97469636b65745f6964a174ab696e6361726e6174696f6ea169",
     "landed": "83a97469636b65745f6964a174ab696e6361726e6174696f6ea169aa6e756d5f626c6f636b7309",
-    "lease_state": "82a468656c64c3a777726974696e67c2",
+    "lease_state": "83a468656c64c3a777726974696e67c2a56b6e6f776ec3",
     "borrow": (
         "83aa726571756573745f6964a171a6726561646572a26430ac626c6f636b5f68617368657391c41061616161616161616161"
         "616161616161"
@@ -234,7 +241,7 @@ GOLDEN: dict[str, str] = {
         "6f64656ca16da87265766973696f6ea172a56474797065a862666c6f61743136aa6e756d5f6c617965727302ac6e756d5f6b"
         "765f686561647301a8686561645f64696d08aa626c6f636b5f73697a6510a4726f7065a764656661756c74ac7175616e7469"
         "7a6174696f6ea46e6f6e65ab706167655f666f726d6174a5706c61696ea774705f73697a6501a774705f72616e6b00ac7769"
-        "72655f76657273696f6e02a97472616e73706f7274a46e69786c"
+        "72655f76657273696f6e02aa7472616e73706f72747392a46e69786ca3746370"
     ),
     "heartbeat": (
         "84a9776f726b65725f6964a27030ab696e6361726e6174696f6ea169a46c6f616486a772756e6e696e6701a777616974696e"

@@ -16,7 +16,7 @@ from text_model import EOS, make_text_model, make_tokenizer
 
 from protocol.errors import Draining, InternalError, InvalidParameter, Overloaded, RequestError
 from protocol.ids import new_router_id
-from protocol.phases import DecodePhases, PrefillPhases
+from protocol.phases import DecodePhases, HandoffPhases, PrefillPhases
 from router.admission import Admission
 from router.api_choices import make_choices, text_options
 from router.api_errors import error_body
@@ -403,10 +403,10 @@ def test_ledger_of_a_sequence() -> None:
     ledger.tokens_arrived()
     stopped = ledger.close()
     assert (stopped.router_s, stopped.decode_s, stopped.transit_s, stopped.total_s) == (1, 5, 1, 10)
-    ledger.decoded(DecodePhases(handoff_s=0.5, decode_s=4))
+    ledger.decoded(DecodePhases(HandoffPhases(queue_s=0.25, join_s=0.25), decode_s=4))
     whole = ledger.close()
     assert (whole.handoff_s, whole.decode_s, whole.transit_s) == (0.5, 4, 1.5)
-    ledger.decoded(DecodePhases(handoff_s=0.5, decode_s=400))
+    ledger.decoded(DecodePhases(HandoffPhases(join_s=0.5), decode_s=400))
     assert ledger.close().transit_s == 0
 
 

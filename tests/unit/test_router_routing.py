@@ -48,7 +48,7 @@ def info(worker_id: str = "w", incarnation: str = "one", role: Role = "decode", 
         "max_model_len": 128,
         "num_blocks": 10,
         "layout": layout(),
-        "transport": "inproc",
+        "transports": ("inproc",),
     }
     return WorkerInfo(worker_id=worker_id, incarnation=incarnation, role=role, **(fields | changes))  # type: ignore[arg-type]
 

@@ -4,7 +4,7 @@ import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
-from protocol.phases import PhaseLedger
+from protocol.phases import HandoffPhases, PhaseLedger
 from runtime.metrics import (
     CountHistogram,
     EngineMetrics,
@@ -79,7 +79,9 @@ def test_a_histogram_follows_running_counts() -> None:
 
 def test_a_ledger_is_observed_phase_by_phase() -> None:
     registry = CollectorRegistry()
-    ledger = PhaseLedger(router_s=1, queue_s=2, prefill_s=3, handoff_s=4, decode_s=5, transit_s=6, total_s=21)
+    ledger = PhaseLedger(
+        router_s=1, queue_s=2, prefill_s=3, handoff=HandoffPhases(1, 1, 1, 1), decode_s=5, transit_s=6, total_s=21
+    )
     observe_phases(RouterMetrics(registry).phases, ledger)
     seen = samples(registry)
     expected = {"router": 1, "queue": 2, "prefill": 3, "handoff": 4, "decode": 5, "transit": 6}

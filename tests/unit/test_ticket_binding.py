@@ -66,18 +66,21 @@ class Recorder:
     def expect(self, request_id: RequestId, _: Any) -> None:
         self.calls.append(("expect", request_id))
 
+    def keep(self, ticket: TransferTicket) -> None:
+        self.calls.append(("keep", ticket.request_id))
+
     def open(self, request_id: RequestId, num_tokens: int, context: ContextHash) -> TransferTicket:
         return msgspec.structs.replace(TICKET, request_id=request_id, num_tokens=num_tokens, context_hash=context)
 
 
 def decode_service(seen: Recorder) -> DecodeService:
-    return DecodeService(seen, EXCHANGE, None, seen, None, 100, LAYOUT.identity)  # type: ignore[arg-type]  # fakes
+    return DecodeService(seen, EXCHANGE, seen, seen, None, 100, LAYOUT)  # type: ignore[arg-type]  # fakes
 
 
 def test_a_request_with_its_own_ticket_is_taken() -> None:
     seen = Recorder()
     decode_service(seen).decode(REQUEST)
-    assert [what for what, _ in seen.calls] == ["expect", "submit"]
+    assert [what for what, _ in seen.calls] == ["expect", "keep", "submit"]
 
 
 OTHERS = {
@@ -106,7 +109,8 @@ def test_a_ticket_of_something_else_is_refused_before_anything_begins(name: str)
 
 def test_another_model_is_another_context() -> None:
     seen = Recorder()
-    service = DecodeService(seen, EXCHANGE, None, seen, None, 100, "0" * 32)  # type: ignore[arg-type]  # fakes
+    other = msgspec.structs.replace(LAYOUT, model="another")
+    service = DecodeService(seen, EXCHANGE, seen, seen, None, 100, other)  # type: ignore[arg-type]  # fakes
     with pytest.raises(InvalidParameter, match="another context"):
         service.decode(REQUEST)
     assert seen.calls == []
@@ -118,7 +122,7 @@ def test_where_the_prompt_ends_and_the_answer_begins_makes_no_difference() -> No
     decode_service(seen).decode(
         msgspec.structs.replace(REQUEST, prompt_token_ids=PROMPT + EMITTED, emitted_token_ids=())
     )
-    assert [what for what, _ in seen.calls] == ["expect", "submit"]
+    assert [what for what, _ in seen.calls] == ["expect", "keep", "submit"]
 
 
 def test_the_prefill_node_binds_its_ticket_to_what_it_computes() -> None:
