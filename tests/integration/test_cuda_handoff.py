@@ -70,6 +70,7 @@ async def test_tokens_are_those_of_a_single_node(
         transport="nixl" if way.startswith("nixl") else "shm",
         device_memory="direct" if way.endswith("direct") else "auto",
         staging_memory=SMALL_STAGING,
+        stall_timeout_s=30.0,  # a slow machine is no reason to compute again
     )
     async with running_device_cluster(folder, model, transfer, monkeypatch) as cluster:
         assert await complete_all(cluster.url, prompts(), NUM_TOKENS) == expected
