@@ -27,8 +27,9 @@ from kv_transfer.link_queue import LinkQueues, QueueStats
 from kv_transfer.push import Push, PushContext, PushEvents, PushLinks, PushPath
 from kv_transfer.quarantine import Quarantine
 from kv_transfer.staging import StagedBlocks, Staging
+from kv_transfer.ticket_issuer import TicketIssuer
 from protocol.errors import HeadraceError, InternalError, InvalidParameter, PeerLost, TransferError
-from protocol.ids import ContextHash, Incarnation, RequestId, TicketId, WorkerId, new_ticket_id
+from protocol.ids import ContextHash, Incarnation, RequestId, TicketId, WorkerId
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
@@ -75,10 +76,8 @@ class ExportTable:
         push_links: PushLinks | None = None,
     ) -> None:
         self._staging = staging
-        self._owner = owner
-        self._incarnation = incarnation
         self._layout = layout
-        self._control_url = control_url
+        self._issuer = TicketIssuer(owner, incarnation, layout, control_url)
         self._options = options
         self._clock = clock
         self._on_released = on_released
@@ -107,7 +106,7 @@ class ExportTable:
     def end_all(self) -> None:
         """Whoever still listens hears that this node stops. For the end of the process, after draining."""
         for export in list(self._by_ticket.values()):
-            self._end(export, "failed", PeerLost(f"{self._owner} stops"))
+            self._end(export, "failed", PeerLost(f"{self._issuer.owner} stops"))
 
     def stats(self) -> ExportStats:
         return ExportStats(
@@ -131,11 +130,9 @@ class ExportTable:
         for a request that has one."""
         if request_id in self._by_request:
             raise InvalidParameter(f"request {request_id} is exported already", param="request_id")
-        export = self._enter(
-            request_id, num_tokens, context_hash, self._options.lease_ttl_s, partial(self._on_released, request_id)
-        )
-        self._by_request[request_id] = export
-        return export.ticket
+        ticket = self._issuer.issue(request_id, num_tokens, context_hash, self._options.lease_ttl_s)
+        self._by_request[request_id] = self._enter(ticket, partial(self._on_released, request_id))
+        return ticket
 
     def lend(
         self,
@@ -145,36 +142,17 @@ class ExportTable:
         block_ids: Sequence[int],
         give_back: Callable[[], None],
     ) -> TransferTicket:
-        """A ticket to blocks that are final already. `request_id` is the reader's; it may borrow more than once, and be
-        exported too. `give_back()` is called exactly once, when the blocks are the owner's again.
-
-        The lease is short: who has asked fetches at once, or has gone, and then nobody would return the loan."""
+        """A ticket to final blocks. `request_id` is the reader's; it may borrow more than once, and be exported too.
+        `give_back()` is called exactly once, when the blocks are the owner's again. The lease is short: who has asked
+        fetches at once, or has gone, and then nobody would return the loan."""
         ttl_s = min(self._options.lease_ttl_s, LOAN_TTL_STALLS * self._options.stall_timeout_s)
-        export = self._enter(request_id, num_tokens, context_hash, ttl_s, give_back)
+        export = self._enter(self._issuer.issue(request_id, num_tokens, context_hash, ttl_s), give_back)
         export.submit(0, block_ids)
         export.finish(AllLent(), self._clock.now())
         self._stage_rest(export)
         return export.ticket
 
-    def _enter(
-        self,
-        request_id: RequestId,
-        num_tokens: int,
-        context_hash: ContextHash,
-        ttl_s: float,
-        give_back: Callable[[], None],
-    ) -> Export:
-        ticket = TransferTicket(
-            ticket_id=new_ticket_id(),
-            request_id=request_id,
-            owner=self._owner,
-            incarnation=self._incarnation,
-            layout_fingerprint=self._layout.fingerprint,
-            control_url=self._control_url,
-            num_tokens=num_tokens,
-            context_hash=context_hash,
-            ttl_s=ttl_s,
-        )
+    def _enter(self, ticket: TransferTicket, give_back: Callable[[], None]) -> Export:
         export = Export(ticket, give_back, scarce=not self._staging.eager)
         self._by_ticket[TicketId(ticket.ticket_id)] = export
         self._num_opened += 1
@@ -249,7 +227,7 @@ class ExportTable:
         export = self._find(message.ticket_id, message.incarnation)
         if export is not None:
             self._take_back(export, message.num_blocks)
-        return LeaseState(held=export is not None, known=message.incarnation == self._incarnation)
+        return LeaseState(held=export is not None, known=message.incarnation == self._issuer.incarnation)
 
     def release(self, message: ReleaseLease) -> LeaseState:
         """Idempotent; False says that the lease had ended before."""
@@ -259,7 +237,7 @@ class ExportTable:
         return LeaseState(
             held=export is not None,
             writing=self._is_writing(TicketId(message.ticket_id)),
-            known=message.incarnation == self._incarnation,
+            known=message.incarnation == self._issuer.incarnation,
         )
 
     def may_read(self, ticket_id: TicketId, block_ids: Sequence[int]) -> bool:
@@ -283,7 +261,7 @@ class ExportTable:
             self._end(export, "expired", lease_gone("the lease expired"))
 
     def _find(self, ticket_id: str, incarnation: str) -> Export | None:
-        if incarnation != self._incarnation:
+        if incarnation != self._issuer.incarnation:
             return None
         export = self._by_ticket.get(TicketId(ticket_id))
         if export is not None and export.expired(self._clock.now()):
@@ -354,9 +332,8 @@ class ExportTable:
 
     def _end(self, export: Export, ending: Ending, error: HeadraceError | None) -> None:
         ticket_id = TicketId(export.ticket.ticket_id)
-        request_id = RequestId(export.ticket.request_id)
-        if self._by_request.get(request_id) is export:  # and not a loan to the same request
-            del self._by_request[request_id]
+        if self._by_request.get(RequestId(export.ticket.request_id)) is export:  # and not a loan to the same request
+            del self._by_request[RequestId(export.ticket.request_id)]
         del self._by_ticket[ticket_id]
         self._unsettled[ticket_id] = export
         self._endings[ending] += 1
@@ -401,7 +378,7 @@ class ExportTable:
         if target is None:
             return
         if self._push_links is None:
-            raise TransferError(f"{self._owner} does not push")
+            raise TransferError(f"{self._issuer.owner} does not push")
         num_blocks = max(0, self._layout.num_blocks_for(export.ticket.num_tokens) - message.skip_blocks)
         if len(target.block_ids) != num_blocks or len(set(target.block_ids)) != num_blocks:
             raise TransferError(f"a push of this hand-off takes {num_blocks} different blocks of the reader")
