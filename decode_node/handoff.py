@@ -15,11 +15,10 @@ from engine.events import Reserved
 from kv_transfer.borrowing import BorrowContext
 from kv_transfer.fetch import FetchResult
 from kv_transfer.gathering import gather
-from kv_transfer.holders import holders_of
+from kv_transfer.holders import Holders
 from kv_transfer.imports import FetchFailed
 from protocol.errors import Cancelled, HeadraceError, InternalError
 from protocol.ids import RequestId, TicketId
-from protocol.requests import DecodeRequest
 from protocol.transfer import PrefillDone, TransferTicket
 
 CLOSE_TIMEOUT_S = 5.0
@@ -61,12 +60,11 @@ class Handoffs:
                 task.cancel()
             await asyncio.gather(*unsettled)
 
-    def start(self, event: Reserved, ticket: TransferTicket, request: DecodeRequest, deadline_s: float) -> None:
-        """Fetch into the blocks of `event`, also from other holders that `request` names. The outcome reaches the engine,
-        whatever it is; success at the very moment when the last block is proven, before any task gets to run."""
+    def start(self, event: Reserved, ticket: TransferTicket, holders: Holders, deadline_s: float) -> None:
+        """Fetch into the blocks of `event`, the first of them from other holders where there are any. The outcome reaches the
+        engine, whatever it is; success at the very moment when the last block is proven, before any task gets to run."""
         request_id = event.request_id
         arrived = partial(self._arrived, request_id)
-        holders = holders_of(request, self._context.layout, ticket.num_tokens)
         fetch = gather(self._context, ticket, holders, event.block_ids, event.num_cached_blocks, deadline_s, arrived)
         fetching = asyncio.create_task(fetch, name=f"fetch:{request_id}")
         task = asyncio.create_task(self._run(event, ticket, fetching), name=f"handoff:{request_id}")

@@ -11,13 +11,13 @@ from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
 from kv_transfer.device_blocks import DeviceBlocks
-from kv_transfer.exchange import KVExchange
+from kv_transfer.exchange import KVExchange, open_wires
 from protocol.ids import Incarnation, new_incarnation
 from runtime.auth import check_bind
 from runtime.life import ProcessLife, install_signal_handlers
 from runtime.metrics import EngineMetrics, NodeMetrics, TransferMetrics, new_registry
 from runtime.node_config import NodeConfig
-from runtime.node_shell import NodeShell
+from runtime.node_shell import NodeShell, advertised_host, describe_worker
 from runtime.registration import KVEventFeed
 from runtime.rpc_client import RpcClient
 from runtime.serving import bind_socket, run_on_event_loop, socket_url
@@ -49,15 +49,15 @@ async def _serve(
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    client = RpcClient(config.cluster_key)
-    metrics = TransferMetrics(registry)
-    exchange = KVExchange(config, "decode", incarnation, url, built.model, memory, engine, client, metrics)
-    info = exchange.info
+    wires = open_wires(config, incarnation, advertised_host(url), memory)
+    info = describe_worker(config, "decode", incarnation, url, built.model, wires.transports.kinds)
     shell = NodeShell(config, info, life, registry)
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(client)
-        await stack.enter_async_context(exchange)
+        client = await stack.enter_async_context(RpcClient(config.cluster_key))
+        exchange = await stack.enter_async_context(
+            KVExchange(config, info, wires, engine, client, TransferMetrics(registry))
+        )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         await stack.enter_async_context(exchange.prefixes)
         handoffs = await stack.enter_async_context(Handoffs(engine, exchange.borrowing))
@@ -68,7 +68,7 @@ async def _serve(
             shell.outbox,
             NodeMetrics(registry),
             info.vocab_size,
-            info.layout.identity,
+            info.layout,
         )
         engine.start(on_loop(loop, service.on_engine_events))
         telemetry = EngineTelemetry(engine, EngineMetrics(registry))

@@ -45,7 +45,7 @@ class DecodeNode:
         return self._engine_telemetry.stuck()
 
     def idle(self) -> bool:
-        return self._engine_telemetry.idle() and self._exchange.idle
+        return self._engine_telemetry.idle() and self._exchange.idle()
 
     def report(self) -> None:
         self._engine_telemetry.update()

@@ -13,10 +13,12 @@ from engine.engine import Engine
 from engine.events import EngineEvent, Failed, Finished, Pinned, PromptComputed, Reserved, TokensSampled
 from engine.request import EngineRequest, Mode
 from kv_transfer.exchange import KVExchange
+from kv_transfer.holders import Holders, holders_of
 from protocol import tokens
 from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError, InvalidParameter
 from protocol.ids import RequestId, RouterId
+from protocol.kv_layout import KVLayout
 from protocol.requests import DecodeAccepted, DecodeRequest
 from protocol.tokens import SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
 from protocol.transfer import TransferTicket
@@ -29,8 +31,8 @@ from runtime.token_outbox import TokenOutbox
 class _Expected:
     """A hand-off that waits for room here."""
 
-    request: DecodeRequest
     ticket: TransferTicket
+    holders: Holders
     deadline: Deadline
 
 
@@ -43,7 +45,7 @@ class DecodeService:
         outbox: TokenOutbox,
         metrics: NodeMetrics,
         vocab_size: int,
-        layout_identity: str,
+        layout: KVLayout,
     ) -> None:
         self._engine = engine
         self._prefixes = exchange.prefixes
@@ -52,18 +54,19 @@ class DecodeService:
         self._outbox = outbox
         self._metrics = metrics
         self._vocab_size = vocab_size
-        self._layout_identity = layout_identity
+        self._layout = layout
         self._expected: dict[RequestId, _Expected] = {}
 
     def decode(self, request: DecodeRequest) -> DecodeAccepted:
         """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
         request.sampling.validate(self._vocab_size)
         if request.ticket is not None:
-            _check_ticket(request.ticket, request, self._layout_identity)
+            _check_ticket(request.ticket, request, self._layout.identity)
         request_id = RequestId(request.request_id)
         self._outbox.expect(request_id, RouterId(request.router_id))
         if request.ticket is not None:
-            self._expected[request_id] = _Expected(request, request.ticket, Deadline(request.deadline_s))
+            holders = holders_of(request, self._layout, request.ticket.num_tokens)
+            self._expected[request_id] = _Expected(request.ticket, holders, Deadline(request.deadline_s))
             self._handoffs.keep(request.ticket)
         try:
             if request.ticket is None:
@@ -72,7 +75,6 @@ class DecodeService:
                 self._engine.submit(EngineRequest.of(request, Mode.IMPORT))
         except HeadraceError:
             self._forget(request_id)
-            self._prefixes.forget(request_id)
             self._outbox.forget(request_id)
             raise
         return DecodeAccepted(request_id)
@@ -116,10 +118,11 @@ class DecodeService:
             self._handoffs.refuse(event, Cancelled("the request was cancelled"))
             return
         deadline_s = max(expected.deadline.remaining_s, 0.001)
-        self._handoffs.start(event, expected.ticket, expected.request, deadline_s)
+        self._handoffs.start(event, expected.ticket, expected.holders, deadline_s)
 
     def _forget(self, request_id: RequestId) -> None:
         """It will not be imported. No error if it is not waiting for that."""
+        self._prefixes.forget(request_id)
         expected = self._expected.pop(request_id, None)
         if expected is not None:
             self._handoffs.drop(expected.ticket)

@@ -6,11 +6,11 @@ engine             the step loop on its own thread: owns all state, takes comman
 core               the same without the thread: commands and steps in, events out
 scheduler          one token budget a step: decodes first, then prefill chunks; preemption by recompute
 speculation        guesses of what follows, and whether they were right
-step_pipeline      steps in flight, from launch to result; step_times: where their time went
+step_pipeline      steps in flight, from launch to result; step_times: where their time went; prefill_rate: how fast prompts go
 outcomes           what a step meant to each sequence; with stop_rules and timing
 sequence           one request's life inside the engine; waiting_queue: before it is admitted
 block_tables       which blocks hold which sequence, over block_pool and prefix_cache
-block_pool         KV blocks with reference counts and an O(1) LRU free list
+block_pool         KV blocks with reference counts and an O(1) LRU free list; free_runs: those that hold nothing
 prefix_cache       block hash -> block; kv_event_log: what it gained and lost, for the routers
 admission, config, load
                    what is taken on, what is allowed, how much is going on

@@ -7,7 +7,7 @@ still be written, and nothing else may use them before they have settled; no oth
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -37,14 +37,15 @@ class Prefix:
 
 @dataclass(frozen=True, slots=True)
 class BorrowContext:
-    """What all borrowings of one node share. `compute_tokens_per_s()`: how fast prompts are computed here;
-    None where that is not known yet."""
+    """What all borrowings of one node share. `estimate_seconds(source, num_bytes)`: what moving so much from there takes, or TransferError;
+    `compute_tokens_per_s()`: how fast prompts are computed here; None where that is not known yet."""
 
     importer: Importer
     reader: WorkerId
     layout: KVLayout
     stall_timeout_s: float
     policy: Literal["auto", "always", "never"]
+    estimate_seconds: Callable[[KVSource, int], Awaitable[float | None]]
     compute_tokens_per_s: Callable[[], float | None]
 
     def patience_s(self, num_tokens: int) -> float:
@@ -99,14 +100,12 @@ class Borrowing:
             log.info("%s: no KV borrowed from %s: %s", request_id, source.worker, error.message)
 
     async def _worth_it(self, source: KVSource, num_blocks: int) -> bool:
-        """By what was measured of the link when the two nodes met. Raises TransferError if they cannot."""
         if num_blocks <= 0 or self._context.policy != "auto":
             return num_blocks > 0 and self._context.policy == "always"
         layout = self._context.layout
-        peer = await self._context.importer.peers.meet(source.control_url, source.incarnation, source.worker)
         return worth_borrowing(
             num_blocks * layout.block_size,
-            transfer_s=peer.estimate_seconds(num_blocks * layout.block_bytes),
+            transfer_s=await self._context.estimate_seconds(source, num_blocks * layout.block_bytes),
             compute_tokens_per_s=self._context.compute_tokens_per_s(),
         )
 
@@ -116,7 +115,7 @@ class Borrowing:
         num_blocks = self._check(ticket, source, max_blocks)
         try:
             block_ids = self._prefix.block_ids[first : first + num_blocks]
-            await self._context.importer.fetch_prefix(ticket, block_ids, deadline_s)
+            await self._context.importer.fetch_prefix(ticket, block_ids, 0, deadline_s)
             self.num_valid_blocks += num_blocks
         except FetchFailed as failed:
             self.num_valid_blocks += failed.num_valid_blocks

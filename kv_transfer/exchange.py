@@ -1,7 +1,6 @@
 """KVExchange: all of kv_transfer that a node is made of, put together. Every node owns blocks and reads those of others.
 
-    staging, transports   how its KV blocks reach the wire
-    pushers               who it may write to
+    wires                 how its KV blocks reach other processes: staging and transports
     exports, lender       what others may read: finished prompts, and loans of the prefix cache
     importer, prefixes    what it reads: whole contexts, and the beginnings of others
     routes                how others talk to it, and what it tells of its links
@@ -10,8 +9,10 @@ Used as `async with`, inside the RpcClient. The engine is what the parts talk to
 `prefixes` is a context of its own, to be left before the engine stops, because it owes the engine answers.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol, Self
 
@@ -29,15 +30,16 @@ from kv_transfer.peers import Reader
 from kv_transfer.prefix_imports import ImportTarget, PrefixImports
 from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
+from kv_transfer.staging import Staging
 from kv_transfer.telemetry import TransferTelemetry
+from kv_transfer.transport_set import TransportSet
 from protocol.ids import BlockHash, Incarnation, PinId, RequestId, TicketId, WorkerId
-from protocol.workers import Role
+from protocol.transfer import KVSource
+from protocol.workers import WorkerInfo
 from runtime.clock import MonotonicClock
 from runtime.metrics import TransferMetrics
 from runtime.node_config import NodeConfig
-from runtime.node_shell import advertised_host, describe_worker
 from runtime.rpc_client import RpcClient
-from runtime.served_model import ServedModel
 
 
 class ExchangeEngine(ImportTarget, Protocol):
@@ -53,82 +55,100 @@ class ExchangeEngine(ImportTarget, Protocol):
     def unpin(self, pin_id: PinId) -> None: ...
 
 
+@dataclass(slots=True)
+class Wires:
+    """Open before anybody knows the node, because what it can do is part of what it says of itself. `may_read` is asked once
+    there are exports: until then nobody may read anything."""
+
+    staging: Staging
+    transports: TransportSet
+    may_read: Callable[[TicketId, Sequence[int]], bool]
+
+
+def open_wires(
+    config: NodeConfig, incarnation: Incarnation, advertise_host: str, memory: HostArena | DeviceBlocks
+) -> Wires:
+    """`memory` holds the engine's KV blocks. Raises ConfigError without a transport that works."""
+    opened: list[Wires] = []
+    start = partial(
+        start_transports,
+        config.transfer,
+        incarnation=incarnation,
+        host=config.host,
+        advertise_host=advertise_host,
+        may_read=lambda ticket_id, block_ids: opened[0].may_read(ticket_id, block_ids),
+    )
+    staging, transports = open_staging(memory, config.transfer, start)
+    opened.append(Wires(staging, transports, lambda *_: False))
+    return opened[0]
+
+
 class KVExchange:
-    """Its transports run from the construction on. `memory` holds the engine's KV blocks. `info` is what the node tells its
-    routers, transports included. Raises ConfigError where the configured transports cannot be had."""
+    """Takes over `wires`."""
 
     def __init__(
         self,
         config: NodeConfig,
-        role: Role,
-        incarnation: Incarnation,
-        control_url: str,
-        model: ServedModel,
-        memory: HostArena | DeviceBlocks,
+        info: WorkerInfo,
+        wires: Wires,
         engine: ExchangeEngine,
         client: RpcClient,
         metrics: TransferMetrics,
     ) -> None:
-        options, clock = config.transfer, MonotonicClock()
-        start = partial(
-            start_transports,
-            options,
-            incarnation=incarnation,
-            host=config.host,
-            advertise_host=advertised_host(control_url),
-            may_read=self._may_read,
-        )
         self._cluster_key = config.cluster_key
-        self._staging, self._transports = open_staging(memory, options, start)
-        self.info = describe_worker(config, role, incarnation, control_url, model, self._transports.kinds)
-        worker_id, layout = WorkerId(self.info.worker_id), model.layout
-        self._pushers = Pushers(self._transports, clock)
+        self._info = info
+        self._wires = wires
+        self._worker_id, self._incarnation = WorkerId(info.worker_id), Incarnation(info.incarnation)
+        self._stack = AsyncExitStack()
+        clock, options = MonotonicClock(), config.transfer
+        self._pushers = Pushers(wires.transports, clock)
         self.exports = ExportTable(
-            self._staging,
-            owner=worker_id,
-            incarnation=incarnation,
-            layout=layout,
-            control_url=control_url,
+            wires.staging,
+            owner=self._worker_id,
+            incarnation=self._incarnation,
+            layout=info.layout,
+            control_url=info.control_url,
             options=options,
             clock=clock,
             on_released=engine.release,
             push_links=self._pushers,
         )
+        wires.may_read = self.exports.may_read
         self.lender = Lender(
             self.exports,
-            block_size=layout.block_size,
-            num_blocks=model.num_blocks,
+            block_size=info.layout.block_size,
+            num_blocks=info.num_blocks,
             pin=engine.pin,
             unpin=engine.unpin,
             timeout_s=options.stall_timeout_s / 2,
         )
         self.importer = Importer(
             client=client,
-            transports=self._transports,
-            staging=self._staging,
-            reader=Reader(worker_id, incarnation, layout),
+            transports=wires.transports,
+            staging=wires.staging,
+            reader=Reader(self._worker_id, self._incarnation, info.layout),
             options=options,
             clock=clock,
         )
         self.borrowing = BorrowContext(
             importer=self.importer,
-            reader=worker_id,
-            layout=layout,
+            reader=self._worker_id,
+            layout=info.layout,
             stall_timeout_s=options.stall_timeout_s,
             policy=options.borrow,
+            estimate_seconds=self._estimate_seconds,
             compute_tokens_per_s=lambda: engine.prefill_tokens_per_s,
         )
         self.prefixes = PrefixImports(self.borrowing, engine)
-        self.telemetry = TransferTelemetry(metrics, self._transports, self.exports, self.importer)
+        self.telemetry = TransferTelemetry(metrics, wires.transports, exports=self.exports, importer=self.importer)
         self._reporter = LinkReporter(
-            worker_id, self._transports, clock, peers=self.importer.peers, pushers=self._pushers
+            self._worker_id, wires.transports, clock, peers=self.importer.peers, pushers=self._pushers
         )
-        self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        self._stack.push_async_callback(self._transports.close)
+        self._stack.push_async_callback(self._wires.transports.close)
         await self._stack.enter_async_context(self._pushers)
-        self._stack.push_async_callback(self._staging.close)
+        self._stack.push_async_callback(self._wires.staging.close)
         await self._stack.enter_async_context(self.importer)
         await self._stack.enter_async_context(self.exports)
         return self
@@ -136,29 +156,30 @@ class KVExchange:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
 
-    @property
-    def idle(self) -> bool:
-        """Nobody holds a lease here, and nothing of this node is being read or written by another."""
-        exports = self.exports.stats()
-        return exports.num_open == 0 and exports.num_unsettled == 0
-
     def routes(self) -> list[Route]:
         owner = kv_routes(
             self.exports,
-            self._transports,
+            self._wires.transports,
             self._pushers,
-            self.info.layout,
-            worker_id=WorkerId(self.info.worker_id),
-            incarnation=Incarnation(self.info.incarnation),
+            self._info.layout,
+            worker_id=self._worker_id,
+            incarnation=self._incarnation,
             cluster_key=self._cluster_key,
             lender=self.lender,
         )
         return [*owner, self._reporter.route(self._cluster_key)]
 
-    def _may_read(self, ticket_id: TicketId, block_ids: Sequence[int]) -> bool:
-        """Transports are there before the exports that they ask."""
-        return self.exports.may_read(ticket_id, block_ids)
+    def idle(self) -> bool:
+        """Nobody holds a lease on anything here, and nothing is being moved from it."""
+        exports = self.exports.stats()
+        return exports.num_open == 0 and exports.num_unsettled == 0
 
     async def run(self) -> None:
         """What there is to do all the while, until cancelled."""
         await self.exports.run()
+
+    async def _estimate_seconds(self, source: KVSource, num_bytes: int) -> float | None:
+        """By what was measured when the two nodes met. Raises TransferError."""
+        peer = await self.importer.peers.meet(source.control_url, source.incarnation, source.worker)
+        seconds = peer.estimate_seconds(num_bytes)
+        return None if math.isinf(seconds) else seconds

@@ -131,7 +131,7 @@ class Export:
         return taken_back
 
     def finish(self, completion: Completion | AllLent, now: float) -> None:
-        """Everything is submitted; the reader hears so after the last submitted block."""
+        """The prefill is done; the reader hears so after the last submitted block."""
         self._completion = completion
         self._finished_at = now
         if self.push is not None:

@@ -27,8 +27,9 @@ from kv_transfer.link_queue import LinkQueues, QueueStats
 from kv_transfer.push import Push, PushContext, PushEvents, PushLinks, PushPath
 from kv_transfer.quarantine import Quarantine
 from kv_transfer.staging import StagedBlocks, Staging
+from kv_transfer.ticket_issuer import TicketIssuer
 from protocol.errors import HeadraceError, InternalError, InvalidParameter, PeerLost, TransferError
-from protocol.ids import ContextHash, Incarnation, RequestId, TicketId, WorkerId, new_ticket_id
+from protocol.ids import ContextHash, Incarnation, RequestId, TicketId, WorkerId
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
@@ -48,8 +49,6 @@ from runtime.clock import Clock
 from runtime.node_config import TransferOptions
 
 SIGNS_OF_LIFE_PER_STALL = 3
-ALREADY_PUSHED = "it was pushed already"
-"""Whoever was pushed to may have given its blocks to another request since. A message that arrives twice must not write twice."""
 REAP_INTERVAL_S = 1.0
 LOAN_TTL_STALLS = 2
 
@@ -77,10 +76,8 @@ class ExportTable:
         push_links: PushLinks | None = None,
     ) -> None:
         self._staging = staging
-        self._owner = owner
-        self._incarnation = incarnation
         self._layout = layout
-        self._control_url = control_url
+        self._issuer = TicketIssuer(owner, incarnation, layout, control_url)
         self._options = options
         self._clock = clock
         self._on_released = on_released
@@ -109,7 +106,7 @@ class ExportTable:
     def end_all(self) -> None:
         """Whoever still listens hears that this node stops. For the end of the process, after draining."""
         for export in list(self._by_ticket.values()):
-            self._end(export, "failed", PeerLost(f"{self._owner} stops"))
+            self._end(export, "failed", PeerLost(f"{self._issuer.owner} stops"))
 
     def stats(self) -> ExportStats:
         return ExportStats(
@@ -133,7 +130,7 @@ class ExportTable:
         for a request that has one."""
         if request_id in self._by_request:
             raise InvalidParameter(f"request {request_id} is exported already", param="request_id")
-        ticket = self._ticket(request_id, num_tokens, context_hash, self._options.lease_ttl_s)
+        ticket = self._issuer.issue(request_id, num_tokens, context_hash, self._options.lease_ttl_s)
         self._by_request[request_id] = self._enter(ticket, partial(self._on_released, request_id))
         return ticket
 
@@ -145,35 +142,19 @@ class ExportTable:
         block_ids: Sequence[int],
         give_back: Callable[[], None],
     ) -> TransferTicket:
-        """A ticket to blocks that are final already. `request_id` is the reader's; it may borrow more than once, and be
-        exported too. `give_back()` is called exactly once, when the blocks are the owner's again.
-
-        The lease is short: who has asked fetches at once, or has gone, and then nobody would return the loan."""
+        """A ticket to final blocks. `request_id` is the reader's; it may borrow more than once, and be exported too.
+        `give_back()` is called exactly once, when the blocks are the owner's again. The lease is short: who has asked
+        fetches at once, or has gone, and then nobody would return the loan."""
         ttl_s = min(self._options.lease_ttl_s, LOAN_TTL_STALLS * self._options.stall_timeout_s)
-        ticket = self._ticket(request_id, num_tokens, context_hash, ttl_s)
-        export = self._enter(ticket, give_back)
+        export = self._enter(self._issuer.issue(request_id, num_tokens, context_hash, ttl_s), give_back)
         export.submit(0, block_ids)
         export.finish(AllLent(), self._clock.now())
         self._stage_rest(export)
-        return ticket
-
-    def _ticket(
-        self, request_id: RequestId, num_tokens: int, context_hash: ContextHash, ttl_s: float
-    ) -> TransferTicket:
-        return TransferTicket(
-            ticket_id=new_ticket_id(),
-            request_id=request_id,
-            owner=self._owner,
-            incarnation=self._incarnation,
-            layout_fingerprint=self._layout.fingerprint,
-            control_url=self._control_url,
-            num_tokens=num_tokens,
-            context_hash=context_hash,
-            ttl_s=ttl_s,
-        )
+        return export.ticket
 
     def _enter(self, ticket: TransferTicket, give_back: Callable[[], None]) -> Export:
-        export = self._by_ticket[TicketId(ticket.ticket_id)] = Export(ticket, give_back, scarce=not self._staging.eager)
+        export = Export(ticket, give_back, scarce=not self._staging.eager)
+        self._by_ticket[TicketId(ticket.ticket_id)] = export
         self._num_opened += 1
         return export
 
@@ -221,15 +202,15 @@ class ExportTable:
 
     def attach(self, message: OpenHandoff) -> AsyncIterator[bytes]:
         """The hand-off as encoded frames, from block `skip_blocks` on. Raises LeaseExpired for a ticket that is
-        unknown, has ended, belongs to another incarnation, has a reader attached, or was pushed already; TransferError for
+        unknown, has ended, belongs to another incarnation, has a reader attached, or a push under way; TransferError for
         a push that cannot be."""
         export = self._find(message.ticket_id, message.incarnation)
         if export is None:
             raise lease_gone("ticket unknown, expired, released, or of an earlier incarnation")
         if export.attached:
             raise lease_gone("another reader is attached to this ticket")
-        if export.push is not None:
-            raise lease_gone(ALREADY_PUSHED)
+        if not export.settled and export.push is not None:
+            raise lease_gone("an earlier push of it has not ended")
         return self._frames(export, message)
 
     def renew(self, message: RenewLease) -> LeasesHeld:
@@ -246,7 +227,7 @@ class ExportTable:
         export = self._find(message.ticket_id, message.incarnation)
         if export is not None:
             self._take_back(export, message.num_blocks)
-        return LeaseState(held=export is not None, known=message.incarnation == self._incarnation)
+        return LeaseState(held=export is not None, known=message.incarnation == self._issuer.incarnation)
 
     def release(self, message: ReleaseLease) -> LeaseState:
         """Idempotent; False says that the lease had ended before."""
@@ -256,7 +237,7 @@ class ExportTable:
         return LeaseState(
             held=export is not None,
             writing=self._is_writing(TicketId(message.ticket_id)),
-            known=message.incarnation == self._incarnation,
+            known=message.incarnation == self._issuer.incarnation,
         )
 
     def may_read(self, ticket_id: TicketId, block_ids: Sequence[int]) -> bool:
@@ -280,7 +261,7 @@ class ExportTable:
             self._end(export, "expired", lease_gone("the lease expired"))
 
     def _find(self, ticket_id: str, incarnation: str) -> Export | None:
-        if incarnation != self._incarnation:
+        if incarnation != self._issuer.incarnation:
             return None
         export = self._by_ticket.get(TicketId(ticket_id))
         if export is not None and export.expired(self._clock.now()):
@@ -350,9 +331,9 @@ class ExportTable:
     # The end.
 
     def _end(self, export: Export, ending: Ending, error: HeadraceError | None) -> None:
-        ticket_id, request_id = TicketId(export.ticket.ticket_id), RequestId(export.ticket.request_id)
-        if self._by_request.get(request_id) is export:  # it is not lent
-            del self._by_request[request_id]
+        ticket_id = TicketId(export.ticket.ticket_id)
+        if self._by_request.get(RequestId(export.ticket.request_id)) is export:  # and not a loan to the same request
+            del self._by_request[RequestId(export.ticket.request_id)]
         del self._by_ticket[ticket_id]
         self._unsettled[ticket_id] = export
         self._endings[ending] += 1
@@ -373,9 +354,6 @@ class ExportTable:
     async def _frames(self, export: Export, message: OpenHandoff) -> AsyncIterator[bytes]:
         if export.attached:  # two attached before either was read from
             yield encode_frame(HandoffFailed(lease_gone("another reader is attached to this ticket").to_info()))
-            return
-        if export.push is not None:
-            yield encode_frame(HandoffFailed(lease_gone(ALREADY_PUSHED).to_info()))
             return
         cursor = message.skip_blocks
         sign_of_life_s = self._options.stall_timeout_s / SIGNS_OF_LIFE_PER_STALL
@@ -400,7 +378,7 @@ class ExportTable:
         if target is None:
             return
         if self._push_links is None:
-            raise TransferError(f"{self._owner} does not push")
+            raise TransferError(f"{self._issuer.owner} does not push")
         num_blocks = max(0, self._layout.num_blocks_for(export.ticket.num_tokens) - message.skip_blocks)
         if len(target.block_ids) != num_blocks or len(set(target.block_ids)) != num_blocks:
             raise TransferError(f"a push of this hand-off takes {num_blocks} different blocks of the reader")

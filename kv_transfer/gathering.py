@@ -36,15 +36,17 @@ async def gather(
         prefix = Prefix(request_id, holders.block_hashes, tuple(local_block_ids[:num_held]), num_cached_blocks)
         borrowing = Borrowing(context, prefix)
         patience_s = context.patience_s((num_held - num_cached_blocks) * context.layout.block_size)
+        context.importer.keep(ticket)
         try:
-            await borrowing.run(holders.sources, min(deadline_s, patience_s, ticket.ttl_s / 2))
+            await borrowing.run(holders.sources, min(deadline_s, patience_s))
         except asyncio.CancelledError:
             if borrowing.settled.is_set():
                 raise
+        finally:
+            context.importer.drop(ticket)
         if not borrowing.settled.is_set():
             error = TransferTimeout("borrowed blocks are still being written by a node that stands still")
             raise FetchFailed(error, borrowing.num_valid_blocks, borrowing.settled)
         num_valid_blocks = borrowing.num_valid_blocks
-    return await context.importer.fetch(
-        ticket, local_block_ids, num_valid_blocks, max(0.001, deadline.remaining_s), on_arrived
-    )
+    remaining_s = max(0.001, deadline.remaining_s)
+    return await context.importer.fetch(ticket, local_block_ids, num_valid_blocks, remaining_s, on_arrived)

@@ -1,5 +1,4 @@
-"""Importer: the reader's side of every hand-off. Fetches contexts, or the beginnings of some, from their owners, and tidies
-up after each fetch.
+"""Importer: the reader's side of every hand-off. Fetches contexts from their owners, and tidies up after each fetch.
 
 One per process, `async with Importer(...) as importer:` for its whole life, inside the RpcClient, the transports and the
 staging.
@@ -92,8 +91,6 @@ class Importer:
         options: TransferOptions,
         clock: Clock,
     ) -> None:
-        self._client = client
-        self._timeout_s = options.stall_timeout_s
         self._block_bytes = staging.arena.block_bytes
         self._reader = reader
         self._tasks = asyncio.TaskGroup()
@@ -161,11 +158,10 @@ class Importer:
         return await self._fetch(ticket, local_block_ids, num_cached_blocks, deadline_s, on_arrived, lent=False)
 
     async def fetch_prefix(
-        self, ticket: TransferTicket, local_block_ids: Sequence[int], deadline_s: float
+        self, ticket: TransferTicket, local_block_ids: Sequence[int], num_cached_blocks: int, deadline_s: float
     ) -> FetchResult:
-        """Bring blocks here that their owner lends. `local_block_ids`: ours for all of them. Raises FetchFailed, as `fetch`
-        does."""
-        return await self._fetch(ticket, local_block_ids, 0, deadline_s, None, lent=True)
+        """Bring what a node lends of its prefix cache here. As `fetch`, for a ticket of whole blocks."""
+        return await self._fetch(ticket, local_block_ids, num_cached_blocks, deadline_s, None, lent=True)
 
     async def borrow(self, url: str, message: BorrowPrefix) -> TransferTicket | None:
         """Ask for a loan; `fetch_prefix` is to follow. None: there is nothing to be had. Raises HeadraceError. Of a call that
@@ -184,11 +180,11 @@ class Importer:
     async def _ask(self, url: str, message: BorrowPrefix, given_up: asyncio.Event) -> PrefixLent | HeadraceError:
         """Returns its error: it must not end the group that it runs in."""
         try:
-            answer = await self._client.call(url, message, PrefixLent, self._timeout_s)
+            answer = await self._context.client.call(url, message, PrefixLent, self._context.options.stall_timeout_s)
         except HeadraceError as error:
             return error
         if given_up.is_set() and answer.ticket is not None:
-            await self._leases.release(answer.ticket)
+            await self._release(answer.ticket, succeeded=False)
         return answer
 
     def keep(self, ticket: TransferTicket) -> None:

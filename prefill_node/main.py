@@ -7,7 +7,7 @@ from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
 from kv_transfer.device_blocks import DeviceBlocks
-from kv_transfer.exchange import KVExchange
+from kv_transfer.exchange import KVExchange, open_wires
 from prefill_node.node import PrefillNode
 from prefill_node.service import PrefillService
 from protocol.ids import Incarnation, new_incarnation
@@ -15,7 +15,7 @@ from runtime.auth import check_bind
 from runtime.life import ProcessLife, install_signal_handlers
 from runtime.metrics import EngineMetrics, NodeMetrics, TransferMetrics, new_registry
 from runtime.node_config import NodeConfig
-from runtime.node_shell import NodeShell
+from runtime.node_shell import NodeShell, advertised_host, describe_worker
 from runtime.registration import KVEventFeed
 from runtime.rpc_client import RpcClient
 from runtime.serving import bind_socket, run_on_event_loop, socket_url
@@ -47,15 +47,15 @@ async def _serve(
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    client = RpcClient(config.cluster_key)
-    metrics = TransferMetrics(registry)
-    exchange = KVExchange(config, "prefill", incarnation, url, built.model, memory, engine, client, metrics)
-    info = exchange.info
+    wires = open_wires(config, incarnation, advertised_host(url), memory)
+    info = describe_worker(config, "prefill", incarnation, url, built.model, wires.transports.kinds)
     shell = NodeShell(config, info, life, registry)
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
-        await stack.enter_async_context(client)
-        await stack.enter_async_context(exchange)
+        client = await stack.enter_async_context(RpcClient(config.cluster_key))
+        exchange = await stack.enter_async_context(
+            KVExchange(config, info, wires, engine, client, TransferMetrics(registry))
+        )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         await stack.enter_async_context(exchange.prefixes)
         service = PrefillService(

@@ -61,6 +61,7 @@ class Borrower:
     def __init__(self, reader: ReaderNode) -> None:
         self.reader = reader
         self.engine = Engine()
+        self.transfer_s: float | None = None
         self.compute_tokens_per_s: float | None = None
         self.context = BorrowContext(
             importer=reader.importer,
@@ -68,9 +69,17 @@ class Borrower:
             layout=LAYOUT,
             stall_timeout_s=1.0,
             policy="auto",
+            estimate_seconds=self._estimate,
             compute_tokens_per_s=lambda: self.compute_tokens_per_s,
         )
         self.imports = PrefixImports(self.context, self.engine)
+
+    async def meet(self, owner: Owner) -> None:
+        """Before anything happens to its transport, which a meeting tries."""
+        await self.reader.importer.peers.meet(owner.url, owner.incarnation, "owner")
+
+    async def _estimate(self, source: KVSource, num_bytes: int) -> float | None:
+        return self.transfer_s
 
     def expect(self, *sources: KVSource, salt: str | None = None) -> int:
         return self.imports.expect(
@@ -211,6 +220,7 @@ async def test_a_lender_whose_engine_is_busy_is_not_waited_for(owner: Owner, bor
 @in_process
 async def test_blocks_that_may_still_be_written_are_not_computed_into(owner: Owner, borrower: Borrower) -> None:
     assert isinstance(owner.transport, InprocTransport)
+    await borrower.meet(owner)
     stalled = owner.transport.faults.stall = threading.Event()
     borrower.compute_tokens_per_s = 1e6
     assert await borrower.borrow(owner.source(6)) == [("fail", 0)], "the request is tried elsewhere"
@@ -245,7 +255,7 @@ async def test_a_cancelled_request_gives_everything_back(owner: Owner, borrower:
 
 @in_process
 async def test_what_is_cheaper_to_compute_is_computed(owner: Owner, borrower: Borrower) -> None:
-    borrower.compute_tokens_per_s = 1e12
+    borrower.transfer_s, borrower.compute_tokens_per_s = 1.0, 1e4
     assert await borrower.borrow(owner.source(6)) == [("resume", 0)]
     assert owner.exports.stats().num_opened == 0
 
@@ -290,7 +300,7 @@ async def gathered(borrower: Borrower, prefill: Owner, lender: Owner, num_held: 
     """The context that `prefill` hands off, whose first blocks `lender` has too."""
     holders = Holders((lender.source(num_held),), HASHES[:num_held])
     ticket = prefill.hand_off(REQUEST, CONTEXT_BLOCKS * LAYOUT.block_size, [*REMOTE, 50])
-    return await gather(borrower.context, ticket, holders, LOCAL, 0, 5.0)
+    return await gather(borrower.context, ticket, holders, LOCAL, 0, 5.0, lambda _: None)
 
 
 @in_process
@@ -334,6 +344,7 @@ async def test_blocks_of_a_lender_that_stands_still_are_quarantined(
     cancelled: bool, owner: Owner, borrower: Borrower
 ) -> None:
     assert isinstance(owner.transport, InprocTransport)
+    await borrower.meet(owner)
     stalled = owner.transport.faults.stall = threading.Event()
     borrower.compute_tokens_per_s = 1e6
     async with running_owner("inproc") as prefill:

@@ -5,11 +5,10 @@ import asyncio
 from decode_node.handoff import Handoffs
 from engine.events import Reserved
 from kv_transfer.borrowing import BorrowContext
+from kv_transfer.holders import Holders
 from kv_transfer.imports import FetchFailed
 from protocol.errors import Cancelled, PeerLost
 from protocol.ids import RequestId, WorkerId
-from protocol.requests import DecodeRequest
-from protocol.sampling import SamplingParams
 from protocol.transfer import TransferTicket
 from tests.support.kv_owner import LAYOUT
 
@@ -28,15 +27,11 @@ TICKET = TransferTicket(
 )
 
 
-REQUEST = DecodeRequest(
-    request_id="req-1",
-    trace_id="t",
-    router_id="r",
-    prompt_token_ids=tuple(range(40)),
-    sampling=SamplingParams(max_tokens=4, seed=0),
-    deadline_s=5.0,
-    ticket=TICKET,
-)
+NOBODY = Holders((), ())
+
+
+async def nobody_knows(*_: object) -> None:
+    """No link has been measured."""
 
 
 def context(importer: "Importer") -> BorrowContext:
@@ -46,6 +41,7 @@ def context(importer: "Importer") -> BorrowContext:
         layout=LAYOUT,
         stall_timeout_s=1.0,
         policy="auto",
+        estimate_seconds=nobody_knows,
         compute_tokens_per_s=lambda: None,
     )
 
@@ -88,7 +84,7 @@ async def test_a_cancel_in_the_same_turn_as_the_start_gives_the_blocks_back() ->
     engine, importer = Engine(), Importer()
     importer.blocks_settled.set()
     async with Handoffs(engine, context(importer)) as handoffs:  # type: ignore[arg-type]
-        handoffs.start(EVENT, TICKET, REQUEST, 5.0)
+        handoffs.start(EVENT, TICKET, NOBODY, 5.0)
         handoffs.cancel([EVENT.request_id])
         await asyncio.sleep(0.01)
         assert engine.answers == [("abandon", BLOCK_SIZE, "Cancelled")]
@@ -97,7 +93,7 @@ async def test_a_cancel_in_the_same_turn_as_the_start_gives_the_blocks_back() ->
 async def test_blocks_go_back_only_when_they_have_settled() -> None:
     engine, importer = Engine(), Importer()
     async with Handoffs(engine, context(importer)) as handoffs:  # type: ignore[arg-type]
-        handoffs.start(EVENT, TICKET, REQUEST, 5.0)
+        handoffs.start(EVENT, TICKET, NOBODY, 5.0)
         await importer.fetching.wait()
         handoffs.cancel([EVENT.request_id])
         await asyncio.sleep(0.01)
@@ -114,7 +110,7 @@ async def test_what_arrived_before_a_failure_is_kept() -> None:
     settled.set()
     engine, importer = Engine(), Importer(FetchFailed(PeerLost("gone"), 2, settled))
     async with Handoffs(engine, context(importer)) as handoffs:  # type: ignore[arg-type]
-        handoffs.start(EVENT, TICKET, REQUEST, 5.0)
+        handoffs.start(EVENT, TICKET, NOBODY, 5.0)
         await asyncio.sleep(0.01)
     assert engine.answers == [("abandon", 2 * BLOCK_SIZE, "FetchFailed")]
 

@@ -63,18 +63,18 @@ class Recorder:
     def submit(self, request: Any) -> None:
         self.calls.append(("submit", request))
 
-    def keep(self, ticket: TransferTicket) -> None:
-        self.calls.append(("keep", ticket.request_id))
-
     def expect(self, request_id: RequestId, _: Any) -> None:
         self.calls.append(("expect", request_id))
+
+    def keep(self, ticket: TransferTicket) -> None:
+        self.calls.append(("keep", ticket.request_id))
 
     def open(self, request_id: RequestId, num_tokens: int, context: ContextHash) -> TransferTicket:
         return msgspec.structs.replace(TICKET, request_id=request_id, num_tokens=num_tokens, context_hash=context)
 
 
 def decode_service(seen: Recorder) -> DecodeService:
-    return DecodeService(seen, EXCHANGE, seen, seen, None, 100, LAYOUT.identity)  # type: ignore[arg-type]  # fakes
+    return DecodeService(seen, EXCHANGE, seen, seen, None, 100, LAYOUT)  # type: ignore[arg-type]  # fakes
 
 
 def test_a_request_with_its_own_ticket_is_taken() -> None:
@@ -109,7 +109,8 @@ def test_a_ticket_of_something_else_is_refused_before_anything_begins(name: str)
 
 def test_another_model_is_another_context() -> None:
     seen = Recorder()
-    service = DecodeService(seen, EXCHANGE, seen, seen, None, 100, "0" * 32)  # type: ignore[arg-type]  # fakes
+    other = msgspec.structs.replace(LAYOUT, model="another")
+    service = DecodeService(seen, EXCHANGE, seen, seen, None, 100, other)  # type: ignore[arg-type]  # fakes
     with pytest.raises(InvalidParameter, match="another context"):
         service.decode(REQUEST)
     assert seen.calls == []
