@@ -13,12 +13,13 @@
     inproc_transport   the fake that ships, with faults to inject
     memory_copy, read_log    what transports share; telemetry carries their counts to the metrics
 
-    staging            between a node's KV blocks and the wire blocks that transports move; in place, where they are the same
+    staging            between a node's KV blocks and the wire blocks that transports move, where these are others
     device_staging     a device's blocks copied to pinned host memory and back; staging_pool is the room for it
     device_arena       what arena is, of memory on a device
     device_blocks      open_staging: which way a node's KV gets to its transports
 
-    exports            the owner's side: leases on blocks that others may read; export is one of them
+    exports            the owner's side: leases on blocks that others may read
+    export             one of them; export_stream is what its reader hears
     routes             the owner's control plane over HTTP
     imports            the reader's side: fetches contexts and tidies up after each
     fetch              one hand-off as its reader lives it; landing is its state, without I/O

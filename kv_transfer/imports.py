@@ -95,7 +95,7 @@ class Importer:
         self._peers = Peers(client, transports, reader, options, clock, self._tasks)
         self._leases = Leases(client, options.stall_timeout_s, self._tasks)
         self._quarantine = Quarantine(self._tasks)
-        self._queues = LinkQueues(options.max_bytes_in_flight, self._block_bytes, clock)
+        self._queues = LinkQueues(options.max_bytes_in_flight, self._block_bytes, staging.max_blocks, clock)
         self._context = FetchContext(
             client=client,
             peers=self._peers,

@@ -24,7 +24,7 @@ from kv_transfer.exports import ExportTable
 from kv_transfer.factory import start_transports
 from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
-from kv_transfer.staging import HostStaging
+from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Transport
 from kv_transfer.transport_set import TransportSet
 from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
@@ -65,7 +65,7 @@ def fill(arena: HostArena, seed: int) -> None:
 
 @dataclass
 class Owner:
-    arena: HostArena
+    staging: Staging
     transports: TransportSet
     pushers: Pushers
     exports: ExportTable
@@ -80,6 +80,11 @@ class Owner:
 
     def introduction(self) -> Introduction:
         return self.transports.introduce(OWNER, self.incarnation, LAYOUT)
+
+    @property
+    def arena(self) -> HostArena:
+        assert isinstance(self.staging.arena, HostArena)
+        return self.staging.arena
 
     def open(self, request_id: str, num_tokens: int) -> TransferTicket:
         """A prefill that has begun."""
@@ -134,15 +139,18 @@ async def running_owner(
     options: TransferOptions | None = None,
     clock: Clock | None = None,
     seed: int = 1,
+    staging: Staging | None = None,
 ) -> AsyncIterator[Owner]:
+    """`staging`: where the blocks come from, if not from an arena filled with noise. Closed in the end with its arena."""
     options = options or TransferOptions(transport=kind, stall_timeout_s=2.0)
     listener = _listen(port)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     incarnation = new_incarnation()
-    arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
-    fill(arena, seed)
+    staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
+    arena = staging.arena
+    if isinstance(arena, HostArena):
+        fill(arena, seed)
     released: list[RequestId] = []
-    staging = HostStaging(arena)
     transports = start_transports(
         options,
         arena,
@@ -168,14 +176,15 @@ async def running_owner(
     reaper = asyncio.create_task(exports.run())
     try:
         async with pushers, exports, serving(Starlette(routes=routes), listener):
-            yield Owner(arena, transports, pushers, exports, url, incarnation, released)
+            yield Owner(staging, transports, pushers, exports, url, incarnation, released)
             exports.end_all()
     finally:
         reaper.cancel()
         await asyncio.gather(reaper, return_exceptions=True)
         await staging.close()
         await transports.close()
-        arena.close()
+        if isinstance(arena, HostArena):
+            arena.close()
 
 
 class OwnerProcess:

@@ -8,7 +8,7 @@ from kv_transfer.arena import HostArena
 from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
 from kv_transfer.peers import Reader
-from kv_transfer.staging import HostStaging
+from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Link, Transport, find_endpoint
 from kv_transfer.transport_set import TransportSet
 from protocol.ids import WorkerId, new_incarnation
@@ -22,7 +22,7 @@ from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS, NUM_SCRATCH_
 
 @dataclass
 class ReaderNode:
-    arena: HostArena
+    staging: Staging
     transports: TransportSet
     importer: Importer
     client: RpcClient
@@ -31,6 +31,11 @@ class ReaderNode:
     def transport(self) -> Transport:
         """The first, which is the only one where a test names a kind."""
         return next(iter(self.transports))
+
+    @property
+    def arena(self) -> HostArena:
+        assert isinstance(self.staging.arena, HostArena)
+        return self.staging.arena
 
     async def connect(self, peer: Introduction) -> Link:
         return await self.transport.connect(peer, find_endpoint(peer, self.transport.kind))
@@ -44,14 +49,16 @@ async def running_reader(
     stall_timeout_s: float = 2.0,
     layout: KVLayout = LAYOUT,
     options: TransferOptions | None = None,
+    staging: Staging | None = None,
 ) -> AsyncIterator[ReaderNode]:
+    """`staging`: where the blocks go, if not into an arena of zeros. Closed in the end with its arena."""
     incarnation = new_incarnation()
     options = options or TransferOptions(transport=kind, direction=direction, stall_timeout_s=stall_timeout_s)
-    arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
+    staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
+    arena = staging.arena
     transports = start_transports(options, arena, incarnation=incarnation, host="127.0.0.1")
     try:
         async with RpcClient(CLUSTER_KEY) as client:
-            staging = HostStaging(arena)
             importer = Importer(
                 client=client,
                 transports=transports,
@@ -61,8 +68,9 @@ async def running_reader(
                 clock=MonotonicClock(),
             )
             async with importer:
-                yield ReaderNode(arena, transports, importer, client)
-            await staging.close()
+                yield ReaderNode(staging, transports, importer, client)
     finally:
+        await staging.close()
         await transports.close()
-        arena.close()
+        if isinstance(arena, HostArena):
+            arena.close()
