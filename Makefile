@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench bench-engine bench-interference bench-quantization bench-speculation clean
+.PHONY: help serve test check bench bench-engine bench-disaggregation bench-interference bench-quantization bench-speculation clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -35,10 +35,13 @@ check: $(VENV)/.installed-check ## lint, format, types, import direction
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.installed-test ## measure a cluster beside its peers; under three minutes
-	$(BIN)/python benchmarks/bench_cluster.py $(ARGS)
+	$(BIN)/python -m benchmarks.bench_cluster $(ARGS)
 
 bench-engine: $(VENV)/.installed-test ## measure the engine beside vLLM, llama.cpp and the machine's limits; ARGS=--quick for a minute of it
 	$(BIN)/python -m benchmarks.bench_engine $(ARGS)
+
+bench-disaggregation: $(VENV)/.installed-test ## measure 1 prefill + 1 decode node beside ordinary replicas, under bursts of long prompts
+	$(BIN)/python -m benchmarks.bench_disaggregation $(ARGS)
 
 bench-interference: $(VENV)/.installed-test ## measure what long prompts do to streams, by token budget
 	$(BIN)/python -m benchmarks.bench_interference $(ARGS)

@@ -26,7 +26,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from benchmarks.bench_cluster import progress
+from benchmarks.cluster_load import progress
 from benchmarks.engine_bench.case import PRECISIONS, Case, Precision, all_cases, quick_cases
 from benchmarks.engine_bench.child import Child, ChildFailed
 from benchmarks.engine_bench.contestant import DTYPES, OURS, Contestant

@@ -19,7 +19,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.bench_cluster import Client, cluster, machine, memory_copy_s, percentile, progress
+from benchmarks.bench_cluster import memory_copy_s, run_load
+from benchmarks.cluster_load import Client, cluster, machine, percentile, progress
 from engine.build import plan_engine
 from runtime.node_config import NodeConfig
 
@@ -87,9 +88,9 @@ def main() -> None:
     arguments = ["--transport", options.transport]
     for setting in options.set:
         arguments += ["--set", setting]
-    with cluster(1, 1, arguments) as url:
+    with cluster(arguments) as url:
         client = Client(url, seed=1)
-        asyncio.run(client.load(1, 2, options.prompt_tokens, 4))
+        asyncio.run(run_load(client, 1, 2, options.prompt_tokens, 4))
         tables = [measure(client, options, output_tokens) for output_tokens in OUTPUT_TOKENS]
     report = build_report(options, tables)
     print(report)
@@ -102,13 +103,14 @@ def measure(client: Client, options: argparse.Namespace, output_tokens: int) -> 
     num_local = 0
     for number in range(options.rounds):
         progress(f"{output_tokens} output tokens, round {number + 1} of {options.rounds}")
-        load = asyncio.run(client.load(options.concurrency, options.concurrency, options.prompt_tokens, output_tokens))
+        concurrency = options.concurrency
+        load = asyncio.run(run_load(client, concurrency, concurrency, options.prompt_tokens, output_tokens))
         for sample in load.samples:
             timing = sample.timing_ms
             if not timing["handoff_ms"]:
                 num_local += 1
                 continue
-            parts = {part: timing["handoff"][f"{part}_ms"] for part in PARTS}  # type: ignore[index]  # nested in the ledger
+            parts = {part: sample.handoff_ms[f"{part}_ms"] for part in PARTS}
             samples.append(HandoffSample(parts, timing["handoff_ms"], timing["decode_ms"] / (output_tokens - 1)))
     if not samples:
         raise SystemExit("no prompt was handed off: the decode node computed all of them itself")

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.bench_cluster import percentile, progress
+from benchmarks.cluster_load import percentile, progress
 from benchmarks.engine_bench.burst_load import BurstLoad
 from benchmarks.engine_bench.contestant import start_engine
 from benchmarks.engine_bench.manifest import Manifest, keep_cores

@@ -20,7 +20,7 @@ from statistics import fmean
 import torch
 from tokenizers import Tokenizer
 
-from benchmarks.bench_cluster import progress
+from benchmarks.cluster_load import progress
 from benchmarks.engine_bench.case import PRECISIONS, Precision
 from benchmarks.engine_bench.contestant import precision_settings
 from benchmarks.engine_bench.manifest import Manifest, keep_cores

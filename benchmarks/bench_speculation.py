@@ -20,8 +20,8 @@ from pathlib import Path
 
 from tokenizers import Tokenizer
 
-from benchmarks.bench_cluster import progress
 from benchmarks.bench_quantization import TEXT
+from benchmarks.cluster_load import progress
 from benchmarks.engine_bench.child import Child
 from benchmarks.engine_bench.contestant import start_engine
 from benchmarks.engine_bench.manifest import Manifest, keep_cores

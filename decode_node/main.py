@@ -14,6 +14,7 @@ from kv_transfer.arena import HostArena, scratch_blocks
 from kv_transfer.device_blocks import DeviceBlocks, open_staging
 from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
+from kv_transfer.link_report import LinkReporter
 from kv_transfer.peers import Reader
 from kv_transfer.telemetry import TransferTelemetry
 from protocol.ids import Incarnation, WorkerId, new_incarnation
@@ -64,6 +65,7 @@ async def _serve(
     staging, transports = open_staging(memory, config.transfer, start)
     info = describe_worker(config, "decode", incarnation, url, built.model, transports.kinds)
     shell = NodeShell(config, info, life, registry)
+    clock = MonotonicClock()
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
@@ -76,7 +78,7 @@ async def _serve(
                 staging=staging,
                 reader=Reader(WorkerId(info.worker_id), incarnation, info.layout),
                 options=config.transfer,
-                clock=MonotonicClock(),
+                clock=clock,
             )
         )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
@@ -90,9 +92,11 @@ async def _serve(
             info.layout.identity,
         )
         engine.start(on_loop(loop, service.on_engine_events))
+        reporter = LinkReporter(WorkerId(info.worker_id), transports, clock, peers=importer.peers)
         node = DecodeNode(
             shell,
             service,
+            [reporter.route(config.cluster_key)],
             EngineTelemetry(engine, EngineMetrics(registry)),
             TransferTelemetry(TransferMetrics(registry), transports, importer=importer),
             config.cluster_key,

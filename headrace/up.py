@@ -13,6 +13,7 @@ from typing import Any
 from headrace.cores import available_cores, parse_cpus, stay_on
 from headrace.plan import UpOptions, make_plan
 from headrace.prepare import PreparedModel, prepare_model, run_probe
+from headrace.serve import TRANSPORT_CHOICES
 from headrace.settings import add_set_flag, parse_settings
 from headrace.status_view import StatusView, make_view
 from headrace.supervisor import Supervisor
@@ -29,7 +30,7 @@ examples:
   headrace up --model ./my-model --prefill 1 --decode 2  a local Hugging Face folder
   headrace up --model owner/name --dtype bfloat16 --kv-memory 4GiB
   headrace up --cpu-affinity 0-7 --threads 4             on eight cores, four for each of the two nodes
-  headrace up --prefill 0                                no disaggregation: the decode node does it all
+  headrace up --colocated 2                              no disaggregation: two replicas that do it all
   headrace up --set prefill.scheduler.max_num_batched_tokens=1024 --set router.retries=2
 
 --set names a process (router, prefill, decode, or node for both kinds) and one of its settings, as
@@ -79,9 +80,20 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--port", type=int, default=8000, help="port of the public API; 0 takes a free one (default: 8000)"
     )
     how = parser.add_argument_group("how")
-    how.add_argument("--prefill", type=int, default=1, metavar="N", help="prefill nodes (default: 1)")
-    how.add_argument("--decode", type=int, default=1, metavar="N", help="decode nodes (default: 1)")
-    how.add_argument("--transport", choices=("nixl", "shm", "tcp"), help="how KV blocks move (default: nixl)")
+    how.add_argument("--prefill", type=int, metavar="N", help="prefill nodes (default: 1)")
+    how.add_argument("--decode", type=int, metavar="N", help="decode nodes (default: 1)")
+    how.add_argument(
+        "--colocated",
+        type=int,
+        metavar="N",
+        help="instead: N ordinary replicas, each of which computes the prompts of what it decodes",
+    )
+    how.add_argument(
+        "--transport",
+        choices=TRANSPORT_CHOICES,
+        default="nixl",
+        help="how KV blocks move; auto measures and takes the fastest (default: nixl)",
+    )
     how.add_argument(
         "--threads", type=int, default=0, metavar="N", help="compute threads of each node (default: its cores)"
     )
@@ -168,11 +180,12 @@ async def _prepare(options: UpOptions, life: ProcessLife, view: StatusView) -> P
 
 
 def _options(arguments: argparse.Namespace) -> UpOptions:
+    num_prefill, num_decode = _pools(arguments)
     return UpOptions(
         model=arguments.model,
         served_name=arguments.served_name,
-        num_prefill=arguments.prefill,
-        num_decode=arguments.decode,
+        num_prefill=num_prefill,
+        num_decode=num_decode,
         host=arguments.host,
         port=arguments.port,
         transport=arguments.transport,
@@ -187,6 +200,23 @@ def _options(arguments: argparse.Namespace) -> UpOptions:
         restart=not arguments.no_restart,
         settings=parse_settings(arguments.settings),
     )
+
+
+def _pools(arguments: argparse.Namespace) -> tuple[int, int]:
+    """Prefill and decode nodes. A replica is a decode node without prefill nodes beside it."""
+    if arguments.colocated is None:
+        return (
+            1 if arguments.prefill is None else arguments.prefill,
+            1 if arguments.decode is None else arguments.decode,
+        )
+    if arguments.prefill is not None or arguments.decode is not None:
+        raise ConfigError(
+            "--colocated replicas are instead of prefill and decode nodes: give either it, or --prefill and --decode",
+            param="--colocated",
+        )
+    if arguments.colocated < 1:
+        raise ConfigError(f"--colocated {arguments.colocated}: at least one replica", param="--colocated")
+    return 0, arguments.colocated
 
 
 def _check_port(options: UpOptions) -> None:

@@ -11,6 +11,7 @@ from kv_transfer.arena import HostArena, scratch_blocks
 from kv_transfer.device_blocks import DeviceBlocks, open_staging
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import start_transports
+from kv_transfer.link_report import LinkReporter
 from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
 from kv_transfer.telemetry import TransferTelemetry
@@ -94,11 +95,12 @@ async def _serve(
         incarnation=incarnation,
         cluster_key=config.cluster_key,
     )
+    reporter = LinkReporter(WorkerId(info.worker_id), transports, clock, pushers=pushers)
     node = PrefillNode(
         shell,
         service,
         exports,
-        routes,
+        [*routes, reporter.route(config.cluster_key)],
         EngineTelemetry(engine, EngineMetrics(registry)),
         TransferTelemetry(TransferMetrics(registry), transports, exports=exports),
         config.cluster_key,

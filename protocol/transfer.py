@@ -32,7 +32,7 @@ from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
 
-TransportKind = Literal["nixl", "shm", "tcp", "inproc"]
+TransportKind = Literal["nixl", "ucx", "shm", "tcp", "inproc"]
 Direction = Literal["pull", "push"]
 """Who moves the bytes: the reader, or the owner."""
 
@@ -74,11 +74,14 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     checksum: Annotated[int, msgspec.Meta(ge=0)]
 
 
+MAX_REASON_CHARS = 1000
+
+
 class MissingTransport(msgspec.Struct, frozen=True):
     """A transport that a process was told to run and cannot. `reason` is for people, and says how to mend it."""
 
     transport: TransportKind
-    reason: Annotated[str, msgspec.Meta(max_length=1000)]
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON_CHARS)]
 
 
 class Introduction(msgspec.Struct, frozen=True, kw_only=True):

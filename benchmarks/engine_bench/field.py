@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from benchmarks.bench_cluster import progress
+from benchmarks.cluster_load import progress
 from benchmarks.engine_bench import llama_cpp
 from benchmarks.engine_bench.case import Precision
 from benchmarks.engine_bench.child import Child, ChildFailed

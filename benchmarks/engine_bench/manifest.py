@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from benchmarks.bench_cluster import machine
+from benchmarks.cluster_load import machine
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 

@@ -13,10 +13,10 @@ from protocol.ids import RequestId
 from protocol.transfer import PrefillDone, TransportKind
 from runtime.clock import MonotonicClock
 from runtime.node_config import TransferOptions
-from tests.support.kv_owner import FIRST_TOKEN, LAYOUT, PHASES, Owner, running_owner
+from tests.support.kv_owner import FIRST_TOKEN, LAYOUT, PHASES, UCX, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
 
-KINDS: list[TransportKind] = ["inproc", "shm", "tcp", "nixl"]
+KINDS: list[TransportKind] = ["inproc", "shm", "tcp", "nixl", *UCX]
 
 
 @pytest.fixture(params=KINDS)

@@ -7,6 +7,7 @@ and nothing of NIXL, which takes a tenth of the time of a spawn and is as safe.
 
 import asyncio
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -22,6 +23,7 @@ from starlette.applications import Starlette
 from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import start_transports
+from kv_transfer.link_report import LinkReporter
 from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
 from kv_transfer.staging import HostStaging, Staging
@@ -52,6 +54,8 @@ LAYOUT = KVLayout(
     rope="none",
 )
 NUM_BLOCKS = 64
+UCX: list[TransportKind] = ["ucx"] if importlib.util.find_spec("ucxx") else []
+"""An optional dependency: its transport is tested where it is installed."""
 NUM_SCRATCH_BLOCKS = 4
 OWNER = WorkerId("prefill-0")
 CONTEXT = ContextHash(b"a context's hash")
@@ -138,6 +142,7 @@ async def running_owner(
     layout: KVLayout = LAYOUT,
     options: TransferOptions | None = None,
     clock: Clock | None = None,
+    pusher_clock: Clock | None = None,
     seed: int = 1,
     staging: Staging | None = None,
 ) -> AsyncIterator[Owner]:
@@ -158,7 +163,7 @@ async def running_owner(
         host="127.0.0.1",
         may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
     )
-    pushers = Pushers(transports, MonotonicClock())
+    pushers = Pushers(transports, pusher_clock or MonotonicClock())
     exports = ExportTable(
         staging,
         owner=OWNER,
@@ -170,12 +175,13 @@ async def running_owner(
         on_released=released.append,
         push_links=pushers,
     )
+    reporter = LinkReporter(OWNER, transports, MonotonicClock(), pushers=pushers)
     routes = kv_routes(
         exports, transports, pushers, layout, worker_id=OWNER, incarnation=incarnation, cluster_key=CLUSTER_KEY
     )
     reaper = asyncio.create_task(exports.run())
     try:
-        async with pushers, exports, serving(Starlette(routes=routes), listener):
+        async with pushers, exports, serving(Starlette(routes=[*routes, reporter.route(CLUSTER_KEY)]), listener):
             yield Owner(staging, transports, pushers, exports, url, incarnation, released)
             exports.end_all()
     finally:

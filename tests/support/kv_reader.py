@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from kv_transfer.arena import HostArena
 from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
+from kv_transfer.link_report import LinkReporter
 from kv_transfer.peers import Reader
 from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Link, Transport, find_endpoint
@@ -19,6 +20,8 @@ from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
 from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS, NUM_SCRATCH_BLOCKS
 
+READER = WorkerId("decode-0")
+
 
 @dataclass
 class ReaderNode:
@@ -26,6 +29,7 @@ class ReaderNode:
     transports: TransportSet
     importer: Importer
     client: RpcClient
+    reporter: LinkReporter
 
     @property
     def transport(self) -> Transport:
@@ -63,12 +67,13 @@ async def running_reader(
                 client=client,
                 transports=transports,
                 staging=staging,
-                reader=Reader(WorkerId("decode-0"), incarnation, layout),
+                reader=Reader(READER, incarnation, layout),
                 options=options,
                 clock=MonotonicClock(),
             )
             async with importer:
-                yield ReaderNode(staging, transports, importer, client)
+                reporter = LinkReporter(READER, transports, MonotonicClock(), peers=importer.peers)
+                yield ReaderNode(staging, transports, importer, client, reporter)
     finally:
         await staging.close()
         await transports.close()

@@ -35,6 +35,8 @@ def test_every_command_teaches_by_example(capsys: pytest.CaptureFixture[str]) ->
         (["up", "--threads", "99999999999999999999"], "--threads 99999999999999999999"),
         (["serve", "prefill", "--config", "/no/such/file.toml"], "cannot read"),
         (["up", "--decode", "0"], "at least one decode node"),
+        (["up", "--colocated", "2", "--decode", "2"], "--colocated replicas are instead of prefill and decode nodes"),
+        (["up", "--colocated", "0"], "--colocated 0"),
         (["up", "--port", "0", "--set", "x=1"], "begin with whose setting"),
         (["up", "--cpu-affinity", "0,4095"], "asks for cores 4095; this process may use"),
         (["serve", "decode", "--cpu-affinity", "4095"], "asks for cores 4095"),
