@@ -47,6 +47,8 @@ from runtime.clock import Clock
 from runtime.node_config import TransferOptions
 
 SIGNS_OF_LIFE_PER_STALL = 3
+ALREADY_PUSHED = "it was pushed already"
+"""Whoever was pushed to may have given its blocks to another request since. A message that arrives twice must not write twice."""
 REAP_INTERVAL_S = 1.0
 
 Ending = Literal["released", "expired", "failed"]
@@ -194,15 +196,15 @@ class ExportTable:
 
     def attach(self, message: OpenHandoff) -> AsyncIterator[bytes]:
         """The hand-off as encoded frames, from block `skip_blocks` on. Raises LeaseExpired for a ticket that is
-        unknown, has ended, belongs to another incarnation, has a reader attached, or a push under way; TransferError for
+        unknown, has ended, belongs to another incarnation, has a reader attached, or was pushed already; TransferError for
         a push that cannot be."""
         export = self._find(message.ticket_id, message.incarnation)
         if export is None:
             raise lease_gone("ticket unknown, expired, released, or of an earlier incarnation")
         if export.attached:
             raise lease_gone("another reader is attached to this ticket")
-        if not export.settled and export.push is not None:
-            raise lease_gone("an earlier push of it has not ended")
+        if export.push is not None:
+            raise lease_gone(ALREADY_PUSHED)
         return self._frames(export, message)
 
     def renew(self, message: RenewLease) -> LeasesHeld:
@@ -345,6 +347,9 @@ class ExportTable:
     async def _frames(self, export: Export, message: OpenHandoff) -> AsyncIterator[bytes]:
         if export.attached:  # two attached before either was read from
             yield encode_frame(HandoffFailed(lease_gone("another reader is attached to this ticket").to_info()))
+            return
+        if export.push is not None:
+            yield encode_frame(HandoffFailed(lease_gone(ALREADY_PUSHED).to_info()))
             return
         cursor = message.skip_blocks
         sign_of_life_s = self._options.stall_timeout_s / SIGNS_OF_LIFE_PER_STALL

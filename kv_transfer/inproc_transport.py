@@ -8,7 +8,7 @@ import functools
 import secrets
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,15 +25,31 @@ _open_transports: dict[bytes, "InprocTransport"] = {}
 """The wire of this transport: payload -> the owner's end."""
 
 
+@dataclass(frozen=True, slots=True)
+class Course:
+    """How one transfer goes, block by block, in the time of the event loop.
+
+    pauses_s: before the block of the same index. failure: raised instead of moving block `fails_at`. flips: block and bit,
+    of bits that arrive wrong.
+    """
+
+    pauses_s: Sequence[float] = ()
+    fails_at: int = 0
+    failure: TransferError | None = None
+    flips: Sequence[tuple[int, int]] = ()
+
+
 @dataclass
 class Faults:
     """delay_s: before each copy. fail: raised instead of copying. corrupt: flip a bit of the first block copied.
-    stall: nothing is copied before this event is set."""
+    stall: nothing is copied before this event is set. course: of the next transfer, which is of so many blocks; the others
+    mean nothing then."""
 
     delay_s: float = 0.0
     fail: TransferError | None = None
     corrupt: bool = False
     stall: threading.Event | None = None
+    course: Callable[[int], Course] | None = None
 
 
 class InprocTransport:
@@ -56,6 +72,7 @@ class InprocTransport:
         self.faults = Faults()
         self.log = ReadLog()
         self.executor = ThreadPoolExecutor(4, thread_name_prefix="kv-inproc")
+        self.closed = False
         self._name = secrets.token_bytes(16)
         _open_transports[self._name] = self
 
@@ -69,6 +86,7 @@ class InprocTransport:
         return self.log.stats()
 
     async def close(self) -> None:
+        self.closed = True
         _open_transports.pop(self._name, None)
         self.executor.shutdown(wait=False)
 
@@ -115,8 +133,15 @@ class InprocLink:
     async def _copy(
         self, source: InprocTransport, destination: InprocTransport, runs: list[CopyRun], timeout_s: float
     ) -> None:
-        copy = functools.partial(_copy, source, destination.arena, runs)
-        copied = asyncio.get_running_loop().run_in_executor(self._initiator.executor, copy)
+        loop = asyncio.get_running_loop()
+        copied: asyncio.Future[None]
+        if source.faults.course is not None:
+            course = source.faults.course(sum(run.num_blocks for run in runs))
+            copied = loop.create_task(_follow(course, source, destination.arena, runs))
+            copied.add_done_callback(_heard)
+        else:
+            copy = functools.partial(_copy, source, destination.arena, runs)
+            copied = loop.run_in_executor(self._initiator.executor, copy)
         await bounded(copied, timeout_s, self._peer)
 
 
@@ -131,3 +156,24 @@ def _copy(source: InprocTransport, destination: HostArena, runs: list[CopyRun]) 
     copy_runs(source.arena.address, destination, runs)
     if faults.corrupt and runs:
         destination.block(runs[0].destination)[0] ^= 1
+
+
+def _heard(copied: asyncio.Future[None]) -> None:
+    """It may fail when nobody is left who waits for it."""
+    if not copied.cancelled():
+        copied.exception()
+
+
+async def _follow(course: Course, source: InprocTransport, destination: HostArena, runs: list[CopyRun]) -> None:
+    blocks = [CopyRun(run.source + i, run.destination + i, 1) for run in runs for i in range(run.num_blocks)]
+    for index, block in enumerate(blocks):
+        if index < len(course.pauses_s):
+            await asyncio.sleep(course.pauses_s[index])
+        if course.failure is not None and index == course.fails_at:
+            raise course.failure
+        if source.closed:
+            raise PeerLost("the process that has the blocks is gone")
+        copy_runs(source.arena.address, destination, [block])
+        for flipped, bit in course.flips:
+            if flipped == index:
+                destination.block(block.destination)[bit // 8] ^= 1 << bit % 8

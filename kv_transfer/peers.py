@@ -6,6 +6,7 @@ one peer that coincide are one meeting. A failed one is not remembered: the next
 """
 
 import asyncio
+import functools
 import logging
 from dataclasses import dataclass
 
@@ -74,10 +75,9 @@ class Peers:
         if meeting is None:
             meeting = self._tasks.create_task(self._meet(control_url, incarnation, worker), name=f"kv-meet:{worker}")
             self._meetings[key] = meeting
+            meeting.add_done_callback(functools.partial(self._drop_failed, key))
         outcome = await asyncio.shield(meeting)
         if isinstance(outcome, TransferError):
-            if self._meetings.get(key) is meeting:
-                del self._meetings[key]
             raise outcome
         return outcome
 
@@ -126,6 +126,12 @@ class Peers:
             await self._client.notify(url, ours, timeout_s)  # refused, with the fields that differ
             raise LayoutMismatch(f"KV of {worker} has the fingerprint {hello.layout_fingerprint}, not ours")
         return await self._client.call(url, ours, Introduction, timeout_s)
+
+    def _drop_failed(self, key: tuple[str, str], meeting: _Meeting) -> None:
+        """Whether or not anybody is still waiting for it: else the next to ask would hear of an old failure."""
+        failed = meeting.cancelled() or isinstance(meeting.result(), TransferError)
+        if failed and self._meetings.get(key) is meeting:
+            del self._meetings[key]
 
 
 async def _close(meeting: _Meeting) -> None:

@@ -8,6 +8,7 @@ while: a reader that is still there meets us again when it is told so.
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Self
 
 from kv_transfer.link_probe import push_samples
@@ -88,10 +89,9 @@ class Pushers:
         if connecting is None:
             connecting = self._tasks.create_task(self._connect(known.introduction, kind), name=f"kv-push:{worker}")
             known.links[kind] = connecting
+            connecting.add_done_callback(partial(_drop_failed, known, kind))
         outcome = await asyncio.shield(connecting)
         if isinstance(outcome, TransferError):
-            if known.links.get(kind) is connecting:
-                del known.links[kind]
             raise outcome
         return outcome
 
@@ -151,6 +151,13 @@ class Pushers:
     def _close(self, connecting: _Connecting | None) -> None:
         if connecting is not None:
             self._tasks.create_task(_close(connecting), name="kv-push-goodbye")
+
+
+def _drop_failed(known: KnownReader, kind: TransportKind, connecting: _Connecting) -> None:
+    """Whether or not anybody is still waiting for it: else the next to ask would hear of an old failure."""
+    failed = connecting.cancelled() or isinstance(connecting.result(), TransferError)
+    if failed and known.links.get(kind) is connecting:
+        del known.links[kind]
 
 
 async def _close(connecting: _Connecting) -> None:
