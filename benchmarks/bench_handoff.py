@@ -102,15 +102,14 @@ def measure(client: Client, options: argparse.Namespace, output_tokens: int) -> 
     num_local = 0
     for number in range(options.rounds):
         progress(f"{output_tokens} output tokens, round {number + 1} of {options.rounds}")
-        load = asyncio.run(
-            run_load(client, options.concurrency, options.concurrency, options.prompt_tokens, output_tokens)
-        )
+        concurrency = options.concurrency
+        load = asyncio.run(run_load(client, concurrency, concurrency, options.prompt_tokens, output_tokens))
         for sample in load.samples:
             timing = sample.timing_ms
             if not timing["handoff_ms"]:
                 num_local += 1
                 continue
-            parts = {part: timing["handoff"][f"{part}_ms"] for part in PARTS}
+            parts = {part: sample.handoff_ms[f"{part}_ms"] for part in PARTS}
             samples.append(HandoffSample(parts, timing["handoff_ms"], timing["decode_ms"] / (output_tokens - 1)))
     if not samples:
         raise SystemExit("no prompt was handed off: the decode node computed all of them itself")

@@ -20,7 +20,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,10 +32,12 @@ START_TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class Sample:
-    """One streamed request: seconds from sending to each token's arrival, and the ledger it came back with (ms)."""
+    """One streamed request: seconds from sending to each token's arrival, and the ledger it came back with (ms), that of
+    its hand-off in parts beside it."""
 
     arrivals_s: tuple[float, ...]
-    timing_ms: dict[str, Any]
+    timing_ms: dict[str, float]
+    handoff_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def ttft_s(self) -> float:
@@ -157,7 +159,8 @@ class Client:
                 for choice in chunk["choices"]:
                     timing = choice.get("timing") or timing
                 timing = (chunk.get("timing") or [timing])[0]
-        return Sample(tuple(arrivals), timing)
+        handoff = timing.pop("handoff", {})
+        return Sample(tuple(arrivals), timing, handoff)
 
 
 async def run_load(

@@ -9,7 +9,8 @@ import pytest
 from protocol.errors import LeaseExpired
 from protocol.ids import RequestId
 from protocol.transfer import Direction, OpenHandoff
-from tests.support.kv_world import LAYOUT, Prompt, World
+from tests.support.kv_world import World
+from tests.support.sim_blocks import LAYOUT, Prompt
 
 
 @contextmanager

@@ -21,7 +21,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_sta
 from protocol.errors import Overloaded
 from protocol.ids import RequestId
 from protocol.transfer import Direction, TransferTicket
-from tests.support.kv_world import LAYOUT, Prompt, SimOwner, SimReader, World
+from tests.support.kv_world import World
+from tests.support.sim_blocks import LAYOUT, Prompt
+from tests.support.sim_owner import SimOwner
+from tests.support.sim_reader import SimReader
 
 log = logging.getLogger(__name__)
 

@@ -1,20 +1,24 @@
 """A reader of KV blocks for tests: arena, transport and importer in the test's own event loop."""
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
+import pytest
+
 from kv_transfer.arena import HostArena
 from kv_transfer.factory import start_transports
-from kv_transfer.imports import Importer
+from kv_transfer.imports import FetchFailed, Importer
 from kv_transfer.link_report import LinkReporter
 from kv_transfer.peers import Reader
 from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Link, Transport, find_endpoint
 from kv_transfer.transport_set import TransportSet
+from protocol.errors import TransferError
 from protocol.ids import WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
-from protocol.transfer import Direction, Introduction, TransportKind
+from protocol.transfer import Direction, Introduction, TransferTicket, TransportKind
 from runtime.clock import MonotonicClock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
@@ -79,3 +83,12 @@ async def running_reader(
         await transports.close()
         if isinstance(arena, HostArena):
             arena.close()
+
+
+async def refusal(reader: ReaderNode, ticket: TransferTicket, deadline_s: float = 5.0) -> TransferError:
+    """Why a fetch into blocks 0 and 1 failed. Says as well that the blocks are safe afterwards."""
+    with pytest.raises(FetchFailed) as failed:
+        await reader.importer.fetch(ticket, [0, 1], 0, deadline_s)
+    async with asyncio.timeout(5):
+        await failed.value.settled.wait()
+    return failed.value.reason
