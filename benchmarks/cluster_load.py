@@ -18,8 +18,9 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 
@@ -29,10 +30,12 @@ START_TIMEOUT_S = 120
 
 @dataclass(frozen=True)
 class Sample:
-    """One streamed request: seconds from sending to each token's arrival, and the ledger it came back with (ms)."""
+    """One streamed request: seconds from sending to each token's arrival, and the ledger it came back with (ms), that of
+    its hand-off in parts beside it."""
 
     arrivals_s: tuple[float, ...]
     timing_ms: dict[str, float]
+    handoff_ms: dict[str, float] = field(default_factory=dict)
 
     @property
     def ttft_s(self) -> float:
@@ -119,7 +122,7 @@ class Client:
         }
         sent = time.perf_counter()
         arrivals: list[float] = []
-        timing: dict[str, float] = {}
+        timing: dict[str, Any] = {}
         async with session.post(f"{self._url}/v1/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.content:
@@ -133,7 +136,8 @@ class Client:
                 for choice in chunk["choices"]:
                     timing = choice.get("timing") or timing
                 timing = (chunk.get("timing") or [timing])[0]
-        return Sample(tuple(arrivals), timing)
+        handoff = timing.pop("handoff", {})
+        return Sample(tuple(arrivals), timing, handoff)
 
 
 def machine() -> str:

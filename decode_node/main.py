@@ -2,6 +2,7 @@
 
 import asyncio
 from contextlib import AsyncExitStack
+from functools import partial
 
 from decode_node.handoff import Handoffs
 from decode_node.node import DecodeNode
@@ -10,10 +11,11 @@ from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
+from kv_transfer.device_blocks import DeviceBlocks, open_staging
 from kv_transfer.factory import start_transports
 from kv_transfer.imports import Importer
+from kv_transfer.link_report import LinkReporter
 from kv_transfer.peers import Reader
-from kv_transfer.staging import HostStaging
 from kv_transfer.telemetry import TransferTelemetry
 from protocol.ids import Incarnation, WorkerId, new_incarnation
 from runtime.auth import check_bind
@@ -35,14 +37,17 @@ def run(config: NodeConfig) -> int:
     incarnation = new_incarnation()
     plan = plan_engine(config)
     block_bytes = plan.layout.block_bytes
-    arena = HostArena(1 if plan.on_device else plan.num_blocks, block_bytes, scratch_blocks(block_bytes))
-    built = build_engine(config, plan, incarnation, arena.tensor())
-    run_on_event_loop(_serve(config, incarnation, built, arena, takes_imports=not plan.on_device))
+    num_scratch_blocks = scratch_blocks(block_bytes)
+    arena = None if plan.on_device else HostArena(plan.num_blocks, block_bytes, num_scratch_blocks)
+    built = build_engine(config, plan, incarnation, arena.tensor() if arena else None, num_scratch_blocks)
+    memory = arena or built.device_blocks
+    assert memory is not None, "a KV cache is in host memory or on a device"
+    run_on_event_loop(_serve(config, incarnation, built, memory))
     return 0
 
 
 async def _serve(
-    config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, arena: HostArena, *, takes_imports: bool
+    config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, memory: HostArena | DeviceBlocks
 ) -> None:
     engine = built.engine
     life = ProcessLife()
@@ -50,20 +55,21 @@ async def _serve(
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    transports = start_transports(
+    start = partial(
+        start_transports,
         config.transfer,
-        arena,
         incarnation=incarnation,
         host=config.host,
         advertise_host=advertised_host(url),
     )
+    staging, transports = open_staging(memory, config.transfer, start)
     info = describe_worker(config, "decode", incarnation, url, built.model, transports.kinds)
     shell = NodeShell(config, info, life, registry)
+    clock = MonotonicClock()
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
         stack.push_async_callback(transports.close)
-        staging = HostStaging(arena)
         stack.push_async_callback(staging.close)
         importer = await stack.enter_async_context(
             Importer(
@@ -72,7 +78,7 @@ async def _serve(
                 staging=staging,
                 reader=Reader(WorkerId(info.worker_id), incarnation, info.layout),
                 options=config.transfer,
-                clock=MonotonicClock(),
+                clock=clock,
             )
         )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
@@ -84,12 +90,13 @@ async def _serve(
             NodeMetrics(registry),
             info.vocab_size,
             info.layout.identity,
-            takes_imports=takes_imports,
         )
         engine.start(on_loop(loop, service.on_engine_events))
+        reporter = LinkReporter(WorkerId(info.worker_id), transports, clock, peers=importer.peers)
         node = DecodeNode(
             shell,
             service,
+            [reporter.route(config.cluster_key)],
             EngineTelemetry(engine, EngineMetrics(registry)),
             TransferTelemetry(TransferMetrics(registry), transports, importer=importer),
             config.cluster_key,

@@ -19,18 +19,20 @@ class DecodeNode:
         self,
         shell: NodeShell,
         service: DecodeService,
+        kv_routes: list[Route],
         engine_telemetry: EngineTelemetry,
         transfer_telemetry: TransferTelemetry,
         cluster_key: str | None,
     ) -> None:
         self._shell = shell
         self._service = service
+        self._kv_routes = kv_routes
         self._engine_telemetry = engine_telemetry
         self._transfer_telemetry = transfer_telemetry
         self._cluster_key = cluster_key
 
     def routes(self) -> list[Route]:
-        return [message_route("/node/v1/decode", DecodeRequest, self._decode, self._cluster_key)]
+        return [message_route("/node/v1/decode", DecodeRequest, self._decode, self._cluster_key), *self._kv_routes]
 
     def cancel(self, request_ids: Iterable[RequestId]) -> None:
         self._service.cancel(request_ids)

@@ -13,7 +13,7 @@ from engine.events import EngineEvent, Failed, Finished, PromptComputed, Reserve
 from engine.request import EngineRequest, Mode
 from protocol import tokens
 from protocol.block_hash import context_hash
-from protocol.errors import Cancelled, HeadraceError, InvalidParameter, TransferError
+from protocol.errors import Cancelled, HeadraceError, InvalidParameter
 from protocol.ids import RequestId, RouterId
 from protocol.requests import DecodeAccepted, DecodeRequest
 from protocol.tokens import SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
@@ -24,8 +24,6 @@ from runtime.token_outbox import TokenOutbox
 
 
 class DecodeService:
-    """Without `takes_imports` requests with a ticket are refused: the engine's KV is where no transport can put any."""
-
     def __init__(
         self,
         engine: Engine,
@@ -34,8 +32,6 @@ class DecodeService:
         metrics: NodeMetrics,
         vocab_size: int,
         layout_identity: str,
-        *,
-        takes_imports: bool = True,
     ) -> None:
         self._engine = engine
         self._handoffs = handoffs
@@ -43,15 +39,12 @@ class DecodeService:
         self._metrics = metrics
         self._vocab_size = vocab_size
         self._layout_identity = layout_identity
-        self._takes_imports = takes_imports
         self._expected: dict[RequestId, tuple[TransferTicket, Deadline]] = {}
 
     def decode(self, request: DecodeRequest) -> DecodeAccepted:
         """Admit one request. Raises a HeadraceError and leaves nothing behind if it cannot be taken."""
         request.sampling.validate(self._vocab_size)
         if request.ticket is not None:
-            if not self._takes_imports:
-                raise TransferError("this node's KV is in device memory, which no transport reaches yet")
             _check_ticket(request.ticket, request, self._layout_identity)
         request_id = RequestId(request.request_id)
         self._outbox.expect(request_id, RouterId(request.router_id))

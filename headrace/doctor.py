@@ -5,18 +5,17 @@ import importlib.util
 import mmap
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Literal, NamedTuple
 
 import msgspec
 
+from headrace.finding import Finding, Verdict
+from headrace.links import cluster_findings
 from headrace.prepare import run_probes
 from headrace.probe import PROBES
 from protocol.errors import ConfigError
 from runtime.serving import bind_socket
-
-Verdict = Literal["ok", "warn", "fail"]
 
 PORTS = {"public API": 8000, "control plane": 8001}
 NEEDED_MEMORY_BYTES = 4 << 30
@@ -26,26 +25,25 @@ FATAL_PROBES = frozenset({"torch"})
 """Without the others a cluster runs, slower or over another transport."""
 
 _EPILOG = """\
+examples:
+  headrace doctor
+  headrace doctor --cluster http://10.0.0.1:8001    which transport each pair of nodes took, what it measured, and why
+
+HEADRACE_CLUSTER_KEY, if set, is shown to the cluster.
 exit code: 0 if a cluster can run here, 1 if something it cannot do without has failed
 """
-
-
-class Finding(NamedTuple):
-    check: str
-    verdict: Verdict
-    detail: str
-    cure: str = ""
 
 
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "doctor",
-        help="check whether this machine is fit to run a cluster",
-        description="Check this machine, one line for each thing that a cluster needs.",
+        help="check whether this machine is fit to run a cluster, or how KV moves in a running one",
+        description="Check this machine, one line for each thing that a cluster needs; or a running cluster's links.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
+    parser.add_argument("--cluster", metavar="URL", help="a router's control URL: check how its nodes' KV moves")
     parser.add_argument("--probe", choices=sorted(PROBES), help=argparse.SUPPRESS)
 
 
@@ -53,8 +51,14 @@ def run(options: argparse.Namespace) -> int:
     if options.probe is not None:
         print(msgspec.json.encode(PROBES[options.probe]()).decode())
         return 0
+    if options.cluster is not None:
+        return _print(cluster_findings(options.cluster, os.environ.get("HEADRACE_CLUSTER_KEY")))
+    return _print(_findings())
+
+
+def _print(findings: Iterable[Finding]) -> int:
     worst = 0
-    for finding in _findings():
+    for finding in findings:
         worst = max(worst, 1 if finding.verdict == "fail" else 0)
         print(f"{finding.verdict:<5} {finding.check:<14} {finding.detail}", flush=True)
         if finding.cure and finding.verdict != "ok":

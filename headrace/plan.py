@@ -38,7 +38,7 @@ class UpOptions:
     num_decode: int = 1
     host: str = "127.0.0.1"
     port: int = 8000
-    transport: str | None = None
+    transport: str = "nixl"
     dtype: str | None = None
     quantization: str | None = None
     load_format: str | None = None

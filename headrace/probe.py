@@ -45,7 +45,7 @@ def probe_kernels() -> ProbeReport:
 def probe_nixl() -> ProbeReport:
     library = importlib.import_module("kv_transfer.nixl_library")
     errors = importlib.import_module("protocol.errors")
-    cure = f"{library.INSTALL_HINT}, or choose another transport: --transport shm (one host) or tcp"
+    cure = f"{library.INSTALL_HINT}, or let nodes take another transport: --transport auto"
     try:
         api = library.load_nixl("127.0.0.1")
         agent = library.make_agent(api, "headrace-doctor", progress_delay_us=None)

@@ -27,6 +27,8 @@ RoleConfig = RouterConfig | NodeConfig
 CONFIG_TYPES: Mapping[Role, type[RoleConfig]] = {"router": RouterConfig, "prefill": NodeConfig, "decode": NodeConfig}
 _MODULES: Mapping[Role, str] = {"router": "router.main", "prefill": "prefill_node.main", "decode": "decode_node.main"}
 
+TRANSPORT_CHOICES = ("auto", *(kind for kind in get_args(TransportKind) if kind != "inproc"))
+
 _NODE_FLAGS: Mapping[str, str] = {
     "--router": "routers",
     "--transport": "transfer.transport",
@@ -73,7 +75,11 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     )
     nodes = parser.add_argument_group("nodes")
     nodes.add_argument("--router", action="append", metavar="URL", help="a router's control URL; may be repeated")
-    nodes.add_argument("--transport", choices=get_args(TransportKind), help="how KV blocks move")
+    nodes.add_argument(
+        "--transport",
+        choices=TRANSPORT_CHOICES,
+        help="how KV blocks move; auto measures, with each peer, and takes the fastest (default: auto)",
+    )
     nodes.add_argument("--dtype", help="auto, float32, bfloat16 or float16")
     nodes.add_argument("--quantization", help="none, or int8 for weights of a byte each (CPU)")
     nodes.add_argument("--threads", help="compute threads; 0: one for each core the process may use")

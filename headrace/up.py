@@ -13,6 +13,7 @@ from typing import Any
 from headrace.cores import available_cores, parse_cpus, stay_on
 from headrace.plan import UpOptions, make_plan
 from headrace.prepare import PreparedModel, prepare_model, run_probe
+from headrace.serve import TRANSPORT_CHOICES
 from headrace.settings import add_set_flag, parse_settings
 from headrace.status_view import StatusView, make_view
 from headrace.supervisor import Supervisor
@@ -87,7 +88,12 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="N",
         help="instead: N ordinary replicas, each of which computes the prompts of what it decodes",
     )
-    how.add_argument("--transport", choices=("nixl", "shm", "tcp"), help="how KV blocks move (default: nixl)")
+    how.add_argument(
+        "--transport",
+        choices=TRANSPORT_CHOICES,
+        default="nixl",
+        help="how KV blocks move; auto measures and takes the fastest (default: nixl)",
+    )
     how.add_argument(
         "--threads", type=int, default=0, metavar="N", help="compute threads of each node (default: its cores)"
     )

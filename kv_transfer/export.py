@@ -9,6 +9,9 @@ everything from the start; two at once may not.
 
 Of a block's way: submitted (final) -> staged (there for peers, its checksum known) -> announced; to a reader that wants
 them pushed they are announced when they have landed.
+
+Where wire blocks are scarce (kv_transfer.staging) they are staged for the reader that is attached, from the first block that
+it lacks (`restart`), and taken back as they land there (`take_back`), to be staged in for what comes next.
 """
 
 import asyncio
@@ -40,11 +43,26 @@ class AllLent:
     """What ends the announcements of a lent prefix."""
 
 
+@dataclass(frozen=True, slots=True)
+class ExportStats:
+    """Totals since start; `num_open` and `num_unsettled` are now. opened = open + released + expired + failed, always.
+    `num_unsettled`: exports that have ended and whose blocks something still copies or writes from."""
+
+    num_open: int
+    num_opened: int
+    num_released: int
+    num_expired: int
+    num_failed: int
+    num_bytes_announced: int
+    num_unsettled: int
+
+
 class Export:
     """Created by ExportTable.open. `changed` is set whenever a reader may find something new."""
 
-    def __init__(self, ticket: TransferTicket) -> None:
+    def __init__(self, ticket: TransferTicket, *, scarce: bool = False) -> None:
         self.ticket = ticket
+        self._scarce = scarce
         self.attached = False
         self.staging: asyncio.Task[None] | None = None
         self.push: Push | None = None
@@ -52,17 +70,19 @@ class Export:
         self.ended = False
         self._end_error: HeadraceError | None = None
         self._block_ids: list[int] = []
-        self.wire_ids: list[int] = []
+        self._wire_ids: list[int] = []
         self._checksums: list[int] = []
+        self._first_staged = 0
+        self._num_taken_back = 0
         self._readable: set[int] = set()
-        self._pending_completion: Completion | AllLent | None = None
         self._completion: Completion | AllLent | None = None
         self._renewed_at: float | None = None
         self._finished_at: float | None = None
 
     @property
     def num_staged(self) -> int:
-        return len(self.wire_ids)
+        """Leading blocks that are staged, or that the reader had before."""
+        return self._first_staged + len(self._wire_ids)
 
     @property
     def settled(self) -> bool:
@@ -74,34 +94,52 @@ class Export:
         assert first_block == len(self._block_ids), (
             f"block {first_block} is published after {len(self._block_ids)} blocks"
         )
-        assert self._pending_completion is None, "blocks are published after the prefill finished"
+        assert self._completion is None, "blocks are published after the prefill finished"
         self._block_ids.extend(block_ids)
 
     def unstaged(self, max_blocks: int) -> tuple[int, ...]:
         """The next KV blocks to stage."""
         return tuple(self._block_ids[self.num_staged : self.num_staged + max_blocks])
 
-    def stage(self, staged: StagedBlocks, now: float) -> None:
+    def stage(self, staged: StagedBlocks) -> None:
         """The next of the submitted blocks are there for peers."""
-        self.wire_ids.extend(staged.wire_ids)
+        self._wire_ids.extend(staged.wire_ids)
         self._checksums.extend(staged.checksums)
         self._readable.update(staged.wire_ids)
         if self.push is not None:
             self.offer_push(self.push)
-        self._complete_if_ready(now)
         self.changed.set()
+
+    def restart(self, first_block: int) -> tuple[int, ...]:
+        """A reader lacks the blocks from here on, and will hear of them anew. Returns what is to be unstaged: all that was
+        staged for another. Nothing may be reading or writing that."""
+        taken_back = self.take_back(self.num_staged)
+        self._first_staged = first_block
+        self._num_taken_back = 0
+        self._wire_ids.clear()
+        self._checksums.clear()
+        return taken_back
+
+    def take_back(self, num_blocks: int) -> tuple[int, ...]:
+        """Nobody needs the wire blocks of this many leading blocks any more. Returns those to be unstaged."""
+        upto = max(self._num_taken_back, min(num_blocks, self.num_staged) - self._first_staged)
+        taken_back = tuple(self._wire_ids[self._num_taken_back : upto])
+        self._num_taken_back = upto
+        self._readable.difference_update(taken_back)
+        return taken_back
 
     def finish(self, completion: Completion | AllLent, now: float) -> None:
         """The prefill is done; the reader hears so after the last submitted block."""
-        self._pending_completion = completion
+        self._completion = completion
+        self._finished_at = now
         if self.push is not None:
             self.push.hasten()
-        self._complete_if_ready(now)
+        self.changed.set()
 
     def offer_push(self, push: Push) -> None:
         """Let a push have what it has not been offered yet."""
-        push.offer(self.wire_ids[push.num_offered :])
-        if self._pending_completion is not None:
+        push.offer(self._wire_ids[push.num_offered - self._first_staged :])
+        if self._completion is not None:
             push.hasten()
 
     def renew(self, now: float) -> None:
@@ -123,7 +161,7 @@ class Export:
         return now >= max(self._finished_at, self._renewed_at or self._finished_at) + self.ticket.ttl_s
 
     def may_read(self, wire_ids: Sequence[int]) -> bool:
-        """Safe from any thread: ids are only ever added, one at a time."""
+        """Safe from any thread: ids come and go one at a time."""
         return not self.ended and all(block_id in self._readable for block_id in wire_ids)
 
     def next_message(self, cursor: int, now: float) -> HandoffMessage | None:
@@ -132,9 +170,11 @@ class Export:
             return None if self._end_error is None else HandoffFailed(self._end_error.to_info())
         num_ready = self.num_staged if self.push is None else self.push.num_landed
         if cursor < num_ready:
-            upto = min(num_ready, cursor + MAX_BLOCKS_PER_MESSAGE)
-            return BlocksReady(cursor, tuple(self.wire_ids[cursor:upto]), tuple(self._checksums[cursor:upto]))
-        if self._completion is None or cursor < self.num_staged:
+            start = cursor - self._first_staged
+            news = slice(start, start + min(num_ready - cursor, MAX_BLOCKS_PER_MESSAGE))
+            ids, sums = tuple(self._wire_ids[news]), tuple(self._checksums[news])
+            return BlocksReady(cursor, ids, sums, scarce=self._scarce and self.push is None)
+        if self._completion is None or cursor < len(self._block_ids):
             return None
         return self._end_message(self._completion, now)
 
@@ -149,13 +189,6 @@ class Export:
             phases=completion.phases,
             wire_s=wire_s,
         )
-
-    def _complete_if_ready(self, now: float) -> None:
-        if self._pending_completion is None or self.num_staged < len(self._block_ids) or self._completion is not None:
-            return
-        self._completion = self._pending_completion
-        self._finished_at = now
-        self.changed.set()
 
 
 def lease_gone(why: str) -> LeaseExpired:

@@ -17,11 +17,11 @@ Decisions that the protocol leaves open:
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Literal, Self
 
-from kv_transfer.export import AllLent, Completion, Export, lease_gone
+from kv_transfer.export import AllLent, Completion, Export, ExportStats, lease_gone
+from kv_transfer.export_stream import tell
 from kv_transfer.link_queue import LinkQueues, QueueStats
 from kv_transfer.push import Push, PushContext, PushEvents, PushLinks, PushPath
 from kv_transfer.quarantine import Quarantine
@@ -32,9 +32,9 @@ from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
 from protocol.transfer import (
+    BlocksLanded,
     BlocksReady,
     HandoffFailed,
-    HandoffMessage,
     LeasesHeld,
     LeaseState,
     OpenHandoff,
@@ -54,20 +54,6 @@ REAP_INTERVAL_S = 1.0
 Ending = Literal["released", "expired", "failed"]
 
 log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class ExportStats:
-    """Totals since start; `num_open` and `num_unsettled` are now. opened = open + released + expired + failed, always.
-    `num_unsettled`: exports that have ended and whose blocks something still copies or writes from."""
-
-    num_open: int
-    num_opened: int
-    num_released: int
-    num_expired: int
-    num_failed: int
-    num_bytes_announced: int
-    num_unsettled: int
 
 
 class ExportTable:
@@ -105,7 +91,7 @@ class ExportTable:
         self._num_blocks_announced = 0
         self._tasks = asyncio.TaskGroup()
         self._quarantine = Quarantine(self._tasks)
-        self._queues = LinkQueues(options.max_bytes_in_flight, staging.arena.block_bytes, clock)
+        self._queues = LinkQueues(options.max_bytes_in_flight, staging.arena.block_bytes, staging.max_blocks, clock)
         self._push_context = PushContext(self._tasks, self._quarantine, clock, options.stall_timeout_s)
 
     async def __aenter__(self) -> Self:
@@ -155,7 +141,8 @@ class ExportTable:
             context_hash=context_hash,
             ttl_s=self._options.lease_ttl_s,
         )
-        self._by_request[request_id] = self._by_ticket[TicketId(ticket.ticket_id)] = Export(ticket)
+        export = Export(ticket, scarce=not self._staging.eager)
+        self._by_request[request_id] = self._by_ticket[TicketId(ticket.ticket_id)] = export
         self._num_opened += 1
         return ticket
 
@@ -229,6 +216,13 @@ class ExportTable:
                 export.renew(now)
         return LeasesHeld(tuple(export is not None for export in exports))
 
+    def landed(self, message: BlocksLanded) -> LeaseState:
+        """The reader has leading blocks: where wire blocks are scarce, theirs are for the next ones now."""
+        export = self._find(message.ticket_id, message.incarnation)
+        if export is not None:
+            self._take_back(export, message.num_blocks)
+        return LeaseState(held=export is not None, known=message.incarnation == self._incarnation)
+
     def release(self, message: ReleaseLease) -> LeaseState:
         """Idempotent; False says that the lease had ended before."""
         export = self._find(message.ticket_id, message.incarnation)
@@ -280,7 +274,13 @@ class ExportTable:
         may_stage = self._staging.eager or export.attached
         if may_stage and export.staging is None and not export.ended and export.unstaged(1):
             export.staging = self._tasks.create_task(self._stage(export), name="kv-stage")
-            export.staging.add_done_callback(partial(self._staging_ended, export))  # also if it never began
+            export.staging.add_done_callback(lambda _: self._staging_ended(export))
+
+    def _staging_ended(self, export: Export) -> None:
+        """Also if it was cancelled before it had begun. A reader that came while it ended gets one of its own."""
+        export.staging = None
+        self._free_if_settled(export)
+        self._stage_rest(export)
 
     async def _stage(self, export: Export) -> None:
         """Raises nothing: the group that it runs in is everybody's."""
@@ -296,14 +296,31 @@ class ExportTable:
             if not export.ended:
                 self._end(export, "failed", InternalError("the owner could not export its KV blocks"))
 
-    def _staging_ended(self, export: Export, _: asyncio.Task[None]) -> None:
-        export.staging = None
-        self._free_if_settled(export)
-        self._stage_rest(export)
-
     def _staged(self, export: Export, staged: StagedBlocks) -> None:
-        export.stage(staged, self._clock.now())
+        export.stage(staged)
         self._num_blocks_announced += len(staged.wire_ids)
+
+    def _take_back(self, export: Export, num_blocks: int) -> None:
+        if not self._staging.eager:
+            self._staging.unstage(export.take_back(num_blocks))
+
+    def _attach(self, export: Export, first_block: int) -> None:
+        """Scarce wire blocks are for this reader now."""
+        export.attached = True
+        if not self._staging.eager:
+            self._staging.unstage(export.restart(first_block))
+
+    def _detach(self, export: Export, *, told_all: bool) -> None:
+        """Of a reader whose stream broke nothing is left to read what was staged for it."""
+        export.attached = False
+        if export.push is not None:
+            export.push.stop()
+        if told_all or self._staging.eager or export.ended:
+            return
+        if export.staging is not None:
+            export.staging.cancel()
+        if export.push is None or not export.push.writing:
+            self._take_back(export, export.num_staged)
 
     # The end.
 
@@ -322,7 +339,7 @@ class ExportTable:
         """Give the blocks back, once, when the export has ended and nothing reads them any more."""
         ticket_id = TicketId(export.ticket.ticket_id)
         if export.ended and export.settled and self._unsettled.pop(ticket_id, None) is not None:
-            self._staging.unstage(export.wire_ids)
+            self._staging.unstage(export.take_back(export.num_staged))
             self._on_released(RequestId(export.ticket.request_id))
 
     # The reader's stream.
@@ -336,40 +353,19 @@ class ExportTable:
             return
         cursor = message.skip_blocks
         sign_of_life_s = self._options.stall_timeout_s / SIGNS_OF_LIFE_PER_STALL
-        export.attached = True
+        told_all = False
+        self._attach(export, cursor)
         try:
             yield encode_frame(BlocksReady(cursor, (), ()))
             self._start_push(export, message)
             self._stage_rest(export)
-            while True:
-                export.changed.clear()
-                news = self._news(export, cursor)
-                if news:
-                    yield b"".join(map(encode_frame, news))
-                    if not isinstance(news[-1], BlocksReady):
-                        return
-                    cursor += sum(len(ready.block_ids) for ready in news if isinstance(ready, BlocksReady))
-                elif export.ended:
-                    return
-                elif not await _set_within(export.changed, sign_of_life_s):
-                    yield encode_frame(BlocksReady(cursor, (), ()))
+            async for frames in tell(export, cursor, self._clock, sign_of_life_s):
+                yield frames
+            told_all = True
         except TransferError as error:
             yield encode_frame(HandoffFailed(error.to_info()))
         finally:
-            export.attached = False
-            if export.push is not None:
-                export.push.stop()
-
-    def _news(self, export: Export, cursor: int) -> list[HandoffMessage]:
-        """All that there is to say, to be sent in one write: each write wakes the reader once."""
-        news: list[HandoffMessage] = []
-        now = self._clock.now()
-        while (message := export.next_message(cursor, now)) is not None:
-            news.append(message)
-            if not isinstance(message, BlocksReady):
-                break
-            cursor += len(message.block_ids)
-        return news
+            self._detach(export, told_all=told_all)
 
     def _start_push(self, export: Export, message: OpenHandoff) -> None:
         """Raises TransferError for a push that cannot be. Ids outside of the reader's arena are refused by the link."""
@@ -384,7 +380,7 @@ class ExportTable:
             raise TransferError(f"a push of this hand-off takes {num_blocks} different blocks of the reader")
         path = PushPath(self._push_links, message.reader, message.reader_incarnation, target.transport)
         events = PushEvents(
-            landed=export.changed.set,
+            landed=partial(self._push_landed, export),
             failed=partial(self._push_failed, export),
             settled=partial(self._free_if_settled, export),
         )
@@ -392,15 +388,11 @@ class ExportTable:
         export.push = Push(self._push_context, path, queue, message.skip_blocks, target.block_ids, events)
         export.offer_push(export.push)
 
+    def _push_landed(self, export: Export) -> None:
+        if export.push is not None:
+            self._take_back(export, export.push.num_landed)
+        export.changed.set()
+
     def _push_failed(self, export: Export, error: TransferError) -> None:
         if not export.ended:
             self._end(export, "failed", error)
-
-
-async def _set_within(event: asyncio.Event, seconds: float) -> bool:
-    try:
-        async with asyncio.timeout(seconds):
-            await event.wait()
-    except TimeoutError:
-        return False
-    return True

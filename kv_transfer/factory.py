@@ -1,8 +1,7 @@
 """start_transports: from the configuration to the transports that this process runs; make_transport makes one."""
 
 import logging
-from collections.abc import Sequence
-from typing import Literal
+from collections.abc import Mapping, Sequence
 
 from kv_transfer.device_arena import Arena, DeviceArena
 from kv_transfer.inproc_transport import InprocTransport
@@ -11,12 +10,16 @@ from kv_transfer.shm_transport import ShmTransport
 from kv_transfer.tcp_transport import TcpTransport
 from kv_transfer.transport import MayRead, Transport
 from kv_transfer.transport_set import TransportSet
+from kv_transfer.ucx_transport import UcxTransport
 from protocol.errors import ConfigError
 from protocol.ids import Incarnation, TicketId
-from protocol.transfer import Direction, MissingTransport, TransportKind
+from protocol.transfer import MAX_REASON_CHARS, Direction, MissingTransport, TransportKind
 from runtime.node_config import TransferOptions
 
-MAX_REASON_CHARS = 1000
+_DIRECTIONS: Mapping[TransportKind, tuple[Direction, ...]] = {
+    transport.kind: transport.capabilities.directions
+    for transport in (NixlTransport, UcxTransport, ShmTransport, TcpTransport, InprocTransport)
+}
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +43,10 @@ def start_transports(
     Arguments as of make_transport. One after the other: NIXL and UCX read the process's environment while they start,
     and set some of it. Raises ConfigError when there is none, or none that moves bytes in the direction that is set.
     """
-    wanted = options.allowed if options.transport == "auto" else (options.transport,)
+    wanted = _wanted(options)
     running: list[Transport] = []
     missing: list[MissingTransport] = []
-    for kind in dict.fromkeys(wanted):
+    for kind in wanted:
         try:
             running.append(
                 make_transport(
@@ -58,18 +61,20 @@ def start_transports(
     if not running:
         reasons = "; ".join(f"{each.transport}: {each.reason}" for each in missing)
         raise ConfigError(f"no transport of transfer.allowed can start here: {reasons}", param="transfer.allowed")
-    _check_direction(options.direction, running)
     return TransportSet(arena, running, missing)
 
 
-def _check_direction(direction: Direction | Literal["auto"], running: Sequence[Transport]) -> None:
-    if direction == "auto" or any(direction in transport.capabilities.directions for transport in running):
-        return
-    kinds = ", ".join(transport.kind for transport in running)
-    raise ConfigError(
-        f'transfer.direction is "{direction}", which {kinds} cannot do; set it to "auto", or allow "nixl"',
-        param="transfer.direction",
-    )
+def _wanted(options: TransferOptions) -> list[TransportKind]:
+    """Each once, without those that do not move bytes in the direction that is set."""
+    listed = list(dict.fromkeys(options.allowed if options.transport == "auto" else (options.transport,)))
+    wanted = [kind for kind in listed if options.direction in ("auto", *_DIRECTIONS[kind])]
+    if not wanted:
+        raise ConfigError(
+            f'transfer.direction is "{options.direction}", which {", ".join(listed)} cannot do; set it to "auto", or '
+            'transfer.transport to "nixl"',
+            param="transfer.direction",
+        )
+    return wanted
 
 
 def make_transport(
@@ -96,6 +101,8 @@ def make_transport(
             param="transfer.device_memory",
         )
     match kind:
+        case "ucx":
+            return UcxTransport(arena, host, may_read)
         case "shm":
             return ShmTransport(arena)
         case "tcp":

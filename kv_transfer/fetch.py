@@ -25,16 +25,18 @@ from kv_transfer.link_queue import Lane, LinkQueues
 from kv_transfer.meeting import PeerLink
 from kv_transfer.peers import Peers, Reader, as_transfer_error
 from kv_transfer.quarantine import Quarantine
-from kv_transfer.routes import HANDOFF_PATH
+from kv_transfer.routes import HANDOFF_PATH, LANDED_PATH
 from kv_transfer.staging import Staging
 from kv_transfer.transport import TransferAbandoned
 from protocol.errors import HeadraceError, LeaseExpired, NodeLost, PeerLost, TransferError, TransferTimeout
 from protocol.ids import TicketId
 from protocol.phases import HandoffPhases
 from protocol.transfer import (
+    BlocksLanded,
     BlocksReady,
     HandoffFailed,
     HandoffMessage,
+    LeaseState,
     OpenHandoff,
     PrefillDone,
     PrefixDone,
@@ -107,6 +109,9 @@ class Fetch:
         self._lane: Lane | None = None
         self._pushed_to: dict[int, int] = {}
         """Our KV blocks that are still to be pushed or proven, and the wire blocks for them."""
+        self._scarce = False
+        """The owner waits to be told what has landed."""
+        self._reserving: set[asyncio.Task[tuple[int, ...]]] = set()
         self._over = False
         self._num_unsettled = 0
         self.pushed = False
@@ -135,6 +140,8 @@ class Fetch:
             if self._lane is not None:
                 self._lane.leave()
             following.cancel()
+            for reserving in self._reserving:
+                reserving.cancel()
             self._settle()
 
     def discard_pushed(self) -> None:
@@ -197,6 +204,7 @@ class Fetch:
         match message:
             case BlocksReady():
                 self._landing.announce(message)
+                self._scarce |= message.scarce
                 self._offer(len(message.block_ids))
             case HandoffFailed(error):
                 raise as_transfer_error(error.to_error())
@@ -258,6 +266,8 @@ class Fetch:
                 num_right = await self._context.staging.land(wire_ids, piece.local_ids, piece.checksums)
             self._landing.prove(piece, num_right)
             self._arrive_if_complete()
+            if self._scarce and not self._landing.complete:
+                self._context.tasks.create_task(self._tell_landed(self._landing.num_valid_blocks))
         except TransferAbandoned as error:
             self._fail(error)
             return  # it is settled by the quarantine
@@ -273,7 +283,7 @@ class Fetch:
         staging, lane = self._context.staging, self._lane
         assert lane is not None
         try:
-            wire_ids = await staging.reserve(piece.local_ids)
+            wire_ids = await self._reserve(piece.local_ids)
             try:
                 with self._timeline.moving():
                     await self._read(piece, wire_ids)
@@ -286,6 +296,32 @@ class Fetch:
             return wire_ids
         finally:
             lane.ended(piece.num_blocks)
+
+    async def _reserve(self, local_ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Once the fetch is over nobody waits for room any more, or what keeps it would keep our KV blocks as well."""
+        if self._context.staging.eager:
+            return await self._context.staging.reserve(local_ids)
+        if self._over:
+            raise TransferError("the hand-off is over")
+        reserving = asyncio.ensure_future(self._context.staging.reserve(local_ids))
+        self._reserving.add(reserving)
+        await asyncio.wait({reserving})
+        self._reserving.discard(reserving)
+        if reserving.cancelled():
+            raise TransferError("the hand-off was over before there was room in the staging memory")
+        return reserving.result()
+
+    async def _tell_landed(self, num_blocks: int) -> None:
+        """What is lost the next one makes good, or the stream ends. Raises nothing: the group that it runs in is
+        everybody's."""
+        ticket = self._ticket
+        message = BlocksLanded(ticket.ticket_id, ticket.incarnation, num_blocks)
+        try:
+            await self._context.client.call(
+                ticket.control_url + LANDED_PATH, message, LeaseState, self._context.options.stall_timeout_s
+            )
+        except HeadraceError as error:
+            log.info("%s: %s was not told what has landed: %s", ticket.request_id, ticket.owner, error.message)
 
     async def _read(self, piece: Piece, wire_ids: tuple[int, ...]) -> None:
         """Once more, over a new link, if this one is broken and its owner is there to be met again."""

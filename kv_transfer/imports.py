@@ -10,8 +10,9 @@ cancelled fetch ask `Importer.settled(ticket_id)` for that event. No block may b
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Self
 
 from kv_transfer.fetch import Fetch, FetchContext, FetchResult
@@ -64,7 +65,7 @@ class FetchFailed(TransferError):
 class ImportStats:
     """Totals since start. `num_lost_leases`: fetches that succeeded though the lease had ended by then (the checksums
     had proven the bytes). `num_unsettled`: ended fetches whose local blocks are in quarantine, now. `num_retries`: reads
-    that were done again over a new link."""
+    that were done again over a new link. `checksum_mismatches_of`: by the owner's name."""
 
     num_fetched: int = 0
     num_failed: int = 0
@@ -75,6 +76,7 @@ class ImportStats:
     num_lost_leases: int = 0
     num_unsettled: int = 0
     num_retries: int = 0
+    checksum_mismatches_of: Counter[str] = field(default_factory=Counter)
     num_peers: int = 0
 
 
@@ -95,7 +97,7 @@ class Importer:
         self._peers = Peers(client, transports, reader, options, clock, self._tasks)
         self._leases = Leases(client, options.stall_timeout_s, self._tasks)
         self._quarantine = Quarantine(self._tasks)
-        self._queues = LinkQueues(options.max_bytes_in_flight, self._block_bytes, clock)
+        self._queues = LinkQueues(options.max_bytes_in_flight, self._block_bytes, staging.max_blocks, clock)
         self._context = FetchContext(
             client=client,
             peers=self._peers,
@@ -223,6 +225,7 @@ class Importer:
         self._totals.num_failed += 1
         if isinstance(failure, ChecksumMismatch):
             self._totals.num_checksum_mismatches += 1
+            self._totals.checksum_mismatches_of[ticket.owner] += 1
         if isinstance(failure, PeerLost):
             self._peers.forget(ticket.control_url, ticket.incarnation)
 

@@ -47,10 +47,10 @@ class LinkQueue:
         self._counted_at = clock.now()
 
     @classmethod
-    def of_bytes(cls, max_bytes: int, block_bytes: int, clock: Clock) -> "LinkQueue":
-        """With bounds in bytes; at least one block may always move."""
+    def of_bytes(cls, max_bytes: int, block_bytes: int, max_piece_blocks: int, clock: Clock) -> "LinkQueue":
+        """With bounds in bytes, and pieces of no more than so many blocks; at least one block may always move."""
         max_blocks = max(1, max_bytes // block_bytes)
-        return cls(max_blocks, min(max_blocks, max(1, MAX_PIECE_BYTES // block_bytes)), clock)
+        return cls(max_blocks, min(max_blocks, max_piece_blocks, max(1, MAX_PIECE_BYTES // block_bytes)), clock)
 
     @property
     def idle(self) -> bool:
@@ -155,9 +155,10 @@ class Lane:
 class LinkQueues:
     """The queues of one process that initiates transfers: one for each peer and transport, while it is used."""
 
-    def __init__(self, max_bytes: int, block_bytes: int, clock: Clock) -> None:
+    def __init__(self, max_bytes: int, block_bytes: int, max_piece_blocks: int, clock: Clock) -> None:
         self._max_bytes = max_bytes
         self._block_bytes = block_bytes
+        self._max_piece_blocks = max_piece_blocks
         self._clock = clock
         self._queues: dict[Hashable, LinkQueue] = {}
         self._waited_s = 0.0
@@ -168,7 +169,9 @@ class LinkQueues:
             self._waited_s += self._queues.pop(other).stats().waited_s
         queue = self._queues.get(key)
         if queue is None:
-            queue = self._queues[key] = LinkQueue.of_bytes(self._max_bytes, self._block_bytes, self._clock)
+            queue = self._queues[key] = LinkQueue.of_bytes(
+                self._max_bytes, self._block_bytes, self._max_piece_blocks, self._clock
+            )
         return queue
 
     def stats(self) -> QueueStats:

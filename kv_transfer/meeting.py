@@ -13,7 +13,7 @@ from kv_transfer.link_choice import Choice, Obstacle, Trial, choose
 from kv_transfer.link_probe import probe_pull, probe_push
 from kv_transfer.local_limits import transport_limits
 from kv_transfer.routes import PROBE_PATH
-from kv_transfer.transport import Link, OutOfReach, Transport, find_endpoint, nothing_in_common
+from kv_transfer.transport import Link, OutOfReach, Transport, close_link, find_endpoint, nothing_in_common
 from kv_transfer.transport_set import TransportSet
 from protocol.errors import HeadraceError, PeerLost, TransferError
 from protocol.ids import Incarnation, WorkerId
@@ -24,7 +24,7 @@ from runtime.rpc_client import RpcClient
 REFERENCE_TOKENS = 128
 """What one transfer typically moves: the KV of a prefill chunk of this size."""
 
-MAX_PROBE_TIMEOUT_S = 0.5
+MAX_PROBE_TIMEOUT_S = 1.0
 PROBES_PER_STALL = 4
 ANSWER_TIMEOUT_S = 2.0
 
@@ -100,7 +100,7 @@ class Meeting:
         pulls = choice.taken.direction == "pull"
         kept = self._links.pop(choice.taken.kind) if pulls else None
         for link in self._links.values():
-            await link.close()
+            await close_link(link)
         return PeerLink(
             worker=WorkerId(self._owner.worker),
             incarnation=Incarnation(self._owner.incarnation),

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from kv_transfer.meeting import Meeting, PeerLink
 from kv_transfer.routes import CONNECT_PATH, HELLO_PATH
-from kv_transfer.transport import check_introduction
+from kv_transfer.transport import check_introduction, close_link
 from kv_transfer.transport_set import TransportSet
 from protocol.errors import HeadraceError, LayoutMismatch, LeaseExpired, NodeLost, PeerLost, TransferError
 from protocol.ids import Incarnation, WorkerId
@@ -137,10 +137,7 @@ class Peers:
 async def _close(meeting: _Meeting) -> None:
     outcome = await meeting
     if isinstance(outcome, PeerLink) and outcome.link is not None:
-        try:
-            await outcome.link.close()
-        except TransferError as error:
-            log.info("a link did not close cleanly: %s", error.message)
+        await close_link(outcome.link)
 
 
 def as_transfer_error(error: HeadraceError) -> TransferError:

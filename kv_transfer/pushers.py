@@ -12,7 +12,7 @@ from functools import partial
 from typing import Self
 
 from kv_transfer.link_probe import push_samples
-from kv_transfer.transport import Link, find_endpoint
+from kv_transfer.transport import Link, close_link, find_endpoint
 from kv_transfer.transport_set import TransportSet
 from protocol.errors import PeerLost, TransferError
 from protocol.ids import WorkerId
@@ -22,7 +22,7 @@ from runtime.clock import Clock
 READER_IDLE_S = 900.0
 MAX_READERS = 1024
 TIDY_INTERVAL_S = 30.0
-PROBE_TIMEOUT_S = 0.5
+PROBE_TIMEOUT_S = 1.0
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,9 @@ _Connecting = asyncio.Task[Link | TransferError]
 
 
 @dataclass(slots=True)
-class _KnownReader:
+class KnownReader:
+    """`links` are connected or being so."""
+
     introduction: Introduction
     heard_at: float
     links: dict[TransportKind, _Connecting] = field(default_factory=dict)
@@ -42,7 +44,7 @@ class Pushers:
     def __init__(self, transports: TransportSet, clock: Clock) -> None:
         self._transports = transports
         self._clock = clock
-        self._readers: dict[WorkerId, _KnownReader] = {}
+        self._readers: dict[WorkerId, KnownReader] = {}
         self._tasks = asyncio.TaskGroup()
         self._tidying: asyncio.Task[None] | None = None
 
@@ -60,8 +62,8 @@ class Pushers:
         await self._tasks.__aexit__(None, None, None)
 
     @property
-    def readers(self) -> list[Introduction]:
-        return [known.introduction for known in self._readers.values()]
+    def known(self) -> list[KnownReader]:
+        return list(self._readers.values())
 
     def introduce(self, reader: Introduction) -> None:
         """Remember a reader, of our layout and with a transport of ours. An earlier life of it, or what it said of itself
@@ -74,7 +76,7 @@ class Pushers:
         self._drop(worker)
         if len(self._readers) >= MAX_READERS:
             self._drop(min(self._readers, key=lambda known: self._readers[known].heard_at))
-        self._readers[worker] = _KnownReader(reader, self._clock.now())
+        self._readers[worker] = KnownReader(reader, self._clock.now())
 
     def reader(self, worker: str, incarnation: str) -> Introduction:
         """What a reader said of itself. Raises PeerLost if it did not, in this life: it has to meet us first."""
@@ -108,7 +110,7 @@ class Pushers:
         link = await self.link(message.reader, message.incarnation, message.transport)
         return await push_samples(link, self._transports.scratch, message.block_ids, PROBE_TIMEOUT_S)
 
-    def _known(self, worker: str, incarnation: str) -> _KnownReader:
+    def _known(self, worker: str, incarnation: str) -> KnownReader:
         known = self._readers.get(WorkerId(worker))
         if known is None or known.introduction.incarnation != incarnation:
             raise PeerLost(f"{worker} has not introduced itself in this life; it has to meet this node again")
@@ -151,7 +153,7 @@ class Pushers:
             self._tasks.create_task(_close(connecting), name="kv-push-goodbye")
 
 
-def _drop_failed(known: _KnownReader, kind: TransportKind, connecting: _Connecting) -> None:
+def _drop_failed(known: KnownReader, kind: TransportKind, connecting: _Connecting) -> None:
     """Whether or not anybody is still waiting for it: else the next to ask would hear of an old failure."""
     failed = connecting.cancelled() or isinstance(connecting.result(), TransferError)
     if failed and known.links.get(kind) is connecting:
@@ -160,9 +162,5 @@ def _drop_failed(known: _KnownReader, kind: TransportKind, connecting: _Connecti
 
 async def _close(connecting: _Connecting) -> None:
     outcome = await connecting
-    if isinstance(outcome, TransferError):
-        return
-    try:
-        await outcome.close()
-    except TransferError as error:
-        log.info("a link did not close cleanly: %s", error.message)
+    if not isinstance(outcome, TransferError):
+        await close_link(outcome)

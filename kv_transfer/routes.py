@@ -5,6 +5,7 @@ POST /kv/connect    Introduction -> Introduction
 POST /kv/probe      ProbePush -> ProbeResult
 POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
 POST /kv/renew      RenewLease -> LeasesHeld
+POST /kv/landed     BlocksLanded -> LeaseState
 POST /kv/release    ReleaseLease -> LeaseState
 """
 
@@ -18,6 +19,7 @@ from kv_transfer.transport_set import TransportSet
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
 from protocol.transfer import (
+    BlocksLanded,
     Introduction,
     LeasesHeld,
     LeaseState,
@@ -35,6 +37,7 @@ CONNECT_PATH = "/kv/connect"
 PROBE_PATH = "/kv/probe"
 HANDOFF_PATH = "/kv/handoff"
 RENEW_PATH = "/kv/renew"
+LANDED_PATH = "/kv/landed"
 RELEASE_PATH = "/kv/release"
 
 
@@ -68,6 +71,9 @@ def kv_routes(
     async def renew(message: RenewLease) -> LeasesHeld:
         return exports.renew(message)
 
+    async def landed(message: BlocksLanded) -> LeaseState:
+        return exports.landed(message)
+
     async def release(message: ReleaseLease) -> LeaseState:
         return exports.release(message)
 
@@ -77,5 +83,6 @@ def kv_routes(
         message_route(PROBE_PATH, ProbePush, probe, cluster_key),
         stream_route(HANDOFF_PATH, OpenHandoff, handoff, cluster_key),
         message_route(RENEW_PATH, RenewLease, renew, cluster_key),
+        message_route(LANDED_PATH, BlocksLanded, landed, cluster_key),
         message_route(RELEASE_PATH, ReleaseLease, release, cluster_key),
     ]

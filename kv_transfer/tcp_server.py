@@ -9,7 +9,7 @@ import socket
 import threading
 
 from kv_transfer.arena import HostArena
-from kv_transfer.tcp_wire import ConnectionEnded, TcpRead, TcpReply, receive_frame, send
+from kv_transfer.tcp_wire import ConnectionEnded, TcpRead, TcpReply, receive_frame, send_all
 from kv_transfer.transport import MayRead, lends
 from protocol.errors import HeadraceError, LeaseExpired, Overloaded, TransferError, TransferTimeout
 from protocol.ids import TicketId
@@ -98,15 +98,14 @@ class TcpServer:
         if not lends(self._arena, self._may_read, TicketId(request.ticket_id), request.runs):
             raise LeaseExpired("this ticket does not lend these blocks, or no longer")
         size = self._arena.block_bytes
-        deadline = Deadline(SEND_TIMEOUT_S)
-        send(connection, encode_frame(TcpReply(sum(count for _, count in request.runs) * size)), deadline)
-        for first, count in request.runs:
-            send(connection, self._arena.memory[first * size : (first + count) * size], deadline)
+        header = encode_frame(TcpReply(sum(count for _, count in request.runs) * size))
+        blocks = [self._arena.memory[first * size : (first + count) * size] for first, count in request.runs]
+        send_all(connection, [header, *blocks], Deadline(SEND_TIMEOUT_S))
 
 
 def _reply_error(connection: socket.socket, error: HeadraceError) -> None:
     try:
-        send(connection, encode_frame(TcpReply(0, error.to_info())), Deadline(1.0))
+        send_all(connection, [encode_frame(TcpReply(0, error.to_info()))], Deadline(1.0))
         _shutdown(connection)
     except TransferError:
         log.debug("the peer did not wait for the reason")

@@ -21,9 +21,9 @@ from kv_transfer.tcp_wire import (
     TcpPayload,
     TcpRead,
     TcpReply,
+    receive_all,
     receive_frame,
-    receive_into,
-    send,
+    send_all,
 )
 from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids, does_not_push, make_endpoint
 from protocol.errors import HeadraceError, PeerLost, TransferError, TransferTimeout
@@ -141,6 +141,7 @@ class TcpLink:
             raise TransferTimeout(f"{self._peer} does not accept connections for KV") from error
         except OSError as error:
             raise PeerLost(f"{self._peer} cannot be reached for KV at {self._address}: {error}") from error
+        connection.settimeout(None)  # from here on tcp_wire sets limits
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 
@@ -151,7 +152,7 @@ class TcpLink:
         clean = False
         try:
             try:
-                send(connection, request, deadline)
+                send_all(connection, [request], deadline)
             except PeerLost as error:
                 raise ConnectionEnded(f"{self._peer} closed the connection") from error
             reply = receive_frame(connection, TcpReply, deadline)
@@ -159,12 +160,11 @@ class TcpLink:
                 raise reply.error.to_error()
             if reply.num_bytes != sum(run.num_blocks for run in runs) * size:
                 raise TransferError(f"{self._peer} offers {reply.num_bytes} bytes, which is not what was asked for")
-            for run in runs:
-                receive_into(
-                    connection,
-                    arena.memory[run.destination * size : (run.destination + run.num_blocks) * size],
-                    deadline,
-                )
+            receive_all(
+                connection,
+                [arena.memory[run.destination * size : (run.destination + run.num_blocks) * size] for run in runs],
+                deadline,
+            )
             clean = True
         finally:
             if clean:

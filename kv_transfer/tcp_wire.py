@@ -9,6 +9,7 @@ handed over the address.
 
 import socket
 import struct
+from collections.abc import Sequence
 from typing import Annotated, TypeVar
 
 import msgspec
@@ -21,6 +22,11 @@ from runtime.clock import Deadline
 
 MAX_RUNS = 1 << 16
 MAX_FRAME_BYTES = 1 << 20
+BATCH_BYTES = 4 << 20
+BATCH_PIECES = 64
+"""Of one system call."""
+
+_TIMEVAL = struct.Struct("@ll")
 
 T = TypeVar("T")
 
@@ -64,30 +70,71 @@ def receive_frame(connection: socket.socket, message_type: type[T], deadline: De
 
 
 def receive_into(connection: socket.socket, target: memoryview, deadline: Deadline) -> None:
-    """Fill `target`."""
-    filled = 0
-    while filled < len(target):
+    """Fill `target`. Raises as receive_frame does."""
+    receive_all(connection, [target], deadline)
+
+
+def receive_all(connection: socket.socket, targets: Sequence[memoryview], deadline: Deadline) -> None:
+    """Fill them all, in order. Raises as receive_frame does."""
+    pieces = _Pieces(targets)
+    while batch := pieces.next_batch():
         try:
-            connection.settimeout(_remaining(deadline))
-            received = connection.recv_into(target[filled:])
-        except TimeoutError as error:
+            _limit(connection, socket.SO_RCVTIMEO, deadline)
+            received = connection.recvmsg_into(batch, 0, socket.MSG_WAITALL)[0]
+        except BlockingIOError as error:
             raise TransferTimeout("the peer sends nothing") from error
         except OSError as error:
             raise PeerLost(f"the connection broke: {error}") from error
         if received == 0:
-            raise ConnectionEnded("the peer closed the connection") if filled == 0 else PeerLost("cut while receiving")
-        filled += received
+            raise PeerLost("cut while receiving") if pieces.begun else ConnectionEnded("the peer closed the connection")
+        pieces.advance(received)
 
 
-def send(connection: socket.socket, data: bytes | memoryview, deadline: Deadline) -> None:
-    try:
-        connection.settimeout(_remaining(deadline))
-        connection.sendall(data)
-    except TimeoutError as error:
-        raise TransferTimeout("the peer does not take what it asked for") from error
-    except OSError as error:
-        raise PeerLost(f"the connection broke: {error}") from error
+def send_all(connection: socket.socket, sources: Sequence[bytes | memoryview], deadline: Deadline) -> None:
+    """Send them all, in order. Raises PeerLost, TransferTimeout."""
+    pieces = _Pieces([memoryview(source) for source in sources])
+    while batch := pieces.next_batch():
+        try:
+            _limit(connection, socket.SO_SNDTIMEO, deadline)
+            pieces.advance(connection.sendmsg(batch))
+        except BlockingIOError as error:
+            raise TransferTimeout("the peer does not take what it asked for") from error
+        except OSError as error:
+            raise PeerLost(f"the connection broke: {error}") from error
 
 
-def _remaining(deadline: Deadline) -> float:
-    return max(deadline.remaining_s, 1e-3)  # 0 would mean: do not block
+class _Pieces:
+    """Pieces of memory that one system call after another works through: a batch at a time, and from any byte on."""
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._views = [view for view in views if len(view)]
+        self._first = 0
+        self.begun = False
+
+    def next_batch(self) -> list[memoryview]:
+        """Empty when all are done."""
+        batch: list[memoryview] = []
+        room = BATCH_BYTES
+        for view in self._views[self._first : self._first + BATCH_PIECES]:
+            batch.append(view[:room])
+            room -= len(batch[-1])
+            if room == 0:
+                break
+        return batch
+
+    def advance(self, num_bytes: int) -> None:
+        self.begun = True
+        while num_bytes:
+            view = self._views[self._first]
+            if num_bytes < len(view):
+                self._views[self._first] = view[num_bytes:]
+                return
+            num_bytes -= len(view)
+            self._first += 1
+
+
+def _limit(connection: socket.socket, option: int, deadline: Deadline) -> None:
+    """Let the next system call on this blocking socket take until the deadline. Python's own timeouts poll before every
+    call, and cut calls short that could wait for all of a batch."""
+    seconds = max(deadline.remaining_s, 1e-3)  # 0 would mean: for ever
+    connection.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(int(seconds), int(seconds % 1 * 1e6)))

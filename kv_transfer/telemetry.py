@@ -1,4 +1,4 @@
-"""TransferTelemetry: brings the transfer metrics up to date with what transport, exports and imports have counted."""
+"""TransferTelemetry: brings the transfer metrics up to date with what transports, exports and imports have counted."""
 
 from kv_transfer.exports import ExportTable
 from kv_transfer.imports import Importer
@@ -22,15 +22,53 @@ class TransferTelemetry:
         self._importer = importer
         self._expired = Total(metrics.leases_expired)
         self._released = Total(metrics.leases_released)
-        self._mismatches = Total(metrics.checksum_failures)
+        self._failed = Total(metrics.leases_failed)
+        self._retries = Total(metrics.retries)
+        self._queue_seconds = Total(metrics.queue_seconds)
 
     def update(self) -> None:
+        self._metrics.moved.set(self._moved())
+        queues = [side.queue_stats() for side in (self._exports, self._importer) if side is not None]
+        self._metrics.queued_blocks.set(sum(queue.num_waiting_blocks for queue in queues))
+        self._metrics.blocks_in_flight.set(sum(queue.num_blocks_in_flight for queue in queues))
+        self._queue_seconds.set(sum(queue.waited_s for queue in queues))
         if self._exports is not None:
             exported = self._exports.stats()
             self._metrics.leases_open.set(exported.num_open)
             self._expired.set(exported.num_expired)
             self._released.set(exported.num_released)
+            self._failed.set(exported.num_failed)
+            self._metrics.leases_unsettled.set(exported.num_unsettled)
         if self._importer is not None:
             imported = self._importer.stats()
-            self._mismatches.set(imported.num_checksum_mismatches)
+            self._retries.set(imported.num_retries)
+            self._metrics.checksum_failures.set(
+                {(peer,): {"failures": count} for peer, count in imported.checksum_mismatches_of.items()}
+            )
             self._metrics.imports_unsettled.set(imported.num_unsettled)
+            self._metrics.links.set(
+                {
+                    (link.worker, link.kind, link.direction): {
+                        "latency": link.measured.latency_s,
+                        "bandwidth": link.measured.bytes_per_s,
+                    }
+                    for link in self._importer.peers.links()
+                    if link.measured is not None
+                }
+            )
+
+    def _moved(self) -> dict[tuple[str, ...], dict[str, float]]:
+        block_bytes = self._transports.arena.block_bytes
+        return {
+            (peer, transport.kind, direction): {
+                "bytes": moved.num_bytes,
+                "blocks": moved.num_bytes // block_bytes,
+                "descriptors": moved.num_copies,
+                "transfers": moved.num_transfers,
+                "failures": moved.num_failed,
+                "seconds": moved.seconds,
+                "quarantined": moved.num_quarantined,
+            }
+            for transport in self._transports
+            for (peer, direction), moved in transport.stats().by_peer.items()
+        }

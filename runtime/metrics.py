@@ -11,14 +11,17 @@ seconds and sizes in bytes, and the name says so. Histogram buckets start where 
 | RouterMetrics | what clients see | as things happen |
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import accumulate
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
 from protocol.phases import HandoffPhases, PhaseLedger
+
+_Metric = TypeVar("_Metric", Counter, Gauge)
 
 _TTFT_BUCKETS_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
@@ -130,21 +133,78 @@ class EngineMetrics:
 
 
 class TransferMetrics:
-    """Hand-offs and leases, from either end. `transport` is nixl, shm, tcp or inproc."""
+    """Hand-offs and leases, from either end.
+
+    What moved is told by `peer` (a worker's name), `transport` (nixl, ucx, shm, tcp or inproc) and `direction` ("pull": this
+    node read the peer's blocks, "push": it wrote them into the peer's memory), by the side that moves the bytes. Series of
+    peers that are gone are removed: see PeerSeries.
+    """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.bytes = _per_transport("headrace_kv_transfer_bytes_total", "KV bytes read from peers", registry)
-        self.blocks = _per_transport(
-            "headrace_kv_transfer_blocks_total", "KV blocks read from peers and verified", registry
+        self.moved = PeerSeries(
+            {
+                "bytes": _per_peer(Counter, "headrace_kv_transfer_bytes_total", "KV bytes moved", registry),
+                "blocks": _per_peer(Counter, "headrace_kv_transfer_blocks_total", "KV blocks moved", registry),
+                "descriptors": _per_peer(
+                    Counter,
+                    "headrace_kv_transfer_descriptors_total",
+                    "Pieces of memory that transfers were made of, neighbours merged",
+                    registry,
+                ),
+                "transfers": _per_peer(
+                    Counter, "headrace_kv_transfers_total", "Reads and writes that ended well", registry
+                ),
+                "failures": _per_peer(
+                    Counter, "headrace_kv_transfers_failed_total", "Reads and writes that failed", registry
+                ),
+                "seconds": _per_peer(
+                    Counter, "headrace_kv_transfer_seconds_total", "Time spent in reads and writes", registry
+                ),
+                "quarantined": _per_peer(
+                    Gauge,
+                    "headrace_kv_transfers_quarantined",
+                    "Reads and writes that were given up, whose bytes may still land",
+                    registry,
+                ),
+            }
         )
-        self.descriptors = _per_transport(
-            "headrace_kv_transfer_descriptors_total", "Pieces of memory that reads were made of", registry
+        self.links = PeerSeries(
+            {
+                "latency": _per_peer(
+                    Gauge,
+                    "headrace_kv_link_latency_seconds",
+                    "Of the way that KV takes from a peer: what a transfer costs for itself, when it was chosen",
+                    registry,
+                ),
+                "bandwidth": _per_peer(
+                    Gauge,
+                    "headrace_kv_link_bytes_per_second",
+                    "Of the way that KV takes from a peer, when it was chosen",
+                    registry,
+                ),
+            }
         )
-        self.read_seconds = _per_transport(
-            "headrace_kv_transfer_read_seconds_total", "Time spent in reads from peers", registry
+        self.checksum_failures = PeerSeries(
+            {
+                "failures": Counter(
+                    "headrace_checksum_failures_total",
+                    "Hand-offs of which a KV block arrived damaged",
+                    ["peer"],
+                    registry=registry,
+                )
+            }
         )
-        self.checksum_failures = Counter(
-            "headrace_checksum_failures_total", "KV blocks that arrived damaged", registry=registry
+        self.retries = Counter(
+            "headrace_kv_transfer_retries_total", "Reads that were done again over a new link", registry=registry
+        )
+        self.queued_blocks = Gauge(
+            "headrace_kv_queue_blocks", "KV blocks that are ready and wait for their turn on a link", registry=registry
+        )
+        self.blocks_in_flight = Gauge("headrace_kv_blocks_in_flight", "KV blocks being moved", registry=registry)
+        self.queue_seconds = Counter(
+            "headrace_kv_queue_seconds_total",
+            "Time that hand-offs had blocks to move and none moving, summed over hand-offs",
+            registry=registry,
         )
         self.imports_unsettled = Gauge(
             "headrace_kv_imports_quarantined",
@@ -152,11 +212,19 @@ class TransferMetrics:
             registry=registry,
         )
         self.leases_open = Gauge("headrace_leases_open", "Exports that a reader may still read", registry=registry)
+        self.leases_unsettled = Gauge(
+            "headrace_leases_unsettled",
+            "Exports that have ended and whose blocks are still being read for a push",
+            registry=registry,
+        )
         self.leases_expired = Counter(
             "headrace_leases_expired_total", "Exports that no reader showed interest in", registry=registry
         )
         self.leases_released = Counter(
             "headrace_leases_released_total", "Exports that their reader released", registry=registry
+        )
+        self.leases_failed = Counter(
+            "headrace_leases_failed_total", "Exports whose prefill failed or was cancelled", registry=registry
         )
 
 
@@ -222,6 +290,36 @@ class Total:
             self._reached = total
 
 
+PEER_LABELS = ("peer", "transport", "direction")
+
+
+class PeerSeries:
+    """Metrics that share their labels, a peer among them, fed from totals and values that someone else keeps.
+
+    Who is no longer told of is removed: nodes get new names when they restart on a free port, and a series of each for ever
+    would be a leak here and in every scraper.
+    """
+
+    def __init__(self, metrics: Mapping[str, Counter | Gauge]) -> None:
+        self._metrics = metrics
+        self._totals: dict[tuple[str, ...], dict[str, Total]] = {}
+
+    def set(self, told: Mapping[tuple[str, ...], Mapping[str, float]]) -> None:
+        """All label values with, for each, all metrics by the names that the constructor got."""
+        for labels in self._totals.keys() - told.keys():
+            del self._totals[labels]
+            for metric in self._metrics.values():
+                metric.remove(*labels)
+        for labels, values in told.items():
+            totals = self._totals.setdefault(labels, {})
+            for name, metric in self._metrics.items():
+                series = metric.labels(*labels)
+                if isinstance(series, Gauge):
+                    series.set(values[name])
+                else:
+                    totals.setdefault(name, Total(series)).set(values[name])
+
+
 class CountHistogram(Collector):
     """A histogram of small whole numbers from running counts that someone else keeps: `counts[i]` observations of i."""
 
@@ -261,5 +359,5 @@ def _phases(registry: CollectorRegistry) -> Histogram:
     )
 
 
-def _per_transport(name: str, documentation: str, registry: CollectorRegistry) -> Counter:
-    return Counter(name, documentation, ["transport"], registry=registry)
+def _per_peer(kind: type[_Metric], name: str, documentation: str, registry: CollectorRegistry) -> _Metric:
+    return kind(name, documentation, PEER_LABELS, registry=registry)

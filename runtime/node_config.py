@@ -88,7 +88,7 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """
 
     transport: TransportKind | Literal["auto"] = "auto"
-    allowed: Annotated[tuple[TransportKind, ...], msgspec.Meta(min_length=1)] = ("shm", "nixl", "tcp")
+    allowed: Annotated[tuple[TransportKind, ...], msgspec.Meta(min_length=1)] = ("shm", "nixl", "ucx", "tcp")
     direction: Direction | Literal["auto"] = "auto"
     max_bytes_in_flight: PositiveInt = 64 << 20
     device_memory: Literal["auto", "direct", "staged"] = "auto"

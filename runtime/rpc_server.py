@@ -1,6 +1,7 @@
 """The HTTP edge of the control plane: one message in, one message out, errors typed.
 
-Routes are plain Starlette; `message_route` turns `async def handler(message) -> reply` into one. Bodies are read under a
+Routes are plain Starlette; `message_route` turns `async def handler(message) -> reply` into one, `json_route` one for
+people. Bodies are read under a
 size limit before anything is decoded. Every control route is behind the cluster key.
 """
 
@@ -8,6 +9,7 @@ import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, TypeVar
 
+import msgspec
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
@@ -71,6 +73,20 @@ def get_route(path: str, handler: Callable[[], Awaitable[object]], cluster_key: 
             return _reply(await handler())
         except HeadraceError as error:
             return error_response(error)
+
+    return Route(path, endpoint, methods=["GET"])
+
+
+def json_route(path: str, handler: Callable[[], Awaitable[object]], cluster_key: str | None) -> Route:
+    """GET `path`: answer in JSON, for people and scripts; with an ErrorInfo where that fails."""
+
+    async def endpoint(request: Request) -> Response:
+        try:
+            check_authorization(cluster_key, request.headers.get("authorization"))
+            body, status = msgspec.json.encode(await handler()), 200
+        except HeadraceError as error:
+            body, status = msgspec.json.encode(error.to_info()), error.status
+        return Response(body, status_code=status, media_type="application/json")
 
     return Route(path, endpoint, methods=["GET"])
 

@@ -26,11 +26,11 @@ from protocol.errors import (
 from protocol.ids import Incarnation, TicketId, WorkerId
 from protocol.transfer import Endpoint, Introduction, TransferTicket, TransportKind
 from runtime.node_config import TransferOptions
-from tests.support.kv_owner import LAYOUT, OwnerProcess, fill, running_owner
+from tests.support.kv_owner import LAYOUT, UCX, OwnerProcess, fill, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
 
 STALL_S = 0.6
-WIRED: list[TransportKind] = ["shm", "tcp", "nixl"]
+WIRED: list[TransportKind] = ["shm", "tcp", "nixl", *UCX]
 TLS = ["default", "tcp"]
 
 

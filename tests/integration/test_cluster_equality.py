@@ -2,6 +2,7 @@
 
 import asyncio
 import random
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from tiny_models import CONFIGS, EOS, SHAPE, greedy_reference, load_reference, m
 from tokenizers import Tokenizer
 from transformers import Gemma3TextConfig
 
+from headrace.cli import main
 from runtime.models.resolve import DEFAULT_MODEL, resolve_model
 
 BLOCK_SIZE = 16
@@ -35,7 +37,9 @@ def test_every_family_and_prompt_length(family: str, tmp_path: Path) -> None:
     with Cluster(tmp_path, str(model), settings=SETTINGS, router_settings=REMOTE) as cluster:
         disaggregated = asyncio.run(complete_all(cluster.url, prompts(1), NUM_TOKENS))
         cluster.wait_idle()
-        moved = cluster.processes["decode-0"].metric("headrace_kv_transfer_blocks_total")
+        moved = sum(
+            cluster.processes[node].metric("headrace_kv_transfer_blocks_total") for node in ("prefill-0", "decode-0")
+        )
         assert moved == sum(-(-length // BLOCK_SIZE) for length in PROMPT_LENGTHS)
     with Cluster(tmp_path, str(model), prefill=0, settings=SETTINGS) as single:
         alone = asyncio.run(complete_all(single.url, prompts(1), NUM_TOKENS))
@@ -51,6 +55,28 @@ def test_every_transport(transport: str, tmp_path: Path) -> None:
     with Cluster(tmp_path, str(model), transport=transport, settings=SETTINGS) as cluster:
         assert asyncio.run(complete_all(cluster.url, prompts(2), NUM_TOKENS)) == expected
         cluster.wait_idle()
+
+
+def test_nodes_choose_their_transport_and_the_doctor_tells_why(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = make_model("llama", tmp_path)
+    reference = load_reference(model)
+    expected = [greedy_reference(reference, prompt, NUM_TOKENS) for prompt in prompts(2)]
+    with Cluster(
+        tmp_path,
+        str(model),
+        transport="auto",
+        settings=SETTINGS,
+        router_settings=REMOTE,
+    ) as cluster:
+        assert asyncio.run(complete_all(cluster.url, prompts(2), NUM_TOKENS)) == expected
+        cluster.wait_idle()
+        assert main(["doctor", "--cluster", cluster.router.listening["control_url"]]) == 0
+        told = capsys.readouterr().out
+    assert "prefill-0 -> decode-0" in told
+    assert "GB/s" in told
+    assert re.search(r"runs shm, nixl,( ucx,)? tcp", told)
 
 
 def test_a_model_of_the_transformers_library(tmp_path: Path) -> None:

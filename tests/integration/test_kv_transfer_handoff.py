@@ -6,14 +6,17 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
+from kv_transfer.fetch import FetchResult
 from kv_transfer.imports import FetchFailed
 from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired
 from protocol.ids import RequestId
 from protocol.transfer import PrefillDone, TransportKind
-from tests.support.kv_owner import FIRST_TOKEN, LAYOUT, PHASES, Owner, running_owner
+from runtime.clock import MonotonicClock
+from runtime.node_config import TransferOptions
+from tests.support.kv_owner import FIRST_TOKEN, LAYOUT, PHASES, UCX, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
 
-KINDS: list[TransportKind] = ["inproc", "shm", "tcp", "nixl"]
+KINDS: list[TransportKind] = ["inproc", "shm", "tcp", "nixl", *UCX]
 
 
 @pytest.fixture(params=KINDS)
@@ -153,3 +156,51 @@ async def test_another_transport_is_refused(kind: TransportKind, owner: Owner) -
     async with running_reader(other) as reader:
         with pytest.raises(FetchFailed, match="moves KV by"):
             await reader.importer.fetch(owner.hand_off("req-1", 32, [0, 1]), [0, 1], 0, 10.0)
+
+
+async def test_a_broken_link_is_mended_in_the_middle_of_a_hand_off(owner: Owner, reader: ReaderNode) -> None:
+    request_id = RequestId("req-1")
+    ticket = owner.open(request_id, 64)
+    fetching = asyncio.create_task(reader.importer.fetch(ticket, [0, 1, 2, 3], 0, 10.0))
+    owner.exports.publish(request_id, 0, [20, 21])
+    async with asyncio.timeout(5):
+        while reader.transport.stats().num_bytes < 2 * LAYOUT.block_bytes:
+            await asyncio.sleep(0.005)
+    (peer,) = reader.importer.peers.links()
+    assert peer.link is not None
+    await peer.link.close()
+    owner.exports.publish(request_id, 2, [22, 23])
+    owner.finish(request_id)
+    await fetching
+    assert_arrived(owner, reader, [20, 21, 22, 23], [0, 1, 2, 3])
+    assert reader.importer.stats().num_retries == 1
+    assert reader.importer.stats().num_peers == 1
+
+
+async def test_many_hand_offs_through_a_narrow_link_all_arrive(kind: TransportKind, owner: Owner) -> None:
+    options = TransferOptions(
+        transport=kind, direction="pull", stall_timeout_s=2.0, max_bytes_in_flight=3 * LAYOUT.block_bytes
+    )
+    async with running_reader(kind, options=options) as reader:
+        tickets = [owner.hand_off(f"req-{i}", 128, list(range(8 * i, 8 * i + 8))) for i in range(8)]
+        fetches = [
+            reader.importer.fetch(ticket, list(range(8 * i, 8 * i + 8)), 0, 10.0) for i, ticket in enumerate(tickets)
+        ]
+        await asyncio.gather(*fetches)
+        assert_arrived(owner, reader, list(range(64)), list(range(64)))
+        assert reader.importer.queue_stats().waited_s > 0
+
+
+async def test_the_account_of_a_hand_off_adds_up_and_comes_before_anything_else_runs(
+    owner: Owner, reader: ReaderNode
+) -> None:
+    arrived: list[tuple[FetchResult, float]] = []
+    ticket = owner.hand_off("req-1", 64, [0, 1, 2, 3])
+    result = await reader.importer.fetch(
+        ticket, [4, 5, 6, 7], 0, 10.0, lambda fetched: arrived.append((fetched, MonotonicClock().now()))
+    )
+    ((first, at),) = arrived
+    assert first is result
+    assert result.landing.join_s == 0
+    assert 0 < result.landing.total_s <= at - result.computed_at
+    assert result.landing.wire_s > 0

@@ -7,6 +7,7 @@ and nothing of NIXL, which takes a tenth of the time of a spawn and is as safe.
 
 import asyncio
 import contextlib
+import importlib.util
 import multiprocessing
 import os
 import socket
@@ -22,9 +23,10 @@ from starlette.applications import Starlette
 from kv_transfer.arena import HostArena
 from kv_transfer.exports import ExportTable
 from kv_transfer.factory import start_transports
+from kv_transfer.link_report import LinkReporter
 from kv_transfer.pushers import Pushers
 from kv_transfer.routes import kv_routes
-from kv_transfer.staging import HostStaging
+from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Transport
 from kv_transfer.transport_set import TransportSet
 from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
@@ -52,6 +54,8 @@ LAYOUT = KVLayout(
     rope="none",
 )
 NUM_BLOCKS = 64
+UCX: list[TransportKind] = ["ucx"] if importlib.util.find_spec("ucxx") else []
+"""An optional dependency: its transport is tested where it is installed."""
 NUM_SCRATCH_BLOCKS = 4
 OWNER = WorkerId("prefill-0")
 CONTEXT = ContextHash(b"a context's hash")
@@ -65,7 +69,7 @@ def fill(arena: HostArena, seed: int) -> None:
 
 @dataclass
 class Owner:
-    arena: HostArena
+    staging: Staging
     transports: TransportSet
     pushers: Pushers
     exports: ExportTable
@@ -80,6 +84,11 @@ class Owner:
 
     def introduction(self) -> Introduction:
         return self.transports.introduce(OWNER, self.incarnation, LAYOUT)
+
+    @property
+    def arena(self) -> HostArena:
+        assert isinstance(self.staging.arena, HostArena)
+        return self.staging.arena
 
     def open(self, request_id: str, num_tokens: int) -> TransferTicket:
         """A prefill that has begun."""
@@ -133,16 +142,20 @@ async def running_owner(
     layout: KVLayout = LAYOUT,
     options: TransferOptions | None = None,
     clock: Clock | None = None,
+    pusher_clock: Clock | None = None,
     seed: int = 1,
+    staging: Staging | None = None,
 ) -> AsyncIterator[Owner]:
+    """`staging`: where the blocks come from, if not from an arena filled with noise. Closed in the end with its arena."""
     options = options or TransferOptions(transport=kind, stall_timeout_s=2.0)
     listener = _listen(port)
     url = f"http://127.0.0.1:{listener.getsockname()[1]}"
     incarnation = new_incarnation()
-    arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
-    fill(arena, seed)
+    staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
+    arena = staging.arena
+    if isinstance(arena, HostArena):
+        fill(arena, seed)
     released: list[RequestId] = []
-    staging = HostStaging(arena)
     transports = start_transports(
         options,
         arena,
@@ -150,7 +163,7 @@ async def running_owner(
         host="127.0.0.1",
         may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
     )
-    pushers = Pushers(transports, MonotonicClock())
+    pushers = Pushers(transports, pusher_clock or MonotonicClock())
     exports = ExportTable(
         staging,
         owner=OWNER,
@@ -162,20 +175,22 @@ async def running_owner(
         on_released=released.append,
         push_links=pushers,
     )
+    reporter = LinkReporter(OWNER, transports, MonotonicClock(), pushers=pushers)
     routes = kv_routes(
         exports, transports, pushers, layout, worker_id=OWNER, incarnation=incarnation, cluster_key=CLUSTER_KEY
     )
     reaper = asyncio.create_task(exports.run())
     try:
-        async with pushers, exports, serving(Starlette(routes=routes), listener):
-            yield Owner(arena, transports, pushers, exports, url, incarnation, released)
+        async with pushers, exports, serving(Starlette(routes=[*routes, reporter.route(CLUSTER_KEY)]), listener):
+            yield Owner(staging, transports, pushers, exports, url, incarnation, released)
             exports.end_all()
     finally:
         reaper.cancel()
         await asyncio.gather(reaper, return_exceptions=True)
         await staging.close()
         await transports.close()
-        arena.close()
+        if isinstance(arena, HostArena):
+            arena.close()
 
 
 class OwnerProcess:

@@ -10,8 +10,9 @@ import pytest
 from kv_transfer.arena import HostArena
 from kv_transfer.factory import start_transports
 from kv_transfer.imports import FetchFailed, Importer
+from kv_transfer.link_report import LinkReporter
 from kv_transfer.peers import Reader
-from kv_transfer.staging import HostStaging
+from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Link, Transport, find_endpoint
 from kv_transfer.transport_set import TransportSet
 from protocol.errors import TransferError
@@ -23,18 +24,26 @@ from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
 from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS, NUM_SCRATCH_BLOCKS
 
+READER = WorkerId("decode-0")
+
 
 @dataclass
 class ReaderNode:
-    arena: HostArena
+    staging: Staging
     transports: TransportSet
     importer: Importer
     client: RpcClient
+    reporter: LinkReporter
 
     @property
     def transport(self) -> Transport:
         """The first, which is the only one where a test names a kind."""
         return next(iter(self.transports))
+
+    @property
+    def arena(self) -> HostArena:
+        assert isinstance(self.staging.arena, HostArena)
+        return self.staging.arena
 
     async def connect(self, peer: Introduction) -> Link:
         return await self.transport.connect(peer, find_endpoint(peer, self.transport.kind))
@@ -48,28 +57,32 @@ async def running_reader(
     stall_timeout_s: float = 2.0,
     layout: KVLayout = LAYOUT,
     options: TransferOptions | None = None,
+    staging: Staging | None = None,
 ) -> AsyncIterator[ReaderNode]:
+    """`staging`: where the blocks go, if not into an arena of zeros. Closed in the end with its arena."""
     incarnation = new_incarnation()
     options = options or TransferOptions(transport=kind, direction=direction, stall_timeout_s=stall_timeout_s)
-    arena = HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS)
+    staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
+    arena = staging.arena
     transports = start_transports(options, arena, incarnation=incarnation, host="127.0.0.1")
     try:
         async with RpcClient(CLUSTER_KEY) as client:
-            staging = HostStaging(arena)
             importer = Importer(
                 client=client,
                 transports=transports,
                 staging=staging,
-                reader=Reader(WorkerId("decode-0"), incarnation, layout),
+                reader=Reader(READER, incarnation, layout),
                 options=options,
                 clock=MonotonicClock(),
             )
             async with importer:
-                yield ReaderNode(arena, transports, importer, client)
-            await staging.close()
+                reporter = LinkReporter(READER, transports, MonotonicClock(), peers=importer.peers)
+                yield ReaderNode(staging, transports, importer, client, reporter)
     finally:
+        await staging.close()
         await transports.close()
-        arena.close()
+        if isinstance(arena, HostArena):
+            arena.close()
 
 
 async def refusal(reader: ReaderNode, ticket: TransferTicket, deadline_s: float = 5.0) -> TransferError:

@@ -1,6 +1,5 @@
 """How many KV blocks fit on a GPU, and what a node is told that cannot use one."""
 
-import re
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,6 @@ import torch
 from tiny_models import SHAPE, make_model, write_model
 from transformers import Olmo2Config
 
-import prefill_node.main
 from engine.build import plan_engine
 from engine.cuda.limits import BatchLimits
 from engine.cuda.memory import DeviceMemory, measure, num_blocks_that_fit
@@ -137,9 +135,3 @@ def test_a_model_that_is_not_native_is_planned_for_the_cpu(tmp_path: Path, monke
     plan = plan_engine(config(folder, device="auto"))
     assert (plan.on_device, plan.options.device) == (False, "cpu")
     assert plan.num_blocks > 1
-
-
-def test_a_prefill_node_on_a_gpu_is_told_what_works(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    with pytest.raises(ConfigError, match=re.escape("headrace up --prefill 0 --set decode.model.device=cuda")):
-        prefill_node.main.run(config(folder))

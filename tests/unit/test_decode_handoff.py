@@ -2,16 +2,11 @@
 
 import asyncio
 
-import pytest
-
 from decode_node.handoff import Handoffs
-from decode_node.service import DecodeService
 from engine.events import Reserved
 from kv_transfer.imports import FetchFailed
-from protocol.errors import Cancelled, PeerLost, TransferError
+from protocol.errors import Cancelled, PeerLost
 from protocol.ids import RequestId
-from protocol.requests import DecodeRequest
-from protocol.sampling import SamplingParams
 from protocol.transfer import TransferTicket
 
 BLOCK_SIZE = 16
@@ -100,18 +95,3 @@ async def test_a_reservation_for_a_request_that_is_gone_is_refused() -> None:
     async with Handoffs(engine, importer, BLOCK_SIZE) as handoffs:  # type: ignore[arg-type]
         handoffs.refuse(EVENT, Cancelled("gone"))
     assert engine.answers == [("abandon", BLOCK_SIZE, "Cancelled")]
-
-
-async def test_a_node_whose_kv_no_transport_reaches_refuses_tickets_at_once() -> None:
-    service = DecodeService(None, None, None, None, 100, "", takes_imports=False)  # type: ignore[arg-type]  # none is asked
-    request = DecodeRequest(
-        request_id="req-1",
-        trace_id="t",
-        router_id="r",
-        prompt_token_ids=tuple(range(40)),
-        sampling=SamplingParams(max_tokens=1, seed=0),
-        deadline_s=1.0,
-        ticket=TICKET,
-    )
-    with pytest.raises(TransferError, match="no transport reaches"):
-        service.decode(request)

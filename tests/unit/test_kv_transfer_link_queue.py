@@ -96,7 +96,7 @@ def test_who_leaves_waits_no_more_and_what_moves_still_counts() -> None:
 
 
 def test_a_block_larger_than_the_bound_still_moves() -> None:
-    queue = LinkQueue.of_bytes(1000, 5000, ManualClock())
+    queue = LinkQueue.of_bytes(1000, 5000, 9, ManualClock())
     started: list[int] = []
     lane = queue.enter(started.append)
     lane.add(3)
@@ -118,7 +118,7 @@ def test_only_those_that_wait_for_their_turn_count_as_waiting() -> None:
 
 def test_queues_come_with_their_links_and_their_waits_stay_counted() -> None:
     clock = ManualClock()
-    queues = LinkQueues(8, 1, clock)
+    queues = LinkQueues(8, 1, 8, clock)
     first = queues.of("a").enter(lambda _: None)
     assert queues.of("a") is queues.of("a")
     second = queues.of("a").enter(lambda _: None)

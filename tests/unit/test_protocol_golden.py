@@ -18,6 +18,7 @@ from protocol.tokens import (
     TokenFrame,
 )
 from protocol.transfer import (
+    BlocksLanded,
     BlocksReady,
     BorrowPrefix,
     Endpoint,
@@ -115,6 +116,7 @@ MESSAGES: dict[str, object] = {
     "handoff_failed": HandoffFailed(ERROR),
     "renew": RenewLease(("t", "u"), "i"),
     "release": ReleaseLease("t", "i"),
+    "landed": BlocksLanded("t", "i", 9),
     "lease_state": LeaseState(True),
     "borrow": BorrowPrefix(request_id="q", reader="d0", block_hashes=(b"a" * 16,), first_block=0),
     "lent": PrefixLent(TICKET, 1),
@@ -204,7 +206,10 @@ GOLDEN: dict[str, str] = {
         "6e6174696f6ea16aab736b69705f626c6f636b7301a47075736882a97472616e73706f7274a46e69786ca9626c6f636b5f69"
         "6473920405"
     ),
-    "ready": ("84a474797065a57265616479ab66697273745f626c6f636b01a9626c6f636b5f696473920405a9636865636b73756d73920607"),
+    "ready": (
+        "85a474797065a57265616479ab66697273745f626c6f636b01a9626c6f636b5f696473920405a9636865636b73756d739206"
+        "07a6736361726365c2"
+    ),
     "done": (
         "86a474797065a4646f6e65ab66697273745f746f6b656e9305c090a866696e6973686564c2b073696e63655f636f6d707574"
         "65645f73cb3f50624dd2f1a9fca670686173657382a771756575655f73cb3fe0000000000000a970726566696c6c5f73cb3f"
@@ -217,6 +222,7 @@ GOLDEN: dict[str, str] = {
     ),
     "renew": "82aa7469636b65745f69647392a174a175ab696e6361726e6174696f6ea169",
     "release": "82a97469636b65745f6964a174ab696e6361726e6174696f6ea169",
+    "landed": "83a97469636b65745f6964a174ab696e6361726e6174696f6ea169aa6e756d5f626c6f636b7309",
     "lease_state": "83a468656c64c3a777726974696e67c2a56b6e6f776ec3",
     "borrow": (
         "84aa726571756573745f6964a171a6726561646572a26430ac626c6f636b5f68617368657391c41061616161616161616161"

@@ -86,3 +86,26 @@ def test_a_ledger_is_observed_phase_by_phase() -> None:
     seen = samples(registry)
     expected = {"router": 1, "queue": 2, "prefill": 3, "handoff": 4, "decode": 5, "transit": 6}
     assert {phase: seen[f"headrace_phase_seconds_sum phase={phase}"] for phase in expected} == expected
+
+
+def test_series_of_peers_come_and_go() -> None:
+    registry = CollectorRegistry()
+    moved = TransferMetrics(registry).moved
+    names = ("bytes", "blocks", "descriptors", "transfers", "failures", "seconds", "quarantined")
+
+    def told(value: float) -> dict[str, float]:
+        return dict.fromkeys(names, value)
+
+    first, second = ("prefill-0", "nixl", "pull"), ("prefill-1", "shm", "pull")
+    moved.set({first: told(5), second: told(7)})
+    moved.set({first: told(6), second: told(3)})
+    found = samples(registry)
+    assert found["headrace_kv_transfer_bytes_total direction=pull peer=prefill-0 transport=nixl"] == 6
+    assert found["headrace_kv_transfer_bytes_total direction=pull peer=prefill-1 transport=shm"] == 7
+    assert found["headrace_kv_transfers_quarantined direction=pull peer=prefill-1 transport=shm"] == 3
+    moved.set({first: told(6)})
+    assert not any("prefill-1" in series for series in samples(registry))
+    moved.set({first: told(8), second: told(2)})
+    found = samples(registry)
+    assert found["headrace_kv_transfer_bytes_total direction=pull peer=prefill-0 transport=nixl"] == 8
+    assert found["headrace_kv_transfer_bytes_total direction=pull peer=prefill-1 transport=shm"] == 2
