@@ -52,8 +52,8 @@ async def introduce(owner: Owner, reader: ReaderNode) -> Introduction:
     """The reader becomes known to the owner by an honest hand-off of two blocks, into the last two of its arena."""
     ticket = owner.hand_off("req-0", 32, [0, 1])
     await reader.importer.fetch(ticket, [NUM_BLOCKS - 2, NUM_BLOCKS - 1], 0, 5.0)
-    (known,) = owner.pushers.readers
-    return known
+    (known,) = owner.pushers.known
+    return known.introduction
 
 
 def opening(ticket: TransferTicket, known: Introduction, push: PushTarget) -> OpenHandoff:

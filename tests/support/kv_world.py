@@ -173,15 +173,19 @@ class World:
                 reader.finish(request_id)
 
     async def _all_meet(self) -> None:
-        before = self.outcomes["activated"]
+        before, num_fetches = self.outcomes["activated"], 0
         for i, owner in enumerate(self.owners):
             for j, reader in enumerate(self.readers):
                 prompt = Prompt(RequestId(f"last-{i}-{j}"), 3 * LAYOUT.block_size + 1)
                 ticket = owner.now.prefill(prompt, 2, 0.1)
-                if ticket is not None:  # else the blocks have leaked, and it counts as failed
-                    reader.fetch(ticket, prompt, 0, 5.0)
+                if ticket is None:
+                    self.expect(False, "an owner has leaked blocks")
+                elif reader.fetch(ticket, prompt, 0, 5.0):
+                    num_fetches += 1
+                else:
+                    self.expect(bool(self._unproven(reader)), "a reader has leaked blocks")
         await asyncio.sleep(5.0)
-        num_failed = before + len(self.owners) * len(self.readers) - self.outcomes["activated"]
+        num_failed = before + num_fetches - self.outcomes["activated"]
         self.expect(num_failed == 0, f"after everything was well again {num_failed} hand-offs failed")
 
     def _unproven(self, reader: SimReader) -> list[RequestId]:
