@@ -12,7 +12,6 @@ connection is given up only when no transfer to it is left.
 
 import asyncio
 import logging
-import queue
 import threading
 import time
 from collections import deque
@@ -20,8 +19,9 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any, TypeVar
 
+from kv_transfer.mailbox import Mailbox
 from kv_transfer.nixl_blocks import NixlBlocks
-from kv_transfer.nixl_library import error_types, lost_peer_errors, make_agent, register
+from kv_transfer.nixl_library import error_types, lost_peer_errors, make_agent
 from kv_transfer.nixl_transfer import NixlPeer, NixlTransfer
 from protocol.errors import PeerLost, TransferError
 
@@ -51,9 +51,9 @@ class NixlAgent:
         self._errors = error_types(api)
         self._lost_errors = lost_peer_errors(api)
         self._agent = make_agent(api, name, progress_delay_us=None)
-        register(api, self._agent, blocks)
+        self._agent.register_memory([blocks.region], blocks.memory)
         self._local = self._agent.prep_xfer_dlist("NIXL_INIT_AGENT", blocks.rows(), blocks.memory)
-        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._commands = Mailbox()
         self._transfers: deque[NixlTransfer] = deque()
         """Not over yet, in the order of their turns."""
         self._peers: dict[str, NixlPeer] = {}
@@ -106,11 +106,13 @@ class NixlAgent:
     def _run(self) -> None:
         last_event = time.monotonic()
         while not self._stopping:
-            took = self._take_commands(self._pause(last_event))
+            obeyed = self._obey(self._pause(last_event))
             posted = self._post_one()
-            if self._poll() or took or posted:
+            if self._poll() or obeyed or posted:
                 last_event = time.monotonic()
             self._end_those_over()
+            if self._peers and not self._transfers:
+                self._look_around()
         self._shut_down()
 
     def _pause(self, last_event: float) -> float | None:
@@ -123,18 +125,15 @@ class NixlAgent:
             return POLL_ABANDONED_S
         return min(POLL_MAX_S, max(POLL_MIN_S, POLL_SHARE * (time.monotonic() - last_event)))
 
-    def _take_commands(self, pause_s: float | None) -> bool:
-        try:
-            self._commands.get(block=pause_s != 0.0, timeout=pause_s)()
-        except queue.Empty:
-            if not self._transfers:
-                self._look_around()
-            return False
-        while not self._commands.empty():
-            self._commands.get()()
-        return True
+    def _obey(self, pause_s: float | None) -> bool:
+        """Follow the commands that are there, or come within `pause_s`. False if none did."""
+        commands = self._commands.take(pause_s)
+        for command in commands:
+            command()
+        return bool(commands)
 
     def _look_around(self) -> None:
+        """For an idle agent: take what the network has for it."""
         try:
             self._agent.get_new_notifs()  # for its side effect; nobody sends any
         except self._errors as error:

@@ -13,7 +13,6 @@ from types import ModuleType
 from typing import Any
 
 from kv_transfer.network_devices import confine_ucx
-from kv_transfer.nixl_blocks import NixlBlocks
 from protocol.errors import ConfigError
 
 INSTALL_HINT = "pip install nixl-cu12"
@@ -88,19 +87,6 @@ def _why_no_agent(error: Exception) -> str:
             "this user may read, or NIXL_CONFIG_FILE to a file"
         )
     return f"NIXL cannot start its UCX backend: {error}"
-
-
-def register(api: ModuleType, agent: Any, blocks: NixlBlocks) -> None:
-    """Let the agent reach the blocks, for as long as it lives. Raises ConfigError where the library cannot: UCX without CUDA
-    for a GPU's memory, say, or a limit on locked memory."""
-    try:
-        agent.register_memory([blocks.region], blocks.memory)
-    except error_types(api) as error:
-        kind = "a GPU's" if blocks.memory == "VRAM" else "the host's"
-        raise ConfigError(
-            f"NIXL cannot register {blocks.region[1] >> 20} MiB of {kind} memory: {error}",
-            param="transfer.device_memory",
-        ) from error
 
 
 def error_types(api: ModuleType) -> tuple[type[Exception], ...]:

@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from kv_transfer.nixl_blocks import NixlBlocks
-from kv_transfer.nixl_library import make_agent, register
+from kv_transfer.nixl_library import make_agent
 
 PROGRESS_DELAY_US = 10_000
 """How long the progress thread sleeps where nothing wakes it; what a peer sends does. The library's own default of 0
@@ -24,7 +24,7 @@ class PassiveAgent:
     def __init__(self, api: ModuleType, name: str, blocks: NixlBlocks) -> None:
         self.name = name
         self._agent: Any = make_agent(api, name, progress_delay_us=PROGRESS_DELAY_US)
-        register(api, self._agent, blocks)
+        self._agent.register_memory([blocks.region], blocks.memory)
         self.metadata: bytes = self._agent.get_agent_metadata()
 
     def close(self) -> None:

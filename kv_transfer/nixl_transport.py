@@ -21,7 +21,7 @@ from typing import Annotated
 
 import msgspec
 
-from kv_transfer.device_arena import Arena
+from kv_transfer.arena import HostArena
 from kv_transfer.nixl_agent import NixlAgent
 from kv_transfer.nixl_blocks import Memory, NixlBlocks
 from kv_transfer.nixl_library import load_nixl
@@ -31,7 +31,7 @@ from kv_transfer.read_log import LinkUse, ReadLog, bounded
 from kv_transfer.transport import Capabilities, TransferAbandoned, TransportStats, check_block_ids, make_endpoint
 from protocol.errors import HeadraceError, LayoutMismatch, TransferError
 from protocol.ids import IdText, Incarnation, TicketId
-from protocol.transfer import Direction, Endpoint, Introduction, TransportKind
+from protocol.transfer import Endpoint, Introduction, TransportKind
 from protocol.wire import decode, encode
 
 _serials = itertools.count()
@@ -67,12 +67,11 @@ class NixlTransport:
         best_piece_bytes=128 << 10,
     )
 
-    def __init__(self, arena: Arena, incarnation: Incarnation, host: str) -> None:
+    def __init__(self, arena: HostArena, incarnation: Incarnation, host: str) -> None:
         self.arena = arena
         self.log = ReadLog()
         self.chunk_blocks = max(1, CHUNK_BYTES // arena.block_bytes)
-        memory: Memory = "VRAM" if arena.memory_kind == "cuda" else "DRAM"
-        self.blocks = NixlBlocks(memory, arena.device_id, arena.address, arena.block_bytes, arena.num_wire_blocks)
+        self.blocks = NixlBlocks("DRAM", 0, arena.address, arena.block_bytes, arena.num_wire_blocks)
         api = load_nixl(host)
         name = f"headrace-{incarnation}-{next(_serials)}"
         self.passive = PassiveAgent(api, name, self.blocks)
@@ -146,8 +145,7 @@ class NixlLink:
     ) -> None:
         transport = self._transport
         plan = plan_copy(sources, destinations, transport.chunk_blocks)
-        direction: Direction = "pull" if operation == "READ" else "push"
-        with self._use.transfer(len(sources) * transport.arena.block_bytes, plan.num_pieces, direction):
+        with self._use.transfer(len(sources) * transport.arena.block_bytes, plan.num_pieces):
             ended: asyncio.Future[None] = asyncio.get_running_loop().create_future()
             transfer = NixlTransfer(operation, self._peer, plan, transport.chunk_blocks, ended)
             transport.agent.start(transfer)
