@@ -51,6 +51,8 @@ from runtime.node_config import TransferOptions
 SIGNS_OF_LIFE_PER_STALL = 3
 REAP_INTERVAL_S = 1.0
 LOAN_TTL_STALLS = 2
+ALREADY_PUSHED = "it was pushed already"
+"""Whoever was pushed to may have given its blocks to another request since. A message that arrives twice must not write twice."""
 
 Ending = Literal["released", "expired", "failed"]
 
@@ -202,15 +204,15 @@ class ExportTable:
 
     def attach(self, message: OpenHandoff) -> AsyncIterator[bytes]:
         """The hand-off as encoded frames, from block `skip_blocks` on. Raises LeaseExpired for a ticket that is
-        unknown, has ended, belongs to another incarnation, has a reader attached, or a push under way; TransferError for
+        unknown, has ended, belongs to another incarnation, has a reader attached, or was pushed already; TransferError for
         a push that cannot be."""
         export = self._find(message.ticket_id, message.incarnation)
         if export is None:
             raise lease_gone("ticket unknown, expired, released, or of an earlier incarnation")
         if export.attached:
             raise lease_gone("another reader is attached to this ticket")
-        if not export.settled and export.push is not None:
-            raise lease_gone("an earlier push of it has not ended")
+        if export.push is not None:
+            raise lease_gone(ALREADY_PUSHED)
         return self._frames(export, message)
 
     def renew(self, message: RenewLease) -> LeasesHeld:
@@ -271,7 +273,7 @@ class ExportTable:
 
     def _is_writing(self, ticket_id: TicketId) -> bool:
         export = self._by_ticket.get(ticket_id) or self._unsettled.get(ticket_id)
-        return export is not None and export.push is not None and export.push.writing
+        return export is not None and export.writing
 
     # Staging.
 
@@ -325,7 +327,7 @@ class ExportTable:
             return
         if export.staging is not None:
             export.staging.cancel()
-        if export.push is None or not export.push.writing:
+        if not export.writing:
             self._take_back(export, export.num_staged)
 
     # The end.
@@ -353,7 +355,10 @@ class ExportTable:
 
     async def _frames(self, export: Export, message: OpenHandoff) -> AsyncIterator[bytes]:
         if export.attached:  # two attached before either was read from
-            yield encode_frame(HandoffFailed(lease_gone("another reader is attached to this ticket").to_info()))
+            yield encode_frame(HandoffFailed(lease_gone("another reader is attached to this ticket").to_info(), True))
+            return
+        if export.push is not None:
+            yield encode_frame(HandoffFailed(lease_gone(ALREADY_PUSHED).to_info(), True))
             return
         cursor = message.skip_blocks
         sign_of_life_s = self._options.stall_timeout_s / SIGNS_OF_LIFE_PER_STALL
@@ -367,7 +372,7 @@ class ExportTable:
                 yield frames
             told_all = True
         except TransferError as error:
-            yield encode_frame(HandoffFailed(error.to_info()))
+            yield encode_frame(HandoffFailed(error.to_info(), export.writing))
         finally:
             self._detach(export, told_all=told_all)
 
@@ -386,7 +391,7 @@ class ExportTable:
         events = PushEvents(
             landed=partial(self._push_landed, export),
             failed=partial(self._push_failed, export),
-            settled=partial(self._free_if_settled, export),
+            settled=partial(self._push_settled, export),
         )
         queue = self._queues.of((path.worker, path.incarnation, path.kind))
         export.push = Push(self._push_context, path, queue, message.skip_blocks, target.block_ids, events)
@@ -396,6 +401,10 @@ class ExportTable:
         if export.push is not None:
             self._take_back(export, export.push.num_landed)
         export.changed.set()
+
+    def _push_settled(self, export: Export) -> None:
+        export.changed.set()
+        self._free_if_settled(export)
 
     def _push_failed(self, export: Export, error: TransferError) -> None:
         if not export.ended:

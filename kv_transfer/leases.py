@@ -4,9 +4,9 @@ Kept leases are renewed RENEWALS_PER_TTL times per ttl, those of one owner in on
 owner pushes is asked after until the owner says that its last write has ended.
 
 What proves that an owner's push has ended: its own word; or its death, which is taken as proven when its kernel cut the
-hand-off's stream in the middle (that of a process that stands still does not) and nobody listens at its address any more, or
-another incarnation does. Either sign alone is no proof: a cut may be the network's, and a new incarnation says nothing of a
-stopped one. After the proof as long passes as a message may take, for what the network still holds. Without proof the
+hand-off's stream or a later message in the middle (that of a process that stands still does not), or it was never opened,
+and nobody listens at its address any more, or another incarnation does. Either sign alone is no proof: a cut may be the
+network's, and a new incarnation says nothing of a stopped one. After the proof as long passes as a message may take, for what the network still holds. Without proof the
 blocks stay in quarantine, are counted, and come back with the reader's restart.
 """
 
@@ -86,6 +86,8 @@ class Leases:
                 state = await self._say_released(ticket)
             except NodeLost as error:
                 dead = stream_cut and _nobody_listens(error)
+                stream_cut = stream_cut or _was_cut(error)
+                pause_s = 0.0 if _was_silent(error) else pause_s or RELEASE_PAUSE_S
             except HeadraceError:
                 dead = False
             else:
@@ -122,6 +124,16 @@ class Leases:
             for (ticket_id, kept), held in zip(asked.items(), answer.held, strict=False):
                 if not held and self._kept.get(owner, {}).get(ticket_id) is kept:
                     kept.on_lost()
+
+
+def _was_cut(error: NodeLost) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno == errno.ECONNRESET
+
+
+def _was_silent(error: NodeLost) -> bool:
+    """Then time has passed, and somebody should be asking at the moment when the owner's kernel cuts its connections."""
+    return isinstance(error.__cause__, TimeoutError)
 
 
 def _nobody_listens(error: NodeLost) -> bool:
