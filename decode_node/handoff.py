@@ -12,11 +12,11 @@ from typing import Self
 
 from engine.engine import Engine
 from engine.events import Reserved
-from kv_transfer.borrowing import BorrowContext
-from kv_transfer.fetch import FetchResult
-from kv_transfer.gathering import gather
-from kv_transfer.holders import Holders
-from kv_transfer.imports import FetchFailed
+from kv_transfer.handoff.fetch import FetchResult
+from kv_transfer.handoff.imports import FetchFailed
+from kv_transfer.lending.borrowing import BorrowContext
+from kv_transfer.lending.gathering import gather
+from kv_transfer.lending.holders import Holders
 from protocol.errors import Cancelled, HeadraceError, InternalError
 from protocol.ids import RequestId, TicketId
 from protocol.transfer import PrefillDone, TransferTicket

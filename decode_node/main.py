@@ -9,9 +9,9 @@ from decode_node.service import DecodeService
 from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
-from kv_transfer.arena import HostArena, scratch_blocks
-from kv_transfer.device_blocks import DeviceBlocks
 from kv_transfer.exchange import KVExchange, open_wires
+from kv_transfer.memory.arena import HostArena, scratch_blocks
+from kv_transfer.memory.device_blocks import DeviceBlocks
 from protocol.ids import Incarnation, new_incarnation
 from runtime.auth import check_bind
 from runtime.life import ProcessLife, install_signal_handlers

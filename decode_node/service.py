@@ -13,7 +13,7 @@ from engine.engine import Engine
 from engine.events import EngineEvent, Failed, Finished, Pinned, PromptComputed, Reserved, TokensSampled
 from engine.request import EngineRequest, Mode
 from kv_transfer.exchange import KVExchange
-from kv_transfer.holders import Holders, holders_of
+from kv_transfer.lending.holders import Holders, holders_of
 from protocol import tokens
 from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError, InvalidParameter

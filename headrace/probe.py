@@ -43,7 +43,7 @@ def probe_kernels() -> ProbeReport:
 
 
 def probe_nixl() -> ProbeReport:
-    library = importlib.import_module("kv_transfer.nixl_library")
+    library = importlib.import_module("kv_transfer.transports.nixl.library")
     errors = importlib.import_module("protocol.errors")
     cure = f"{library.INSTALL_HINT}, or let nodes take another transport: --transport auto"
     try:

@@ -18,21 +18,21 @@ from typing import Protocol, Self
 
 from starlette.routing import Route
 
-from kv_transfer.arena import HostArena
-from kv_transfer.borrowing import BorrowContext
-from kv_transfer.device_blocks import DeviceBlocks, open_staging
-from kv_transfer.exports import ExportTable
-from kv_transfer.factory import start_transports
-from kv_transfer.imports import Importer
-from kv_transfer.lending import Lender
-from kv_transfer.link_report import LinkReporter
-from kv_transfer.peers import Reader
-from kv_transfer.prefix_imports import ImportTarget, PrefixImports
-from kv_transfer.pushers import Pushers
+from kv_transfer.handoff.exports import ExportTable
+from kv_transfer.handoff.imports import Importer
+from kv_transfer.lending.borrowing import BorrowContext
+from kv_transfer.lending.lender import Lender
+from kv_transfer.lending.prefix_imports import ImportTarget, PrefixImports
+from kv_transfer.meeting.link_report import LinkReporter
+from kv_transfer.meeting.peers import Reader
+from kv_transfer.meeting.pushers import Pushers
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.device_blocks import DeviceBlocks, open_staging
+from kv_transfer.memory.staging import Staging
 from kv_transfer.routes import kv_routes
-from kv_transfer.staging import Staging
 from kv_transfer.telemetry import TransferTelemetry
-from kv_transfer.transport_set import TransportSet
+from kv_transfer.transports.factory import start_transports
+from kv_transfer.transports.transport_set import TransportSet
 from protocol.ids import BlockHash, Incarnation, PinId, RequestId, TicketId, WorkerId
 from protocol.transfer import KVSource
 from protocol.workers import WorkerInfo

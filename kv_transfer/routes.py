@@ -14,10 +14,10 @@ from collections.abc import AsyncIterator
 
 from starlette.routing import Route
 
-from kv_transfer.exports import ExportTable
-from kv_transfer.lending import NOTHING, Lender
-from kv_transfer.pushers import Pushers
-from kv_transfer.transport_set import TransportSet
+from kv_transfer.handoff.exports import ExportTable
+from kv_transfer.lending.lender import NOTHING, Lender
+from kv_transfer.meeting.pushers import Pushers
+from kv_transfer.transports.transport_set import TransportSet
 from protocol.ids import Incarnation, WorkerId
 from protocol.kv_layout import KVLayout
 from protocol.transfer import (

@@ -1,8 +1,8 @@
 """TransferTelemetry: brings the transfer metrics up to date with what transports, exports and imports have counted."""
 
-from kv_transfer.exports import ExportTable
-from kv_transfer.imports import Importer
-from kv_transfer.transport_set import TransportSet
+from kv_transfer.handoff.exports import ExportTable
+from kv_transfer.handoff.imports import Importer
+from kv_transfer.transports.transport_set import TransportSet
 from runtime.metrics import Total, TransferMetrics
 
 

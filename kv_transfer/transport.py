@@ -16,7 +16,7 @@ from typing import Protocol
 
 import xxhash
 
-from kv_transfer.device_arena import Arena
+from kv_transfer.memory.device_arena import Arena
 from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, PeerLost, TransferError, TransferTimeout
 from protocol.ids import Incarnation, TicketId, WorkerId
 from protocol.kv_layout import KVLayout

@@ -5,9 +5,9 @@ from contextlib import AsyncExitStack
 
 from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.telemetry import EngineTelemetry
-from kv_transfer.arena import HostArena, scratch_blocks
-from kv_transfer.device_blocks import DeviceBlocks
 from kv_transfer.exchange import KVExchange, open_wires
+from kv_transfer.memory.arena import HostArena, scratch_blocks
+from kv_transfer.memory.device_blocks import DeviceBlocks
 from prefill_node.node import PrefillNode
 from prefill_node.service import PrefillService
 from protocol.ids import Incarnation, new_incarnation

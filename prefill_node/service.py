@@ -14,7 +14,7 @@ from engine.engine import Engine
 from engine.events import BlocksComputed, EngineEvent, Failed, Pinned, PrefillFinished, Reserved
 from engine.request import EngineRequest, Mode
 from kv_transfer.exchange import KVExchange
-from kv_transfer.staging import StagedBlocks
+from kv_transfer.memory.staging import StagedBlocks
 from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError
 from protocol.ids import RequestId, RouterId

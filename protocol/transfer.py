@@ -89,7 +89,7 @@ class Introduction(msgspec.Struct, frozen=True, kw_only=True):
 
     Blocks `num_blocks`, ..., `num_blocks + num_scratch_blocks - 1` of the arena hold nothing: probes move those. The first
     half of them are samples, which probes copy; the others are where probes land. `scratch_seed` tells what the samples
-    hold (kv_transfer.scratch says how); it is empty where nobody could write into them.
+    hold (kv_transfer.meeting.scratch says how); it is empty where nobody could write into them.
     """
 
     worker: IdText

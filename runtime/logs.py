@@ -1,6 +1,6 @@
 """Logs: one line per event, on stderr, the same shape for every role.
 
-    2026-11-21T12:00:00.123Z INFO decode-0 kv_transfer.imports fetched request_id=req-1 blocks=12
+    2026-11-21T12:00:00.123Z INFO decode-0 kv_transfer.handoff.imports fetched request_id=req-1 blocks=12
 
 Facts go into `extra={"request_id": ...}` and come out as key=value. A traceback is one of them, so a line is an event,
 always. Secrets do not come out: values of the keys that hold them, bearer tokens, and whatever `secrets` names.

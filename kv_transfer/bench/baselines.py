@@ -9,8 +9,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from kv_transfer.arena import HostArena
-from kv_transfer.plan import coalesce
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.transports.plan import coalesce
 from protocol.errors import PeerLost
 from protocol.transfer import Direction
 

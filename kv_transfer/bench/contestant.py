@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from kv_transfer.arena import HostArena
-from kv_transfer.factory import make_transport
+from kv_transfer.memory.arena import HostArena
 from kv_transfer.transport import Link, find_endpoint, introduce
-from kv_transfer.ucx_transport import UcxTransport
+from kv_transfer.transports.factory import make_transport
+from kv_transfer.transports.ucx.transport import UcxTransport
 from protocol.ids import TicketId, WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
 from protocol.transfer import Direction, Introduction, TransportKind

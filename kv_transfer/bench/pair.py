@@ -24,7 +24,7 @@ from kv_transfer.bench.messages import (
     Wipe,
 )
 from kv_transfer.bench.shapes import Shape
-from kv_transfer.child_python import child_python
+from kv_transfer.transports.child_python import child_python
 from protocol.errors import InternalError, NodeLost
 from protocol.transfer import Direction, TransportKind
 from protocol.wire import decode, encode

@@ -15,10 +15,10 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from kv_transfer.arena import HostArena
-from kv_transfer.nixl_library import load_nixl, make_agent
-from kv_transfer.nixl_passive import PROGRESS_DELAY_US
-from kv_transfer.plan import coalesce
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.transports.nixl.library import load_nixl, make_agent
+from kv_transfer.transports.nixl.passive import PROGRESS_DELAY_US
+from kv_transfer.transports.plan import coalesce
 from protocol.errors import TransferTimeout
 from protocol.transfer import Direction
 from protocol.wire import decode, encode

@@ -15,7 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from kv_transfer.arena import HostArena
 from kv_transfer.bench.baselines import Memcpy, RawSocket
 from kv_transfer.bench.contestant import Contestant, TransportContestant
 from kv_transfer.bench.cpu_time import cpu_seconds
@@ -37,7 +36,8 @@ from kv_transfer.bench.messages import (
     Wipe,
 )
 from kv_transfer.bench.raw_nixl import RawNixl
-from kv_transfer.checksum import checksums
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.checksum import checksums
 from protocol.errors import ConfigError, HeadraceError, InternalError
 from protocol.wire import decode, encode
 

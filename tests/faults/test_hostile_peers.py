@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import msgspec
 import pytest
 
-from kv_transfer.imports import FetchFailed
+from kv_transfer.handoff.imports import FetchFailed
 from kv_transfer.transport import make_endpoint
 from protocol.errors import ChecksumMismatch, LeaseExpired, PeerLost, TransferError, TransferTimeout
 from protocol.transfer import (

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
-from kv_transfer.imports import FetchFailed
+from kv_transfer.handoff.imports import FetchFailed
 from kv_transfer.routes import HANDOFF_PATH, PROBE_PATH
 from protocol.errors import ChecksumMismatch, HeadraceError, LeaseExpired, PeerLost, TransferError
 from protocol.transfer import (

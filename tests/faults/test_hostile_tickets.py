@@ -7,7 +7,7 @@ import aiohttp
 import msgspec
 import pytest
 
-from kv_transfer.imports import FetchFailed
+from kv_transfer.handoff.imports import FetchFailed
 from kv_transfer.routes import HANDOFF_PATH
 from protocol.errors import LayoutMismatch, LeaseExpired, TransferError
 from protocol.ids import TicketId

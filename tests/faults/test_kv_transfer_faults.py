@@ -12,9 +12,9 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from kv_transfer.imports import FetchFailed
-from kv_transfer.inproc_transport import Faults, InprocTransport
+from kv_transfer.handoff.imports import FetchFailed
 from kv_transfer.transport import Link, TransferAbandoned, check_introduction, find_endpoint, introduce, make_endpoint
+from kv_transfer.transports.inproc import Faults, InprocTransport
 from protocol.errors import (
     ChecksumMismatch,
     LayoutMismatch,

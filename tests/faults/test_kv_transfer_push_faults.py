@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Iterator
 
 import pytest
 
-from kv_transfer.imports import FetchFailed
+from kv_transfer.handoff.imports import FetchFailed
 from protocol.errors import PeerLost, TransferTimeout
 from protocol.transfer import TransportKind
 from tests.support.kv_owner import OwnerProcess

@@ -14,8 +14,8 @@ from tiny_models import greedy_reference, load_reference, make_model
 from engine.model.llama import LlamaModel
 from engine.model.options import RunnerOptions
 from engine.torch_runner import build_torch_runner
-from kv_transfer import device_blocks
-from kv_transfer.device_arena import DeviceArena
+from kv_transfer.memory import device_blocks
+from kv_transfer.memory.device_arena import DeviceArena
 from runtime.models.resolve import resolve_model
 from runtime.node_config import TransferOptions
 
@@ -63,7 +63,7 @@ async def test_tokens_are_those_of_a_single_node(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    caplog.set_level(logging.INFO, "kv_transfer.device_blocks")
+    caplog.set_level(logging.INFO, "kv_transfer.memory.device_blocks")
     if way.endswith("direct"):
         monkeypatch.setattr(device_blocks, "DeviceArena", _ReachableArena)
     transfer = TransferOptions(

@@ -15,8 +15,8 @@ import torch
 from engine.cuda.cuda_device import CudaDevice
 from engine.cuda.device import Device, HostDevice
 from engine.cuda.device_blocks import DeviceBlocks
-from kv_transfer.device_blocks import open_staging
-from kv_transfer.staging import Staging
+from kv_transfer.memory.device_blocks import open_staging
+from kv_transfer.memory.staging import Staging
 from protocol.transfer import TransferTicket
 from runtime.node_config import TransferOptions
 from tests.support.kv_owner import LAYOUT, running_owner

@@ -6,8 +6,8 @@ from collections.abc import AsyncIterator
 import msgspec
 import pytest
 
-from kv_transfer.fetch import FetchResult
-from kv_transfer.imports import FetchFailed
+from kv_transfer.handoff.fetch import FetchResult
+from kv_transfer.handoff.imports import FetchFailed
 from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired
 from protocol.ids import RequestId
 from protocol.transfer import PrefillDone, TransportKind

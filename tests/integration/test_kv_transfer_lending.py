@@ -7,15 +7,15 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kv_transfer.borrowing import BorrowContext
-from kv_transfer.fetch import FetchResult
-from kv_transfer.gathering import gather
-from kv_transfer.holders import Holders
-from kv_transfer.imports import FetchFailed
-from kv_transfer.inproc_transport import InprocTransport
-from kv_transfer.lending import MAX_LENT_SHARE
-from kv_transfer.prefix_imports import PrefixImports
+from kv_transfer.handoff.fetch import FetchResult
+from kv_transfer.handoff.imports import FetchFailed
+from kv_transfer.lending.borrowing import BorrowContext
+from kv_transfer.lending.gathering import gather
+from kv_transfer.lending.holders import Holders
+from kv_transfer.lending.lender import MAX_LENT_SHARE
+from kv_transfer.lending.prefix_imports import PrefixImports
 from kv_transfer.routes import BORROW_PATH
+from kv_transfer.transports.inproc import InprocTransport
 from protocol.block_hash import hash_blocks, root_hash
 from protocol.errors import HeadraceError
 from protocol.ids import BlockHash, RequestId, TicketId, WorkerId

@@ -8,12 +8,12 @@ import aiohttp
 import msgspec
 import pytest
 
-from kv_transfer import factory
-from kv_transfer.factory import start_transports
-from kv_transfer.inproc_transport import Faults, InprocLink, InprocTransport
-from kv_transfer.meeting import PeerLink
-from kv_transfer.pushers import READER_IDLE_S
+from kv_transfer.meeting.meeting import PeerLink
+from kv_transfer.meeting.pushers import READER_IDLE_S
 from kv_transfer.transport import Transport
+from kv_transfer.transports import factory
+from kv_transfer.transports.factory import start_transports
+from kv_transfer.transports.inproc import Faults, InprocLink, InprocTransport
 from protocol.errors import ConfigError, LayoutMismatch, PeerLost, TransferError
 from protocol.ids import Incarnation, TicketId
 from protocol.links import LinksReport

@@ -13,8 +13,8 @@ from typing import Literal
 import msgspec
 import pytest
 
-from kv_transfer.nixl_transport import NixlPayload, NixlTransport
 from kv_transfer.transport import Link, TransferAbandoned, make_endpoint
+from kv_transfer.transports.nixl.transport import NixlPayload, NixlTransport
 from protocol.errors import LayoutMismatch, PeerLost, TransferError
 from protocol.transfer import Introduction
 from protocol.wire import decode, encode

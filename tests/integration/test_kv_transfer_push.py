@@ -8,8 +8,8 @@ from contextlib import asynccontextmanager
 import msgspec
 import pytest
 
-from kv_transfer.imports import FetchFailed
-from kv_transfer.inproc_transport import Faults, InprocTransport
+from kv_transfer.handoff.imports import FetchFailed
+from kv_transfer.transports.inproc import Faults, InprocTransport
 from protocol.errors import ChecksumMismatch, LeaseExpired, PeerLost, TransferError
 from protocol.ids import RequestId, TicketId
 from protocol.transfer import OpenHandoff, PrefillDone, PushTarget, ReleaseLease, TransferTicket, TransportKind

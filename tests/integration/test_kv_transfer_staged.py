@@ -7,11 +7,11 @@ from collections.abc import AsyncIterator, Callable
 import numpy as np
 import pytest
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksum
-from kv_transfer.device_staging import DeviceStaging
-from kv_transfer.imports import FetchFailed
-from kv_transfer.inproc_transport import InprocTransport
+from kv_transfer.handoff.imports import FetchFailed
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.checksum import checksum
+from kv_transfer.memory.device_staging import DeviceStaging
+from kv_transfer.transports.inproc import InprocTransport
 from protocol.errors import Cancelled, ChecksumMismatch, PeerLost, TransferTimeout
 from protocol.ids import RequestId
 from protocol.transfer import TransportKind

@@ -13,10 +13,10 @@ from collections.abc import AsyncIterator, Iterator
 import msgspec
 import pytest
 
-from kv_transfer.nixl_library import load_nixl
-from kv_transfer.shm_transport import ShmPayload
-from kv_transfer.tcp_wire import TcpPayload, TcpRead, TcpReply, receive_frame
 from kv_transfer.transport import make_endpoint
+from kv_transfer.transports.nixl.library import load_nixl
+from kv_transfer.transports.shm import ShmPayload
+from kv_transfer.transports.tcp.wire import TcpPayload, TcpRead, TcpReply, receive_frame
 from protocol.errors import ConfigError, LayoutMismatch, LeaseExpired, PeerLost, TransferError
 from protocol.ids import TicketId
 from protocol.wire import decode, encode, encode_frame
@@ -157,7 +157,7 @@ def test_a_home_that_cannot_be_read_is_named() -> None:
         pytest.skip("needs another user's HOME to be unreadable, which takes root to set up")
     script = (
         "import os\n"
-        "from kv_transfer.arena import HostArena\nfrom kv_transfer.factory import make_transport\n"
+        "from kv_transfer.memory.arena import HostArena\nfrom kv_transfer.transports.factory import make_transport\n"
         "import nixl_cu12._api\n"
         "os.makedirs(os.environ['HOME'], 0o700, exist_ok=True)\nos.setuid(65534)\n"
         "try:\n    make_transport('nixl', HostArena(1, 4096), incarnation='i', host='127.0.0.1')\n"

@@ -15,9 +15,9 @@ import psutil
 import pytest
 
 from kv_transfer.transport import Link, TransferAbandoned, make_endpoint
-from kv_transfer.ucx_library import require_ucxx, set_environment
-from kv_transfer.ucx_transport import UcxTransport
-from kv_transfer.ucx_wire import UcxPayload, UcxRequest, open_request, seal_request
+from kv_transfer.transports.ucx.library import require_ucxx, set_environment
+from kv_transfer.transports.ucx.transport import UcxTransport
+from kv_transfer.transports.ucx.wire import UcxPayload, UcxRequest, open_request, seal_request
 from protocol.errors import ConfigError, HeadraceError, LeaseExpired, PeerLost, TransferError
 from protocol.ids import TicketId
 from protocol.wire import decode, encode
@@ -169,7 +169,7 @@ async def test_a_request_without_the_key_is_not_answered(
 @installed
 def test_a_helper_does_not_outlive_its_node() -> None:
     script = (
-        "from kv_transfer.arena import HostArena\nfrom kv_transfer.factory import make_transport\n"
+        "from kv_transfer.memory.arena import HostArena\nfrom kv_transfer.transports.factory import make_transport\n"
         "transport = make_transport('ucx', HostArena(1, 4096), incarnation='i', host='127.0.0.1')\n"
         "print(transport.helper.pid, flush=True)\n"
         "input()\n"

@@ -20,9 +20,9 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksums
-from kv_transfer.imports import FetchFailed
+from kv_transfer.handoff.imports import FetchFailed
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.checksum import checksums
 from protocol.errors import InternalError
 from protocol.ids import RequestId, TicketId, WorkerId
 from protocol.kv_layout import KVLayout

@@ -3,8 +3,8 @@
 import asyncio
 from collections.abc import Sequence
 
-from kv_transfer.exports import ExportTable
-from kv_transfer.lending import Lender
+from kv_transfer.handoff.exports import ExportTable
+from kv_transfer.lending.lender import Lender
 from protocol.ids import BlockHash, PinId
 
 

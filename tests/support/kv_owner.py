@@ -20,15 +20,15 @@ import numpy as np
 import uvicorn
 from starlette.applications import Starlette
 
-from kv_transfer.arena import HostArena
-from kv_transfer.exports import ExportTable
-from kv_transfer.factory import start_transports
-from kv_transfer.link_report import LinkReporter
-from kv_transfer.pushers import Pushers
+from kv_transfer.handoff.exports import ExportTable
+from kv_transfer.meeting.link_report import LinkReporter
+from kv_transfer.meeting.pushers import Pushers
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.staging import HostStaging, Staging
 from kv_transfer.routes import kv_routes
-from kv_transfer.staging import HostStaging, Staging
 from kv_transfer.transport import Transport
-from kv_transfer.transport_set import TransportSet
+from kv_transfer.transports.factory import start_transports
+from kv_transfer.transports.transport_set import TransportSet
 from protocol.ids import ContextHash, Incarnation, RequestId, WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
 from protocol.phases import PrefillPhases

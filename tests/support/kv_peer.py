@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
 
-from kv_transfer.arena import HostArena
-from kv_transfer.factory import make_transport
+from kv_transfer.memory.arena import HostArena
 from kv_transfer.transport import Link, Transport, find_endpoint, introduce
+from kv_transfer.transports.factory import make_transport
 from protocol.ids import Incarnation, TicketId, WorkerId, new_incarnation
 from protocol.transfer import Introduction, TransportKind
 from tests.support.kv_owner import LAYOUT, NUM_BLOCKS, NUM_SCRATCH_BLOCKS, _processes, fill

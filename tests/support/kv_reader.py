@@ -7,14 +7,14 @@ from dataclasses import dataclass
 
 import pytest
 
-from kv_transfer.arena import HostArena
-from kv_transfer.factory import start_transports
-from kv_transfer.imports import FetchFailed, Importer
-from kv_transfer.link_report import LinkReporter
-from kv_transfer.peers import Reader
-from kv_transfer.staging import HostStaging, Staging
+from kv_transfer.handoff.imports import FetchFailed, Importer
+from kv_transfer.meeting.link_report import LinkReporter
+from kv_transfer.meeting.peers import Reader
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.staging import HostStaging, Staging
 from kv_transfer.transport import Link, Transport, find_endpoint
-from kv_transfer.transport_set import TransportSet
+from kv_transfer.transports.factory import start_transports
+from kv_transfer.transports.transport_set import TransportSet
 from protocol.errors import TransferError
 from protocol.ids import WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout

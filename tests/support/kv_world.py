@@ -16,10 +16,10 @@ from typing import Any
 
 import msgspec
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksums
-from kv_transfer.inproc_transport import Course
-from kv_transfer.staging import HostStaging, InPlaceStaging
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.checksum import checksums
+from kv_transfer.memory.staging import HostStaging, InPlaceStaging
+from kv_transfer.transports.inproc import Course
 from protocol.errors import PeerLost, TransferError
 from protocol.ids import RequestId
 from protocol.transfer import Direction

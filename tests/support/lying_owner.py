@@ -11,11 +11,11 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksums
-from kv_transfer.inproc_transport import InprocTransport
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.checksum import checksums
 from kv_transfer.routes import CONNECT_PATH, HANDOFF_PATH, HELLO_PATH, PROBE_PATH, RELEASE_PATH, RENEW_PATH
-from kv_transfer.transport_set import TransportSet
+from kv_transfer.transports.inproc import InprocTransport
+from kv_transfer.transports.transport_set import TransportSet
 from protocol.ids import new_incarnation
 from protocol.tokens import SampledToken
 from protocol.transfer import (

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from blake3 import blake3
 
-from kv_transfer.arena import HostArena
+from kv_transfer.memory.arena import HostArena
 from protocol.ids import RequestId
 from protocol.kv_layout import KVLayout
 from protocol.tokens import SampledToken

@@ -9,12 +9,12 @@ from typing import Any
 
 from starlette.applications import Starlette
 
-from kv_transfer.arena import HostArena
-from kv_transfer.exports import ExportTable
-from kv_transfer.inproc_transport import InprocTransport
-from kv_transfer.pushers import Pushers
+from kv_transfer.handoff.exports import ExportTable
+from kv_transfer.meeting.pushers import Pushers
+from kv_transfer.memory.arena import HostArena
 from kv_transfer.routes import kv_routes
-from kv_transfer.transport_set import TransportSet
+from kv_transfer.transports.inproc import InprocTransport
+from kv_transfer.transports.transport_set import TransportSet
 from protocol.ids import ContextHash, RequestId, WorkerId, new_incarnation
 from protocol.phases import PrefillPhases
 from protocol.transfer import TransferTicket

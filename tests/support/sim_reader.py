@@ -6,13 +6,13 @@ from dataclasses import dataclass
 
 from decode_node.handoff import Handoffs
 from engine.events import Reserved
-from kv_transfer.arena import HostArena
-from kv_transfer.factory import lend_nothing
-from kv_transfer.fetch import FetchResult
-from kv_transfer.imports import Importer, OnArrived
-from kv_transfer.inproc_transport import InprocTransport
-from kv_transfer.peers import Reader
-from kv_transfer.transport_set import TransportSet
+from kv_transfer.handoff.fetch import FetchResult
+from kv_transfer.handoff.imports import Importer, OnArrived
+from kv_transfer.meeting.peers import Reader
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.transports.factory import lend_nothing
+from kv_transfer.transports.inproc import InprocTransport
+from kv_transfer.transports.transport_set import TransportSet
 from protocol.errors import Cancelled, HeadraceError, TransferError
 from protocol.ids import RequestId, WorkerId, new_incarnation
 from protocol.phases import HandoffPhases

@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Coroutine
 from typing import Any, Protocol
 
-from kv_transfer.arena import HostArena
-from kv_transfer.inproc_transport import Course
-from kv_transfer.staging import InPlaceStaging
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.staging import InPlaceStaging
+from kv_transfer.transports.inproc import Course
 from runtime.clock import Clock
 from runtime.node_config import TransferOptions
 from tests.support.memory_network import MemoryNetwork

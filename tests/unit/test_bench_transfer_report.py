@@ -6,7 +6,7 @@ import pytest
 from kv_transfer.bench.options import BenchOptions
 from kv_transfer.bench.report import Result, compare, format_bytes, format_shape, quantile, summarize
 from kv_transfer.bench.shapes import make_shapes
-from kv_transfer.plan import coalesce
+from kv_transfer.transports.plan import coalesce
 from protocol.errors import ConfigError
 from protocol.transfer import Direction
 

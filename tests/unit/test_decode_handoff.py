@@ -4,9 +4,9 @@ import asyncio
 
 from decode_node.handoff import Handoffs
 from engine.events import Reserved
-from kv_transfer.borrowing import BorrowContext
-from kv_transfer.holders import Holders
-from kv_transfer.imports import FetchFailed
+from kv_transfer.handoff.imports import FetchFailed
+from kv_transfer.lending.borrowing import BorrowContext
+from kv_transfer.lending.holders import Holders
 from protocol.errors import Cancelled, PeerLost
 from protocol.ids import RequestId, WorkerId
 from protocol.transfer import TransferTicket

@@ -6,8 +6,8 @@ import pytest
 import torch
 import xxhash
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksum, checksums
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.checksum import checksum, checksums
 from protocol.errors import ConfigError
 
 

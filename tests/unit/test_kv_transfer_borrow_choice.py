@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.prefill_rate import PrefillRate
-from kv_transfer.borrow_choice import LOAN_OVERHEAD_S, worth_borrowing
+from kv_transfer.lending.borrow_choice import LOAN_OVERHEAD_S, worth_borrowing
 
 
 @pytest.mark.parametrize(

@@ -5,13 +5,13 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kv_transfer.arena import HostArena
-from kv_transfer.device_arena import Arena, DeviceArena
-from kv_transfer.device_blocks import num_staging_blocks, open_staging
-from kv_transfer.device_staging import DeviceStaging
-from kv_transfer.factory import make_transport
-from kv_transfer.staging import HostStaging, InPlaceStaging
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.device_arena import Arena, DeviceArena
+from kv_transfer.memory.device_blocks import num_staging_blocks, open_staging
+from kv_transfer.memory.device_staging import DeviceStaging
+from kv_transfer.memory.staging import HostStaging, InPlaceStaging
 from kv_transfer.transport import Transport
+from kv_transfer.transports.factory import make_transport
 from protocol.errors import ConfigError
 from protocol.ids import new_incarnation
 from protocol.transfer import TransportKind

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from fake_device import FakeDevice
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksum
-from kv_transfer.device_staging import DeviceStaging
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.checksum import checksum
+from kv_transfer.memory.device_staging import DeviceStaging
 
 NUM_WIRE_BLOCKS = 8
 NUM_BLOCKS = 32

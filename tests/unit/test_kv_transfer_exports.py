@@ -7,10 +7,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksums
-from kv_transfer.exports import ExportTable
-from kv_transfer.staging import HostStaging
+from kv_transfer.handoff.exports import ExportTable
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.checksum import checksums
+from kv_transfer.memory.staging import HostStaging
 from protocol.errors import Cancelled, InternalError, InvalidParameter, LeaseExpired
 from protocol.ids import RequestId, TicketId, WorkerId, new_incarnation
 from protocol.transfer import (

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.handoff_timeline import HandoffTimeline
+from kv_transfer.handoff.timeline import HandoffTimeline
 from protocol.phases import HandoffPhases
 from runtime.clock import ManualClock
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.landing import Landing, Piece
+from kv_transfer.handoff.landing import Landing, Piece
 from protocol.errors import ChecksumMismatch, TransferError
 from protocol.transfer import BlocksReady
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kv_transfer.link_choice import Choice, Obstacle, Trial, choose
+from kv_transfer.meeting.link_choice import Choice, Obstacle, Trial, choose
 from protocol.transfer import Direction, ProbeResult, TransportKind
 
 GB = 1e9

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.link_queue import Lane, LinkQueue, LinkQueues
+from kv_transfer.handoff.link_queue import Lane, LinkQueue, LinkQueues
 from runtime.clock import ManualClock
 
 

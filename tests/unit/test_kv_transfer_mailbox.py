@@ -3,7 +3,7 @@
 import threading
 import time
 
-from kv_transfer.mailbox import Mailbox
+from kv_transfer.transports.nixl.mailbox import Mailbox
 
 
 def test_calls_come_out_in_order_and_once() -> None:

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from kv_transfer import network_devices
-from kv_transfer.network_devices import SETTING, confine_ucx, interface_addresses, interface_of, rdma_devices
+from kv_transfer.transports import network_devices
+from kv_transfer.transports.network_devices import SETTING, confine_ucx, interface_addresses, interface_of, rdma_devices
 
 ADDRESSES = {
     "127.0.0.1": "lo",

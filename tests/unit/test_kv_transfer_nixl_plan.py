@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.nixl_blocks import NixlBlocks
-from kv_transfer.nixl_transfer import CHUNKS_IN_FLIGHT, NixlPeer, NixlTransfer, Operation, plan_copy
-from kv_transfer.plan import coalesce
+from kv_transfer.transports.nixl.blocks import NixlBlocks
+from kv_transfer.transports.nixl.transfer import CHUNKS_IN_FLIGHT, NixlPeer, NixlTransfer, Operation, plan_copy
+from kv_transfer.transports.plan import coalesce
 from protocol.errors import PeerLost, TransferError
 
 BLOCKS = NixlBlocks("DRAM", 0, address=1 << 32, block_bytes=4096, num_blocks=64)

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.plan import CopyRun, coalesce
+from kv_transfer.transports.plan import CopyRun, coalesce
 
 
 @given(st.data())

@@ -6,9 +6,9 @@ from collections.abc import AsyncIterator
 import numpy as np
 import pytest
 
-from kv_transfer.arena import HostArena
-from kv_transfer.device_staging import DeviceStaging
-from kv_transfer.exports import ExportTable
+from kv_transfer.handoff.exports import ExportTable
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.device_staging import DeviceStaging
 from protocol.ids import RequestId, TicketId, new_incarnation
 from protocol.transfer import BlocksLanded, BlocksReady, HandoffMessage, OpenHandoff, PrefillDone
 from protocol.wire import FrameReader, decode

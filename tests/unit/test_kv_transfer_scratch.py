@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from kv_transfer.arena import HostArena
-from kv_transfer.device_arena import DeviceArena
-from kv_transfer.local_limits import memory_copy_rate, rdma_rate
-from kv_transfer.scratch import Scratch, sample, sample_ids
+from kv_transfer.meeting.local_limits import memory_copy_rate, rdma_rate
+from kv_transfer.meeting.scratch import Scratch, sample, sample_ids
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.device_arena import DeviceArena
 from kv_transfer.transport import TransferAbandoned
 
 NUM_BLOCKS = 4

@@ -5,9 +5,9 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from kv_transfer.arena import HostArena
-from kv_transfer.checksum import checksums, verify
-from kv_transfer.staging import HostStaging, StagedBlocks
+from kv_transfer.memory.arena import HostArena
+from kv_transfer.memory.checksum import checksums, verify
+from kv_transfer.memory.staging import HostStaging, StagedBlocks
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_transfer.staging_pool import Side, StagingPool
+from kv_transfer.memory.staging_pool import Side, StagingPool
 
 STEPS = st.lists(st.tuples(st.sampled_from(["owner", "reader"]), st.booleans(), st.integers(0, 20)), max_size=60)
 

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from decode_node.service import DecodeService
-from kv_transfer.exports import ExportTable
+from kv_transfer.handoff.exports import ExportTable
 from prefill_node.service import PrefillService
 from protocol.block_hash import context_hash
 from protocol.errors import InvalidParameter

@@ -1,0 +1,150 @@
+"""Peers: the owners that a reader has met. Meets each incarnation once, whoever asks first; forgets it when it is lost.
+
+A meeting has two phases. Nothing of a peer is decoded before its Hello has shown a wire version we speak, and nothing
+of its transport metadata is used before it is verified; then the transports are tried (kv_transfer.meeting.meeting). Meetings of
+one peer that coincide are one meeting. A failed one is not remembered: the next use tries again.
+"""
+
+import asyncio
+import functools
+import logging
+from dataclasses import dataclass
+
+from kv_transfer.meeting.meeting import Meeting, PeerLink
+from kv_transfer.routes import CONNECT_PATH, HELLO_PATH
+from kv_transfer.transport import check_introduction, close_link
+from kv_transfer.transports.transport_set import TransportSet
+from protocol.errors import HeadraceError, LayoutMismatch, LeaseExpired, NodeLost, PeerLost, TransferError
+from protocol.ids import Incarnation, WorkerId
+from protocol.kv_layout import KVLayout
+from protocol.transfer import Introduction
+from protocol.wire import Hello, check_wire_version
+from runtime.clock import Clock
+from runtime.node_config import TransferOptions
+from runtime.rpc_client import RpcClient
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Reader:
+    """Who we are to our peers."""
+
+    worker_id: WorkerId
+    incarnation: Incarnation
+    layout: KVLayout
+
+
+_Meeting = asyncio.Task[PeerLink | TransferError]
+
+
+class Peers:
+    """`tasks` is the group that meetings and farewells run in; it must outlive this. Event loop only."""
+
+    def __init__(
+        self,
+        client: RpcClient,
+        transports: TransportSet,
+        reader: Reader,
+        options: TransferOptions,
+        clock: Clock,
+        tasks: asyncio.TaskGroup,
+    ) -> None:
+        self._client = client
+        self._transports = transports
+        self._reader = reader
+        self._options = options
+        self._clock = clock
+        self._tasks = tasks
+        self._meetings: dict[tuple[str, str], _Meeting] = {}
+        """By control URL and incarnation."""
+
+    @property
+    def num_known(self) -> int:
+        return len(self._meetings)
+
+    def links(self) -> list[PeerLink]:
+        """Of all peers that have been met and not been lost since."""
+        outcomes = (meeting.result() for meeting in self._meetings.values() if meeting.done())
+        return [outcome for outcome in outcomes if isinstance(outcome, PeerLink)]
+
+    async def meet(self, control_url: str, incarnation: str, worker: str) -> PeerLink:
+        """The way to an owner in this life of it, after meeting it if need be. Raises TransferError."""
+        key = (control_url, incarnation)
+        meeting = self._meetings.get(key)
+        if meeting is None:
+            meeting = self._tasks.create_task(self._meet(control_url, incarnation, worker), name=f"kv-meet:{worker}")
+            self._meetings[key] = meeting
+            meeting.add_done_callback(functools.partial(self._drop_failed, key))
+        outcome = await asyncio.shield(meeting)
+        if isinstance(outcome, TransferError):
+            raise outcome
+        return outcome
+
+    def forget(self, control_url: str, incarnation: str) -> None:
+        """The owner is lost: close the link to this life of it, if there is one. The next use meets it anew."""
+        meeting = self._meetings.pop((control_url, incarnation), None)
+        if meeting is not None:
+            self._tasks.create_task(_close(meeting), name="kv-goodbye")
+
+    def close(self) -> None:
+        """Close every link, in the task group."""
+        for control_url, incarnation in list(self._meetings):
+            self.forget(control_url, incarnation)
+
+    async def _meet(self, control_url: str, incarnation: str, worker: str) -> PeerLink | TransferError:
+        """Never raises what a peer can cause: this runs in a group that others depend on."""
+        try:
+            reader = self._reader
+            ours = self._transports.introduce(reader.worker_id, reader.incarnation, reader.layout)
+            owner = await self._introduce(ours, control_url, incarnation, worker)
+            check_introduction(owner, incarnation=Incarnation(incarnation), layout=reader.layout)
+            meeting = Meeting(self._transports, self._client, self._options, ours, owner, control_url)
+            peer = await meeting.hold(self._clock.now())
+        except HeadraceError as error:
+            log.warning("cannot read KV from %s: %s", worker, error.message)
+            return as_transfer_error(error)
+        except Exception:
+            log.exception("meeting %s failed", worker)
+            return TransferError(f"meeting {worker} failed; see this process's log")
+        log.info("KV comes from %s (%s) by %s", worker, control_url, peer.choice.why)
+        if peer.choice.warning is not None:
+            log.warning("KV from %s: %s", worker, peer.choice.warning)
+        for url, other in list(self._meetings):
+            if url == control_url and other != incarnation:
+                self.forget(url, other)  # who answers there now has shown that the earlier life is over
+        return peer
+
+    async def _introduce(self, ours: Introduction, control_url: str, incarnation: str, worker: str) -> Introduction:
+        timeout_s = self._options.stall_timeout_s
+        hello = await self._client.get(control_url + HELLO_PATH, Hello, timeout_s)
+        check_wire_version(hello.wire_version, worker)
+        if hello.incarnation != incarnation:
+            raise LeaseExpired(f"{worker} restarted; its earlier exports are gone")
+        url = control_url + CONNECT_PATH
+        if hello.layout_fingerprint != ours.layout.fingerprint:
+            await self._client.notify(url, ours, timeout_s)  # refused, with the fields that differ
+            raise LayoutMismatch(f"KV of {worker} has the fingerprint {hello.layout_fingerprint}, not ours")
+        return await self._client.call(url, ours, Introduction, timeout_s)
+
+    def _drop_failed(self, key: tuple[str, str], meeting: _Meeting) -> None:
+        """Whether or not anybody is still waiting for it: else the next to ask would hear of an old failure."""
+        failed = meeting.cancelled() or isinstance(meeting.result(), TransferError)
+        if failed and self._meetings.get(key) is meeting:
+            del self._meetings[key]
+
+
+async def _close(meeting: _Meeting) -> None:
+    outcome = await meeting
+    if isinstance(outcome, PeerLink) and outcome.link is not None:
+        await close_link(outcome.link)
+
+
+def as_transfer_error(error: HeadraceError) -> TransferError:
+    """What a failure of any kind means to a hand-off. The original stays the cause."""
+    if isinstance(error, TransferError):
+        return error
+    kind = PeerLost if isinstance(error, NodeLost) else TransferError
+    mapped = kind(error.message)
+    mapped.__cause__ = error
+    return mapped
