@@ -236,9 +236,10 @@ class ExportTable:
         export = self._find(message.ticket_id, message.incarnation)
         if export is not None:
             self._end(export, "released", None)
+        ended = self._unsettled.get(TicketId(message.ticket_id))
         return LeaseState(
             held=export is not None,
-            writing=self._is_writing(TicketId(message.ticket_id)),
+            writing=ended is not None and ended.writing,
             known=message.incarnation == self._issuer.incarnation,
         )
 
@@ -270,10 +271,6 @@ class ExportTable:
             self.reap()
             return None
         return export
-
-    def _is_writing(self, ticket_id: TicketId) -> bool:
-        export = self._by_ticket.get(ticket_id) or self._unsettled.get(ticket_id)
-        return export is not None and export.writing
 
     # Staging.
 
@@ -379,7 +376,6 @@ class ExportTable:
     def _start_push(self, export: Export, message: OpenHandoff) -> None:
         """Raises TransferError for a push that cannot be. Ids outside of the reader's arena are refused by the link."""
         target = message.push
-        export.push = None
         if target is None:
             return
         if self._push_links is None:

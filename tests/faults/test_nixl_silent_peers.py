@@ -92,10 +92,10 @@ async def test_fetches_cancelled_at_any_moment_leave_no_late_bytes(case: Case) -
     async with case.node(READER) as reader, case.node(OWNER) as owner:
         await case.check_usable(reader, owner)
         before = [(node, await node.resources()) for node in (reader, owner)]
-        for index in range(12):
+        for index in range(8):
             ticket = await owner.hand_off(f"cancelled-{index}", ALL_BLOCKS)
             fetching = asyncio.create_task(reader.fetch(ticket, BACKWARDS))
-            await asyncio.sleep(index * 0.002)
+            await asyncio.sleep(index * 0.003)
             await reader.ask("cancel", ticket.ticket_id)
             case.saw(await fetching)
             await reader.ask("settle", ticket.ticket_id)

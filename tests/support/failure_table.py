@@ -10,6 +10,7 @@ import time
 from collections.abc import Sequence
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from typing import NoReturn
 
 import pytest
 
@@ -62,6 +63,12 @@ class Case:
             outcome = outcome.error or "right bytes"
         self.row.seen.append(outcome)
         self.row.took_s = max(self.row.took_s, took_s)
+
+    def leave_out(self, why: str) -> NoReturn:
+        """For what is known not to be survived: said in the table, and skipped."""
+        self.row.seen.append(f"left out: {why}")
+        self.row.survivor = "no"
+        pytest.skip(why)
 
     async def check_alive(self, *survivors: NodeProcess) -> None:
         for node in survivors:

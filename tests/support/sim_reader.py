@@ -8,6 +8,8 @@ from decode_node.handoff import Handoffs
 from engine.events import Reserved
 from kv_transfer.handoff.fetch import FetchResult
 from kv_transfer.handoff.imports import Importer, OnArrived
+from kv_transfer.lending.borrowing import BorrowContext
+from kv_transfer.lending.holders import Holders
 from kv_transfer.meeting.peers import Reader
 from kv_transfer.memory.arena import HostArena
 from kv_transfer.transports.factory import lend_nothing
@@ -17,7 +19,7 @@ from protocol.errors import Cancelled, HeadraceError, TransferError
 from protocol.ids import RequestId, WorkerId, new_incarnation
 from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
-from protocol.transfer import TransferTicket
+from protocol.transfer import KVSource, TransferTicket
 from tests.support.memory_network import MemoryRpcClient
 from tests.support.sim_blocks import LAYOUT, NUM_BLOCKS, NUM_SCRATCH_BLOCKS, BlockStore, Prompt
 from tests.support.sim_scene import CLUSTER_KEY, Scene
@@ -53,6 +55,13 @@ class _Import:
     holds: bool = False
 
 
+NOBODY_ELSE = Holders((), ())
+
+
+async def _nobody_knows(_source: KVSource, _num_bytes: int) -> float | None:
+    return None
+
+
 class SimReader:
     """Also the engine of its Handoffs: `activate` and `abandon_import` are where the outcome of a hand-off is judged."""
 
@@ -74,7 +83,16 @@ class SimReader:
             clock=world.clock,
         )
         self.importer.world = world
-        self._handoffs = Handoffs(self, self.importer, LAYOUT.block_size)  # type: ignore[arg-type]  # see above
+        borrows_nothing = BorrowContext(
+            importer=self.importer,
+            reader=WorkerId(worker_id),
+            layout=LAYOUT,
+            stall_timeout_s=world.options.stall_timeout_s,
+            policy="never",
+            estimate_seconds=_nobody_knows,
+            compute_tokens_per_s=lambda: None,
+        )
+        self._handoffs = Handoffs(self, borrows_nothing)  # type: ignore[arg-type]  # see above
         self._stopping = asyncio.Event()
 
     async def live(self) -> None:
@@ -94,7 +112,7 @@ class SimReader:
         cached = min(num_cached_blocks, prompt.num_blocks)
         self.store.fill(block_ids[:cached], prompt)
         self.imports[prompt.request_id] = _Import(prompt, ticket.incarnation, block_ids, cached)
-        self._handoffs.start(Reserved(prompt.request_id, block_ids, cached), ticket, deadline_s)
+        self._handoffs.start(Reserved(prompt.request_id, block_ids, cached), ticket, NOBODY_ELSE, deadline_s)
         return True
 
     def cancel(self, request_id: RequestId) -> None:
@@ -112,6 +130,10 @@ class SimReader:
         expect(not differing, f"blocks {differing} of {request_id} are not what was computed")
         arrived.holds = True
         self._world.outcomes["activated"] += 1
+
+    def fail_import(self, request_id: RequestId, _error: HeadraceError) -> None:
+        """Its blocks stay with the transfer until `abandon_import`."""
+        self._world.expect(not self.imports[request_id].holds, f"{request_id} fails after it was activated")
 
     def abandon_import(self, request_id: RequestId, num_valid_tokens: int, error: HeadraceError) -> None:
         failed = self.imports.pop(request_id)

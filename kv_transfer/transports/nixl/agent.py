@@ -242,7 +242,7 @@ class NixlAgent:
             return
         self._peers[peer.name] = self._peers.pop(peer.name)
         unused = [known for known in self._peers.values() if not known.in_use]
-        for known in [peer] if peer.lost else unused[:-MAX_UNUSED_PEERS]:
+        for known in [peer] if peer.lost else unused[: max(0, len(unused) - MAX_UNUSED_PEERS)]:
             self._forget(known)
 
     def _forget(self, peer: NixlPeer) -> None:
