@@ -112,6 +112,8 @@ def _convert(key: str, value: object, wanted: Any, source: str, lax: bool) -> ob
 
 def _read_text(value: object, wanted: Any) -> object:
     """Text that stands for a list, as that list. Other text is converted by msgspec."""
+    if typing.get_origin(wanted) is typing.Annotated:
+        wanted = typing.get_args(wanted)[0]
     if not isinstance(value, str) or typing.get_origin(wanted) not in (tuple, list):
         return value
     if value.lstrip().startswith("["):

@@ -41,6 +41,13 @@ def test_lists_in_flags(text: str) -> None:
     assert load_config(NodeConfig, None, {"routers": text}, {}).routers == ("http://a:1", "http://b:2")
 
 
+@pytest.mark.parametrize("text", ['["nixl", "tcp"]', "nixl,tcp"])
+def test_lists_with_bounds_in_flags(text: str) -> None:
+    assert load_config(NodeConfig, None, {"transfer.allowed": text}, {}).transfer.allowed == ("nixl", "tcp")
+    with pytest.raises(ConfigError, match=r"transfer\.allowed"):
+        load_config(NodeConfig, None, {"transfer.allowed": ""}, {})
+
+
 def test_flags_are_text_for_any_type() -> None:
     flags = {"cache.prefix_cache": "false", "transfer.lease_ttl_s": "2.5", "worker_id": "7", "model.seed": "-3"}
     config = load_config(NodeConfig, None, flags, {})
