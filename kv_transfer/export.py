@@ -87,7 +87,12 @@ class Export:
     @property
     def settled(self) -> bool:
         """Nothing copies or writes from its blocks."""
-        return self.staging is None and (self.push is None or not self.push.writing)
+        return self.staging is None and not self.writing
+
+    @property
+    def writing(self) -> bool:
+        """A push of it has not ended."""
+        return self.push is not None and self.push.writing
 
     def submit(self, first_block: int, block_ids: Sequence[int]) -> None:
         """Blocks first_block, ... are final."""
@@ -167,7 +172,7 @@ class Export:
     def next_message(self, cursor: int, now: float) -> HandoffMessage | None:
         """What a reader that heard of `cursor` blocks gets next: None if there is nothing new."""
         if self.ended:
-            return None if self._end_error is None else HandoffFailed(self._end_error.to_info())
+            return None if self._end_error is None else HandoffFailed(self._end_error.to_info(), self.writing)
         num_ready = self.num_staged if self.push is None else self.push.num_landed
         if cursor < num_ready:
             start = cursor - self._first_staged

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from contextlib import suppress
 
 from kv_transfer.export import Export
 from protocol.transfer import BlocksReady, HandoffMessage
@@ -12,9 +13,12 @@ from runtime.clock import Clock
 async def tell(export: Export, cursor: int, clock: Clock, sign_of_life_s: float) -> AsyncIterator[bytes]:
     """Announcements from block `cursor` on, as they come, and then the end: of the hand-off, or of the export.
 
-    With nothing to say it says so, by an empty announcement every `sign_of_life_s` seconds.
+    With nothing to say it says so, by an empty announcement every `sign_of_life_s` seconds. A push that is under way when
+    the export ends is waited for as long, so that the reader need not ask after it.
     """
     while True:
+        if export.ended and export.writing:
+            await _written_within(export, sign_of_life_s)
         export.changed.clear()
         news = _news(export, cursor, clock.now())
         if news:
@@ -37,6 +41,14 @@ def _news(export: Export, cursor: int, now: float) -> list[HandoffMessage]:
             break
         cursor += len(message.block_ids)
     return news
+
+
+async def _written_within(export: Export, seconds: float) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            while export.writing:
+                export.changed.clear()
+                await export.changed.wait()
 
 
 async def _set_within(event: asyncio.Event, seconds: float) -> bool:

@@ -228,9 +228,10 @@ class ExportTable:
         export = self._find(message.ticket_id, message.incarnation)
         if export is not None:
             self._end(export, "released", None)
+        ended = self._unsettled.get(TicketId(message.ticket_id))
         return LeaseState(
             held=export is not None,
-            writing=self._is_writing(TicketId(message.ticket_id)),
+            writing=ended is not None and ended.writing,
             known=message.incarnation == self._incarnation,
         )
 
@@ -262,10 +263,6 @@ class ExportTable:
             self.reap()
             return None
         return export
-
-    def _is_writing(self, ticket_id: TicketId) -> bool:
-        export = self._by_ticket.get(ticket_id) or self._unsettled.get(ticket_id)
-        return export is not None and export.push is not None and export.push.writing
 
     # Staging.
 
@@ -319,7 +316,7 @@ class ExportTable:
             return
         if export.staging is not None:
             export.staging.cancel()
-        if export.push is None or not export.push.writing:
+        if not export.writing:
             self._take_back(export, export.num_staged)
 
     # The end.
@@ -346,10 +343,10 @@ class ExportTable:
 
     async def _frames(self, export: Export, message: OpenHandoff) -> AsyncIterator[bytes]:
         if export.attached:  # two attached before either was read from
-            yield encode_frame(HandoffFailed(lease_gone("another reader is attached to this ticket").to_info()))
+            yield encode_frame(HandoffFailed(lease_gone("another reader is attached to this ticket").to_info(), True))
             return
         if export.push is not None:
-            yield encode_frame(HandoffFailed(lease_gone(ALREADY_PUSHED).to_info()))
+            yield encode_frame(HandoffFailed(lease_gone(ALREADY_PUSHED).to_info(), True))
             return
         cursor = message.skip_blocks
         sign_of_life_s = self._options.stall_timeout_s / SIGNS_OF_LIFE_PER_STALL
@@ -363,14 +360,13 @@ class ExportTable:
                 yield frames
             told_all = True
         except TransferError as error:
-            yield encode_frame(HandoffFailed(error.to_info()))
+            yield encode_frame(HandoffFailed(error.to_info(), export.writing))
         finally:
             self._detach(export, told_all=told_all)
 
     def _start_push(self, export: Export, message: OpenHandoff) -> None:
         """Raises TransferError for a push that cannot be. Ids outside of the reader's arena are refused by the link."""
         target = message.push
-        export.push = None
         if target is None:
             return
         if self._push_links is None:
@@ -382,7 +378,7 @@ class ExportTable:
         events = PushEvents(
             landed=partial(self._push_landed, export),
             failed=partial(self._push_failed, export),
-            settled=partial(self._free_if_settled, export),
+            settled=partial(self._push_settled, export),
         )
         queue = self._queues.of((path.worker, path.incarnation, path.kind))
         export.push = Push(self._push_context, path, queue, message.skip_blocks, target.block_ids, events)
@@ -392,6 +388,10 @@ class ExportTable:
         if export.push is not None:
             self._take_back(export, export.push.num_landed)
         export.changed.set()
+
+    def _push_settled(self, export: Export) -> None:
+        export.changed.set()
+        self._free_if_settled(export)
 
     def _push_failed(self, export: Export, error: TransferError) -> None:
         if not export.ended:

@@ -117,7 +117,7 @@ class Fetch:
         self.pushed = False
         """The owner may have begun to write into our blocks."""
         self.stream_cut = False
-        """The owner's stream broke off in the middle."""
+        """The owner's stream broke off in the middle, or was never opened."""
         self.settled = asyncio.Event()
         """Set before it runs, and again when it is over and none of the pieces that we moved can land any more."""
         self.settled.set()
@@ -194,7 +194,9 @@ class Fetch:
             opening = self._context.client.stream(self._ticket.control_url + HANDOFF_PATH, message, 2 * stall_s)
             try:
                 frames = await self._within_stall(stack.enter_async_context(opening))
-            except NodeLost:
+            except TransferTimeout:
+                raise
+            except HeadraceError:  # lost, or refused
                 self.stream_cut = True
                 raise
             while self._end is None:
@@ -206,7 +208,8 @@ class Fetch:
                 self._landing.announce(message)
                 self._scarce |= message.scarce
                 self._offer(len(message.block_ids))
-            case HandoffFailed(error):
+            case HandoffFailed(error, writing):
+                self.pushed = self.pushed and writing
                 raise as_transfer_error(error.to_error())
             case PrefillDone() | PrefixDone():
                 self._accept_end(message)

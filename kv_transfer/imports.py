@@ -239,6 +239,7 @@ class Importer:
             name=f"kv-release:{ticket.request_id}",
         )
         if fetch.settled.is_set() and not fetch.pushed:
+            fetch.discard_pushed()
             return fetch.settled
         ticket_id = TicketId(ticket.ticket_id)
         settled = self._unsettled[ticket_id] = asyncio.Event()
@@ -251,7 +252,7 @@ class Importer:
         await fetch.settled.wait()
         if fetch.pushed:
             await releasing
-            fetch.discard_pushed()
+        fetch.discard_pushed()
         self._unsettled.pop(ticket_id).set()
 
     async def _release_push(self, ticket: TransferTicket, fetch: Fetch) -> None:

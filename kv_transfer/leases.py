@@ -4,8 +4,8 @@ Kept leases are renewed RENEWALS_PER_TTL times per ttl, those of one owner in on
 owner pushes is asked after until the owner says that its last write has ended.
 
 What proves that an owner's push has ended: its own word; or its death, which is taken as proven when its kernel cut the
-hand-off's stream in the middle (that of a process that stands still does not) and nobody listens at its address any more, or
-another incarnation does. Either sign alone is no proof: a cut may be the network's, and a new incarnation says nothing of a
+hand-off's stream or a later message in the middle (that of a process that stands still does not), or it was never opened,
+and nobody listens at its address any more, or another incarnation does. Either sign alone is no proof: a cut may be the network's, and a new incarnation says nothing of a
 stopped one. After the proof as long passes as a message may take, for what the network still holds. Without proof the
 blocks stay in quarantine, are counted, and come back with the reader's restart.
 """
@@ -82,10 +82,13 @@ class Leases:
         """Return when no more bytes of the owner's push can land here. That may be never: see above."""
         pause_s = RELEASE_PAUSE_S
         while True:
+            silent = False
             try:
                 state = await self._say_released(ticket)
             except NodeLost as error:
                 dead = stream_cut and _nobody_listens(error)
+                stream_cut = stream_cut or _was_cut(error)
+                silent = isinstance(error.__cause__, TimeoutError)
             except HeadraceError:
                 dead = False
             else:
@@ -96,6 +99,8 @@ class Leases:
                 log.warning("%s: %s died while it pushed", ticket.request_id, ticket.owner)
                 await asyncio.sleep(self._timeout_s)
                 return
+            if silent:
+                continue  # time has passed; and who asks when its kernel cuts the owner's connections knows that it died
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_PUSH_PAUSE_S)
 
@@ -122,6 +127,11 @@ class Leases:
             for (ticket_id, kept), held in zip(asked.items(), answer.held, strict=False):
                 if not held and self._kept.get(owner, {}).get(ticket_id) is kept:
                     kept.on_lost()
+
+
+def _was_cut(error: NodeLost) -> bool:
+    cause = error.__cause__
+    return isinstance(cause, OSError) and cause.errno == errno.ECONNRESET
 
 
 def _nobody_listens(error: NodeLost) -> bool:

@@ -174,8 +174,11 @@ class PrefixDone(msgspec.Struct, frozen=True, tag="lent"):
     """Every block of a lent prefix has been announced."""
 
 
-class HandoffFailed(msgspec.Struct, frozen=True, tag="failed"):
+class HandoffFailed(msgspec.Struct, frozen=True, tag="failed", omit_defaults=True):
+    """`writing`: a push of the owner may not have ended; its bytes may still land in the reader's blocks."""
+
     error: ErrorInfo
+    writing: bool = False
 
 
 HandoffMessage = BlocksReady | PrefillDone | PrefixDone | HandoffFailed
