@@ -21,6 +21,10 @@ from protocol.errors import PeerLost, TransferError
 from protocol.transfer import TransportKind
 from runtime.clock import Clock
 
+RECONNECT_PAUSE_S = 0.05
+"""Before a new link to a reader: one that died is noticed by then, and the library loses a socket for each that it tries
+to connect to."""
+
 log = logging.getLogger(__name__)
 
 
@@ -97,6 +101,7 @@ class Push:
         self._num_started = 0
         self._num_writing = 0
         self._landed = Prefix(first_block)
+        self._stopped = False
         self._lane = queue.enter(self._start)
         self.timeline = HandoffTimeline(context.clock)
 
@@ -126,6 +131,7 @@ class Push:
 
     def stop(self) -> None:
         """Nothing more is written, apart from what is under way. Idempotent."""
+        self._stopped = True
         self._lane.leave()
 
     def _start(self, num_blocks: int) -> None:
@@ -157,13 +163,17 @@ class Push:
         self._write_ended()
 
     async def _write_or_again(self, wire_ids: Sequence[int], remote_ids: Sequence[int]) -> None:
-        """Once more, over a new link, if this one is broken."""
+        """Once more, over a new link, if this one is broken and the reader still listens."""
         timeout_s = self._context.timeout_s
         link = await self._path.link()
         try:
             await link.write(wire_ids, remote_ids, timeout_s)
         except PeerLost as error:
             log.info("the link that a push used broke: %s", error.message)
+            await asyncio.sleep(RECONNECT_PAUSE_S)
+            if self._stopped:
+                self._path.links.forget(self._path.worker, self._path.incarnation, self._path.kind)
+                raise
             link = await self._path.link_instead_of(link)
             await link.write(wire_ids, remote_ids, timeout_s)
 
