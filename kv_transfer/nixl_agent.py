@@ -32,6 +32,9 @@ POLL_SHARE = 0.25
 POLL_ABANDONED_S = 20e-3
 IDLE_PROGRESS_S = 1.0
 """How often an idle agent looks at its connections: UCX keeps them alive by messages that somebody must take."""
+MAX_UNUSED_PEERS = 64
+"""Kept for their next link: to forget a peer that lives costs two sockets for good, one at either end, which the library
+does not close."""
 
 T = TypeVar("T")
 
@@ -234,8 +237,13 @@ class NixlAgent:
         self._forget_if_unused(peer)
 
     def _forget_if_unused(self, peer: NixlPeer) -> None:
-        if peer.num_transfers == 0 and peer.num_links == 0 and self._peers.get(peer.name) is peer:
-            self._forget(peer)
+        """At once if it is lost; else when many others have come after it."""
+        if peer.in_use or self._peers.get(peer.name) is not peer:
+            return
+        self._peers[peer.name] = self._peers.pop(peer.name)
+        unused = [known for known in self._peers.values() if not known.in_use]
+        for known in [peer] if peer.lost else unused[: max(0, len(unused) - MAX_UNUSED_PEERS)]:
+            self._forget(known)
 
     def _forget(self, peer: NixlPeer) -> None:
         del self._peers[peer.name]

@@ -36,6 +36,10 @@ class NixlPeer:
         self.num_transfers = 0
         self.lost = False
 
+    @property
+    def in_use(self) -> bool:
+        return self.num_links > 0 or self.num_transfers > 0
+
 
 @dataclass(frozen=True, slots=True)
 class CopyPlan:

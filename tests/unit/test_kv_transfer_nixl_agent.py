@@ -164,8 +164,9 @@ async def test_a_lost_peer_ends_what_has_not_begun_and_is_forgotten_before_it_is
 
 
 async def test_an_abandoned_transfer_ends_in_its_own_time_and_holds_its_peer_until_then(
-    agent: NixlAgent, library: FakeLibrary
+    agent: NixlAgent, library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(nixl_agent, "MAX_UNUSED_PEERS", 0)
     peer = await meet(agent)
     library.fate = {0: "PROC"}
     transfer = begin(agent, peer, range(1))
@@ -178,6 +179,18 @@ async def test_an_abandoned_transfer_ends_in_its_own_time_and_holds_its_peer_unt
     async with asyncio.timeout(5):
         while library.known:
             await asyncio.sleep(0.001)
+
+
+async def test_peers_without_a_link_are_kept_for_the_next_one_up_to_a_number(
+    agent: NixlAgent, library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nixl_agent, "MAX_UNUSED_PEERS", 2)
+    in_use = await meet(agent, "in use")
+    for name in ("first", "second", "first", "third"):
+        await agent.drop_peer(await meet(agent, name))
+    assert library.known == ["in use", "first", "third"]
+    await begin(agent, await meet(agent, "third"), range(2)).ended
+    await begin(agent, in_use, range(2)).ended
 
 
 async def test_metadata_of_another_name_is_refused_and_leaves_the_right_one_alone(
