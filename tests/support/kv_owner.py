@@ -11,7 +11,7 @@ import importlib.util
 import multiprocessing
 import os
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from typing import Any
@@ -111,11 +111,11 @@ class _QuietServer(uvicorn.Server):
         yield
 
 
-def _listen(port: int) -> socket.socket:
+def _listen(port: int, host: str = "127.0.0.1") -> socket.socket:
     """Says that it is TCP: asyncio turns Nagle's algorithm off only for sockets that do, and 40 ms lie in that."""
     listener = socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    listener.bind(("127.0.0.1", port))
+    listener.bind((host, port))
     listener.listen()
     return listener
 
@@ -139,28 +139,36 @@ async def running_owner(
     kind: TransportKind,
     *,
     port: int = 0,
+    host: str = "127.0.0.1",
     layout: KVLayout = LAYOUT,
     options: TransferOptions | None = None,
     clock: Clock | None = None,
     pusher_clock: Clock | None = None,
     seed: int = 1,
     staging: Staging | None = None,
+    on_released: Callable[[RequestId], object] | None = None,
 ) -> AsyncIterator[Owner]:
     """`staging`: where the blocks come from, if not from an arena filled with noise. Closed in the end with its arena."""
     options = options or TransferOptions(transport=kind, stall_timeout_s=2.0)
-    listener = _listen(port)
-    url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    listener = _listen(port, host)
+    url = f"http://{host}:{listener.getsockname()[1]}"
     incarnation = new_incarnation()
     staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
     arena = staging.arena
     if isinstance(arena, HostArena):
         fill(arena, seed)
     released: list[RequestId] = []
+
+    def release(request_id: RequestId) -> None:
+        released.append(request_id)
+        if on_released is not None:
+            on_released(request_id)
+
     transports = start_transports(
         options,
         arena,
         incarnation=incarnation,
-        host="127.0.0.1",
+        host=host,
         may_read=lambda ticket_id, block_ids: exports.may_read(ticket_id, block_ids),
     )
     pushers = Pushers(transports, pusher_clock or MonotonicClock())
@@ -172,7 +180,7 @@ async def running_owner(
         control_url=url,
         options=options,
         clock=clock or MonotonicClock(),
-        on_released=released.append,
+        on_released=release,
         push_links=pushers,
     )
     reporter = LinkReporter(OWNER, transports, MonotonicClock(), pushers=pushers)

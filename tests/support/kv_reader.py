@@ -56,6 +56,8 @@ async def running_reader(
     direction: Direction = "pull",
     stall_timeout_s: float = 2.0,
     layout: KVLayout = LAYOUT,
+    host: str = "127.0.0.1",
+    worker: WorkerId = READER,
     options: TransferOptions | None = None,
     staging: Staging | None = None,
 ) -> AsyncIterator[ReaderNode]:
@@ -64,19 +66,19 @@ async def running_reader(
     options = options or TransferOptions(transport=kind, direction=direction, stall_timeout_s=stall_timeout_s)
     staging = staging or HostStaging(HostArena(NUM_BLOCKS, layout.block_bytes, NUM_SCRATCH_BLOCKS))
     arena = staging.arena
-    transports = start_transports(options, arena, incarnation=incarnation, host="127.0.0.1")
+    transports = start_transports(options, arena, incarnation=incarnation, host=host)
     try:
         async with RpcClient(CLUSTER_KEY) as client:
             importer = Importer(
                 client=client,
                 transports=transports,
                 staging=staging,
-                reader=Reader(READER, incarnation, layout),
+                reader=Reader(worker, incarnation, layout),
                 options=options,
                 clock=MonotonicClock(),
             )
             async with importer:
-                reporter = LinkReporter(READER, transports, MonotonicClock(), peers=importer.peers)
+                reporter = LinkReporter(worker, transports, MonotonicClock(), peers=importer.peers)
                 yield ReaderNode(staging, transports, importer, client, reporter)
     finally:
         await staging.close()
