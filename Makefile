@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench bench-engine bench-disaggregation bench-interference bench-quantization bench-speculation clean
+.PHONY: help serve test check bench bench-engine bench-block-pool bench-disaggregation bench-handoff bench-interference bench-transfer bench-quantization bench-speculation clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -40,11 +40,20 @@ bench: $(VENV)/.installed-test ## measure a cluster beside its peers; under thre
 bench-engine: $(VENV)/.installed-test ## measure the engine beside vLLM, llama.cpp and the machine's limits; ARGS=--quick for a minute of it
 	$(BIN)/python -m benchmarks.bench_engine $(ARGS)
 
+bench-block-pool: $(VENV)/.installed-test ## measure how long the runs are that blocks are handed out in
+	$(BIN)/python -m benchmarks.bench_block_pool $(ARGS)
+
 bench-disaggregation: $(VENV)/.installed-test ## measure 1 prefill + 1 decode node beside ordinary replicas, under bursts of long prompts
 	$(BIN)/python -m benchmarks.bench_disaggregation $(ARGS)
 
+bench-handoff: $(VENV)/.installed-test ## measure the exposed hand-off of eight long prompts at once, part by part
+	$(BIN)/python -m benchmarks.bench_handoff $(ARGS)
+
 bench-interference: $(VENV)/.installed-test ## measure what long prompts do to streams, by token budget
 	$(BIN)/python -m benchmarks.bench_interference $(ARGS)
+
+bench-transfer: $(VENV)/.installed ## measure every transport beside memcpy, raw sockets and raw NIXL
+	$(BIN)/headrace bench transfer $(ARGS)
 
 bench-quantization: $(VENV)/.installed-test ## measure what int8 and bf16 cost in quality
 	$(BIN)/python -m benchmarks.bench_quantization $(ARGS)

@@ -64,7 +64,7 @@ async def _get(session: aiohttp.ClientSession, url: str, reply_type: type[T]) ->
 
 def _of_node(report: LinksReport) -> list[Finding]:
     missing = "".join(f"; not {each.transport}: {each.reason}" for each in report.missing)
-    node = Finding(report.worker, "ok", f"runs {', '.join(report.transports)}{missing}")
+    node = Finding(report.worker, "ok", f"runs {', '.join(each.transport for each in report.transports)}{missing}")
     return [node, *(_of_link(report.worker, link) for link in report.links)]
 
 

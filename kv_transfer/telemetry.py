@@ -7,7 +7,7 @@ from runtime.metrics import Total, TransferMetrics
 
 
 class TransferTelemetry:
-    """A node exports or imports; the part that it does not have stays at zero."""
+    """Of the sides that it is given; the others stay at zero."""
 
     def __init__(
         self,

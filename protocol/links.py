@@ -44,9 +44,26 @@ class ReaderReport(msgspec.Struct, frozen=True, kw_only=True):
     silent_s: float
 
 
+class TransportReport(msgspec.Struct, frozen=True, kw_only=True):
+    """What a transport that runs here can do; see kv_transfer.transport.Capabilities."""
+
+    transport: TransportKind
+    directions: tuple[Direction, ...]
+    one_sided: bool
+    needs_peer_progress: bool
+    crosses_hosts: bool
+    device_memory: bool
+    owner_checks_lease: bool
+    may_abandon: bool
+    notices_death: bool
+    best_piece_bytes: int
+
+
 class LinksReport(msgspec.Struct, frozen=True, kw_only=True):
+    """`missing`: transports that this node was told to run and cannot."""
+
     worker: IdText
-    transports: tuple[TransportKind, ...]
+    transports: tuple[TransportReport, ...]
     missing: tuple[MissingTransport, ...]
     links: tuple[LinkReport, ...]
     readers: tuple[ReaderReport, ...]

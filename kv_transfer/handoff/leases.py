@@ -82,12 +82,13 @@ class Leases:
         """Return when no more bytes of the owner's push can land here. That may be never: see above."""
         pause_s = RELEASE_PAUSE_S
         while True:
+            silent = False
             try:
                 state = await self._say_released(ticket)
             except NodeLost as error:
                 dead = stream_cut and _nobody_listens(error)
                 stream_cut = stream_cut or _was_cut(error)
-                pause_s = 0.0 if _was_silent(error) else pause_s or RELEASE_PAUSE_S
+                silent = isinstance(error.__cause__, TimeoutError)
             except HeadraceError:
                 dead = False
             else:
@@ -98,6 +99,8 @@ class Leases:
                 log.warning("%s: %s died while it pushed", ticket.request_id, ticket.owner)
                 await asyncio.sleep(self._timeout_s)
                 return
+            if silent:
+                continue  # time has passed; and who asks when its kernel cuts the owner's connections knows that it died
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, MAX_PUSH_PAUSE_S)
 
@@ -129,11 +132,6 @@ class Leases:
 def _was_cut(error: NodeLost) -> bool:
     cause = error.__cause__
     return isinstance(cause, OSError) and cause.errno == errno.ECONNRESET
-
-
-def _was_silent(error: NodeLost) -> bool:
-    """Then time has passed, and somebody should be asking at the moment when the owner's kernel cuts its connections."""
-    return isinstance(error.__cause__, TimeoutError)
 
 
 def _nobody_listens(error: NodeLost) -> bool:

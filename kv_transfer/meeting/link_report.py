@@ -1,6 +1,7 @@
 """What a node tells of its links: GET /kv/links, as JSON for people and scripts."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 
 from starlette.routing import Route
 
@@ -8,9 +9,10 @@ from kv_transfer.meeting.link_choice import Trial
 from kv_transfer.meeting.meeting import PeerLink
 from kv_transfer.meeting.peers import Peers
 from kv_transfer.meeting.pushers import Pushers
+from kv_transfer.transport import Transport
 from kv_transfer.transports.transport_set import TransportSet
 from protocol.ids import WorkerId
-from protocol.links import LinkReport, LinksReport, ReaderReport, WayReport
+from protocol.links import LinkReport, LinksReport, ReaderReport, TransportReport, WayReport
 from protocol.transfer import MAX_REASON_CHARS, Direction, MissingTransport
 from runtime.clock import Clock
 from runtime.rpc_server import json_route
@@ -19,7 +21,7 @@ LINKS_PATH = "/kv/links"
 
 
 class LinkReporter:
-    """A node that does not read has no `peers`, one that does not lend no `pushers`."""
+    """Without `peers` it tells of no links, without `pushers` of no readers."""
 
     def __init__(
         self,
@@ -47,7 +49,7 @@ class LinkReporter:
         links = self._peers.links() if self._peers is not None else []
         return LinksReport(
             worker=self._worker,
-            transports=self._transports.kinds,
+            transports=tuple(_transport(each) for each in self._transports),
             missing=self._transports.missing,
             links=tuple(self._link(link, moved) for link in links),
             readers=self._readers(moved),
@@ -89,6 +91,10 @@ class LinkReporter:
             for key, moved in transport.stats().by_peer.items():
                 sums[key] = sums.get(key, 0) + moved.num_bytes
         return sums
+
+
+def _transport(transport: Transport) -> TransportReport:
+    return TransportReport(transport=transport.kind, **asdict(transport.capabilities))
 
 
 def _way(trial: Trial) -> WayReport:

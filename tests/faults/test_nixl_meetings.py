@@ -64,6 +64,10 @@ def inner(change: Edit) -> Edit:
     return payload(edit, checksum_fits=True)
 
 
+def first_bytes(number: int) -> Edit:
+    return lambda content: content[:number]
+
+
 def hello(**changes: object) -> Edit:
     return lambda content: encode(msgspec.structs.replace(decode(content, Hello), **changes))
 
@@ -129,7 +133,7 @@ async def test_a_spoilt_owner_is_one_owner(case: Case) -> None:
         before = [(node, await node.resources()) for node in (reader, owner)]
         for keep in (0, 10, 100, 200):
             async with control_proxy(spoilt.port) as proxy:
-                proxy.tamper(CONNECT, Tamper(edit=inner(lambda blob, keep=keep: blob[:keep])))
+                proxy.tamper(CONNECT, Tamper(edit=inner(first_bytes(keep))))
                 outcome = await reader.fetch(proxy.through(await spoilt.hand_off(f"cut-{keep}", REMOTE)), LOCAL)
                 case.saw(outcome)
                 assert outcome.error is not None

@@ -333,7 +333,7 @@ async def _run(pipe: Connection, commands: Commands, serial: int, method: str, a
     try:
         result = getattr(commands, method)(*arguments)
         value = await result if inspect.isawaitable(result) else result
-        answer = (serial, None, value)
+        answer: tuple[int, str | None, Any] = (serial, None, value)
     except Exception as error:  # noqa: BLE001  # the test raises it
         answer = (serial, f"{method}: {type(error).__name__}: {error}", None)
     with contextlib.suppress(OSError):  # a test that is over does not listen

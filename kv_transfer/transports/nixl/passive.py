@@ -1,7 +1,7 @@
 """PassiveAgent: the NIXL agent that peers know. It lets them reach the arena, and knows none of them.
 
 A process has two agents. Peers add the metadata of this one, and read and write through it; its own reads and writes go
-through the active agent (nixl_agent.py), whose metadata nobody gets. So no two agents ever know each other, though every
+through the active agent (agent.py), whose metadata nobody gets. So no two agents ever know each other, though every
 node is owner and reader at once: of two that do, one crashes when the other's process dies.
 
 The library's progress thread does all of the work here, as UCX needs its host's help for some transports (TCP).

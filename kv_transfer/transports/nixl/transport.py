@@ -7,7 +7,7 @@ What of the library's behaviour shapes this (each was seen to happen):
   them back is the kernel's TCP timeout. Nothing else is proof, least of all a peer that claims to be new.
 - Damaged metadata spoils an agent's name for good, so names are new in every process and metadata is checked first.
 - Of two agents that know each other one may crash when the other dies. Hence two agents in every process: peers know the
-  passive one (nixl_passive.py), which knows nobody; the active one (nixl_agent.py) knows peers, and nobody knows it.
+  passive one (passive.py), which knows nobody; the active one (agent.py) knows peers, and nobody knows it.
 - Freeing registered memory kills readers or owner: the arena is registered once and outlives the transport.
 - Its own notifications get lost and can be forged: nothing here uses them. Leases and checksums do that work.
 - It does not survive fork(). Its sockets also lack CLOEXEC: Python's subprocess closes them in the child all the same, a

@@ -141,7 +141,7 @@ class TcpLink:
             raise TransferTimeout(f"{self._peer} does not accept connections for KV") from error
         except OSError as error:
             raise PeerLost(f"{self._peer} cannot be reached for KV at {self._address}: {error}") from error
-        connection.settimeout(None)  # from here on tcp_wire sets limits
+        connection.settimeout(None)  # from here on wire.py sets limits
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return connection
 

@@ -1,6 +1,6 @@
 """UcxTransport: blocks over UCX by way of ucxx (what became of ucx-py), between hosts and on one.
 
-UCX lives in a helper process (ucx_process says why); this is the node's side of it. Reads are two-sided: the owner's
+UCX lives in a helper process (process.py says why); this is the node's side of it. Reads are two-sided: the owner's
 helper asks its node whether the ticket holds, and sends. UCX cannot stop a receive that has begun, so a read that is given
 up leaves its blocks in quarantine; where that lasts, because the peer stands still, the helper is ended and started anew,
 after which nothing can land.
