@@ -228,5 +228,8 @@ async def test_links_are_shown_as_json_to_who_has_the_key() -> None:
             key = {"authorization": f"Bearer {CLUSTER_KEY}"}
             async with session.get(f"{owner.url}/kv/links", headers=key) as answer:
                 told = msgspec.json.decode(await answer.read(), type=LinksReport)
-        assert told.transports == ("shm", "tcp")
+        assert [(each.transport, each.directions) for each in told.transports] == [
+            ("shm", ("pull",)),
+            ("tcp", ("pull",)),
+        ]
         assert [known.peer for known in told.readers] == ["decode-0"]
