@@ -389,7 +389,8 @@ class ExportTable:
         self._attach(export, cursor)
         try:
             yield encode_frame(BlocksReady(cursor, (), ()))
-            self._start_push(export, message)
+            if not export.ended:  # it may have been released since: nothing may be written after that
+                self._start_push(export, message)
             self._stage_rest(export)
             async for frames in tell(export, cursor, self._clock, sign_of_life_s):
                 yield frames
