@@ -47,6 +47,9 @@ class DecodeNode:
     def idle(self) -> bool:
         return self._engine_telemetry.idle() and self._exchange.idle()
 
+    async def farewell(self) -> None:
+        await self._exchange.exports.stop()
+
     def report(self) -> None:
         self._engine_telemetry.update()
         self._exchange.telemetry.update()

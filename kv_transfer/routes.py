@@ -3,6 +3,7 @@
 GET  /kv/hello      who is here: the one message that every wire version can read
 POST /kv/connect    Introduction -> Introduction
 POST /kv/probe      ProbePush -> ProbeResult
+POST /kv/presence   Hello -> frames: one Hello, and no end while this process lives and may write
 POST /kv/handoff    OpenHandoff -> frames of HandoffMessage
 POST /kv/renew      RenewLease -> LeasesHeld
 POST /kv/landed     BlocksLanded -> LeaseState
@@ -39,6 +40,7 @@ from runtime.rpc_server import get_route, message_route, stream_route
 HELLO_PATH = "/kv/hello"
 CONNECT_PATH = "/kv/connect"
 PROBE_PATH = "/kv/probe"
+PRESENCE_PATH = "/kv/presence"
 HANDOFF_PATH = "/kv/handoff"
 RENEW_PATH = "/kv/renew"
 LANDED_PATH = "/kv/landed"
@@ -59,8 +61,13 @@ def kv_routes(
 ) -> list[Route]:
     """The routes of one owner. All are behind the cluster key. Without `lender` nothing is lent."""
 
+    myself = Hello(WIRE_VERSION, worker_id, incarnation, layout.fingerprint)
+
     async def hello() -> Hello:
-        return Hello(WIRE_VERSION, worker_id, incarnation, layout.fingerprint)
+        return myself
+
+    async def presence(_: Hello) -> AsyncIterator[bytes]:
+        return exports.presence(myself)
 
     async def connect(message: Introduction) -> Introduction:
         layout.check_compatible(message.layout, message.worker)
@@ -90,6 +97,7 @@ def kv_routes(
         get_route(HELLO_PATH, hello, cluster_key),
         message_route(CONNECT_PATH, Introduction, connect, cluster_key),
         message_route(PROBE_PATH, ProbePush, probe, cluster_key),
+        stream_route(PRESENCE_PATH, Hello, presence, cluster_key),
         stream_route(HANDOFF_PATH, OpenHandoff, handoff, cluster_key),
         message_route(RENEW_PATH, RenewLease, renew, cluster_key),
         message_route(LANDED_PATH, BlocksLanded, landed, cluster_key),

@@ -1,7 +1,7 @@
 """NodeShell: a node process around its engine, the same for both roles.
 
     serve the control routes -> register with the routers -> ready -> (SIGTERM) -> leave, stop admitting -> wait for what
-    runs and for the leases on what was exported -> end the token streams -> stopped
+    runs and for the leases on what was exported -> end the token streams -> say farewell to peers -> stopped
 
 A role brings its routes and answers the shell's questions (NodeRole); the shell knows nothing of engines or transfers.
 """
@@ -59,6 +59,11 @@ class NodeRole(Protocol):
 
     def idle(self) -> bool:
         """Nothing runs here and nobody holds a lease on what ran here."""
+        ...
+
+    async def farewell(self) -> None:
+        """End what goes on between this node and its peers, and return when it has ended: whatever became of the drain, this
+        node now stops to answer."""
         ...
 
     def report(self) -> None:
@@ -121,7 +126,8 @@ class NodeShell:
                 announce(self._info.role, urls[0], worker_id=self._info.worker_id)
 
             try:
-                await serve_sockets([(app, bound)], self._life, drain, self._config.drain_timeout_s, listening)
+                timeout_s = self._config.drain_timeout_s
+                await serve_sockets([(app, bound)], self._life, drain, timeout_s, listening, role.farewell)
             finally:
                 self.outbox.close()
                 for task in background:

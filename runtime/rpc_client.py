@@ -60,11 +60,13 @@ class RpcClient:
         await self._exchange("POST", url, _payload(message), None, timeout_s)
 
     @asynccontextmanager
-    async def stream(self, url: str, message: object, idle_timeout_s: float) -> AsyncIterator[AsyncIterator[bytes]]:
+    async def stream(
+        self, url: str, message: object, idle_timeout_s: float | None
+    ) -> AsyncIterator[AsyncIterator[bytes]]:
         """POST one message and iterate over the bodies of the frames that come back.
 
-        Iteration ends when the peer ends the stream, raises NodeLost if it is cut or silent for `idle_timeout_s`, and
-        MessageTooLarge for an over-long frame. Leaving the context closes the connection: the peer sees that.
+        Iteration ends when the peer ends the stream, raises NodeLost if it is cut or silent for `idle_timeout_s` (None: for
+        as long as it likes), and MessageTooLarge for an over-long frame. Leaving the context closes the connection: the peer sees that.
         """
         try:
             # Not wait_for: before Python 3.12 it swallows a cancel that comes together with the result.
@@ -109,14 +111,14 @@ def _payload(message: object) -> bytes | io.BytesIO:
     return io.BytesIO(body) if len(body) > LARGE_BODY_BYTES else body
 
 
-async def _frames(url: str, response: aiohttp.ClientResponse, idle_timeout_s: float) -> AsyncIterator[bytes]:
+async def _frames(url: str, response: aiohttp.ClientResponse, idle_timeout_s: float | None) -> AsyncIterator[bytes]:
     reader = FrameReader()
     while True:
         try:
             async with asyncio.timeout(idle_timeout_s):
                 chunk = await response.content.readany()
         except TimeoutError as error:
-            raise NodeLost(f"{url} was silent for {idle_timeout_s:g} s") from error
+            raise NodeLost(f"{url} was silent for {idle_timeout_s} s") from error
         except _UNREACHABLE as error:
             raise NodeLost(f"stream from {url} was cut: {_describe(error)}") from error
         if not chunk:
@@ -136,7 +138,7 @@ async def _read_body(response: aiohttp.ClientResponse) -> bytes:
     return bytes(body)
 
 
-async def _read_error(url: str, response: aiohttp.ClientResponse, timeout_s: float) -> bytes:
+async def _read_error(url: str, response: aiohttp.ClientResponse, timeout_s: float | None) -> bytes:
     try:
         async with asyncio.timeout(timeout_s):
             return await _read_body(response)

@@ -30,6 +30,9 @@ node now and then waited that long, several times on a hand-off's way, for an en
 KEEP_ALIVE_S = 75
 """Longer than any client's of ours, so that the client is the one to close an idle connection."""
 
+FAREWELL_TIMEOUT_S = 10
+"""How long the farewell may take, also of a process that is to stop at once: a third signal kills it."""
+
 CLOSE_TIMEOUT_S = 1
 """How long connections may take to end once the drain is over."""
 
@@ -92,12 +95,14 @@ async def serve_sockets(
     drain: Callable[[], Awaitable[None]],
     drain_timeout_s: float,
     on_serving: Callable[[list[str]], None],
+    farewell: Callable[[], Awaitable[None]] | None = None,
 ) -> None:
     """Serve until `life` ends; takes over the sockets.
 
     `on_serving` gets the apps' URLs, in order, once all of them answer. When `life` drains, `drain` is awaited for at
     most `drain_timeout_s` seconds while the apps go on serving what runs; then connections are closed. `life.stop` cuts
-    that short. Afterwards the life is stopped.
+    that short. `farewell` follows the drain, however that ended: what peers must be told, or must not see cut, while we still
+    answer. It is awaited for at most FAREWELL_TIMEOUT_S. Afterwards the life is stopped.
     """
     servers = [_Server(app) for app, _ in apps]
     urls = [socket_url(bound) for _, bound in apps]
@@ -110,6 +115,8 @@ async def serve_sockets(
             on_serving(urls)
             await life.wait(Phase.DRAINING)
             await _drain(life, drain, drain_timeout_s)
+            if farewell is not None:
+                await _say(farewell)
             for server in servers:
                 server.end(at_once=life.phase is Phase.STOPPED)
     finally:
@@ -132,6 +139,17 @@ async def _drain(life: ProcessLife, drain: Callable[[], Awaitable[None]], timeou
         outcome, _ = await asyncio.gather(draining, stopping, return_exceptions=True)
     if isinstance(outcome, Exception):
         log.error("the drain failed", exc_info=outcome)
+
+
+async def _say(farewell: Callable[[], Awaitable[None]]) -> None:
+    """As of the drain, its failure is told, not raised."""
+    try:
+        async with asyncio.timeout(FAREWELL_TIMEOUT_S):
+            await farewell()
+    except TimeoutError:
+        log.warning("giving up the farewell: not over in %g s", FAREWELL_TIMEOUT_S)
+    except Exception:
+        log.exception("the farewell failed")
 
 
 class _Server(uvicorn.Server):

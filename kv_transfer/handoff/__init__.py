@@ -7,6 +7,7 @@ imports          the reader's side: fetches contexts and tidies up after each
 fetch            one hand-off as its reader lives it; landing is its state, without I/O, prefix how far it has come
 leases           the reader's side of every lease
 link_queue       whose blocks move next over one link, and how many at once
+presence         whether an owner that pushes still lives
 quarantine       blocks that bytes may still land in, or be read from
 timeline         where the time of a hand-off went
 """

@@ -44,7 +44,7 @@ from protocol.transfer import (
     RenewLease,
     TransferTicket,
 )
-from protocol.wire import encode_frame
+from protocol.wire import Hello, encode_frame
 from runtime.clock import Clock
 from runtime.node_config import TransferOptions
 
@@ -90,6 +90,8 @@ class ExportTable:
         self._endings: dict[Ending, int] = {"released": 0, "expired": 0, "failed": 0}
         self._num_opened = 0
         self._num_blocks_announced = 0
+        self._ending = False
+        self._stopped = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
         self._quarantine = Quarantine(self._tasks)
         self._queues = LinkQueues(options.max_bytes_in_flight, staging.arena.block_bytes, staging.max_blocks, clock)
@@ -106,9 +108,23 @@ class ExportTable:
         await self._tasks.__aexit__(None, None, None)
 
     def end_all(self) -> None:
-        """Whoever still listens hears that this node stops. For the end of the process, after draining."""
+        """Whoever still listens hears that this node stops, and nobody is served any more. For the end of the process, after
+        draining."""
+        self._ending = True
         for export in list(self._by_ticket.values()):
-            self._end(export, "failed", PeerLost(f"{self._issuer.owner} stops"))
+            self._end(export, "failed", self._stops())
+        self._stop_if_settled()
+
+    async def stop(self) -> None:
+        """`end_all`, and return when nothing is being written any more. To be called before readers can take this process for
+        dead: before its connections are cut and its address is given up."""
+        self.end_all()
+        await self._stopped.wait()
+
+    async def presence(self, myself: Hello) -> AsyncIterator[bytes]:
+        """Says who is here, and then does not end before `stop` is over: see kv_transfer.handoff.presence."""
+        yield encode_frame(myself)
+        await self._stopped.wait()
 
     def stats(self) -> ExportStats:
         return ExportStats(
@@ -206,6 +222,8 @@ class ExportTable:
         """The hand-off as encoded frames, from block `skip_blocks` on. Raises LeaseExpired for a ticket that is
         unknown, has ended, belongs to another incarnation, has a reader attached, or was pushed already; TransferError for
         a push that cannot be."""
+        if self._ending:
+            raise self._stops()
         export = self._find(message.ticket_id, message.incarnation)
         if export is None:
             raise lease_gone("ticket unknown, expired, released, or of an earlier incarnation")
@@ -347,6 +365,14 @@ class ExportTable:
         if export.ended and export.settled and self._unsettled.pop(ticket_id, None) is not None:
             self._staging.unstage(export.take_back(export.num_staged))
             export.give_back()
+            self._stop_if_settled()
+
+    def _stops(self) -> PeerLost:
+        return PeerLost(f"{self._issuer.owner} stops")
+
+    def _stop_if_settled(self) -> None:
+        if self._ending and not self._unsettled:
+            self._stopped.set()
 
     # The reader's stream.
 
@@ -363,7 +389,8 @@ class ExportTable:
         self._attach(export, cursor)
         try:
             yield encode_frame(BlocksReady(cursor, (), ()))
-            self._start_push(export, message)
+            if not export.ended:  # it may have been released since: nothing may be written after that
+                self._start_push(export, message)
             self._stage_rest(export)
             async for frames in tell(export, cursor, self._clock, sign_of_life_s):
                 yield frames

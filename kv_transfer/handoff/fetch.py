@@ -21,6 +21,7 @@ from typing import TypeVar
 from kv_transfer.handoff.landing import Landing, Piece
 from kv_transfer.handoff.leases import Leases
 from kv_transfer.handoff.link_queue import Lane, LinkQueues
+from kv_transfer.handoff.presence import Presence, Presences
 from kv_transfer.handoff.quarantine import Quarantine
 from kv_transfer.handoff.timeline import HandoffTimeline
 from kv_transfer.meeting.meeting import PeerLink
@@ -28,7 +29,7 @@ from kv_transfer.meeting.peers import Peers, Reader, as_transfer_error
 from kv_transfer.memory.staging import Staging
 from kv_transfer.routes import HANDOFF_PATH, LANDED_PATH
 from kv_transfer.transport import TransferAbandoned
-from protocol.errors import HeadraceError, LeaseExpired, NodeLost, PeerLost, TransferError, TransferTimeout
+from protocol.errors import HeadraceError, LeaseExpired, PeerLost, TransferError, TransferTimeout
 from protocol.ids import TicketId
 from protocol.phases import HandoffPhases
 from protocol.transfer import (
@@ -75,6 +76,7 @@ class FetchContext:
     peers: Peers
     queues: LinkQueues
     leases: Leases
+    presences: Presences
     quarantine: Quarantine
     staging: Staging
     reader: Reader
@@ -116,8 +118,8 @@ class Fetch:
         self._num_unsettled = 0
         self.pushed = False
         """The owner may have begun to write into our blocks."""
-        self.stream_cut = False
-        """The owner's stream broke off in the middle, or was never opened."""
+        self.presence: Presence | None = None
+        """Of the owner, once it is to push."""
         self.settled = asyncio.Event()
         """Set before it runs, and again when it is over and none of the pieces that we moved can land any more."""
         self.settled.set()
@@ -144,10 +146,14 @@ class Fetch:
                 reserving.cancel()
             self._settle()
 
-    def discard_pushed(self) -> None:
-        """After the end, once the owner writes no more: give the wire blocks back that nothing came into."""
+    def end_push(self) -> None:
+        """After the end, once the owner writes no more: give the wire blocks back that nothing came into, and whether the
+        owner lives is of no concern any more. Idempotent."""
         self._context.staging.discard(tuple(self._pushed_to.values()))
         self._pushed_to.clear()
+        if self.presence is not None:
+            self._context.presences.let_go(self.presence)
+            self.presence = None
 
     # The owner's stream.
 
@@ -176,8 +182,10 @@ class Fetch:
                 'make transfer.staging_memory larger or set transfer.direction to "pull"'
             )
         wire_ids = await self._context.staging.reserve(landing.wanted_ids)
-        self.pushed = True
         self._pushed_to = dict(zip(landing.wanted_ids, wire_ids, strict=True))
+        self.presence = self._context.presences.take(ticket)
+        await self._within_stall(self.presence.seen())
+        self.pushed = True
         return PushTarget(self._peer.kind, wire_ids)
 
     async def _listen(self, push: PushTarget | None) -> None:
@@ -192,13 +200,7 @@ class Fetch:
         stall_s = self._context.options.stall_timeout_s
         async with AsyncExitStack() as stack:
             opening = self._context.client.stream(self._ticket.control_url + HANDOFF_PATH, message, 2 * stall_s)
-            try:
-                frames = await self._within_stall(stack.enter_async_context(opening))
-            except TransferTimeout:
-                raise
-            except HeadraceError:  # lost, or refused
-                self.stream_cut = True
-                raise
+            frames = await self._within_stall(stack.enter_async_context(opening))
             while self._end is None:
                 self._hear(await self._within_stall(self._next_message(frames)))
 
@@ -230,11 +232,7 @@ class Fetch:
         try:
             body = await anext(frames)
         except StopAsyncIteration:
-            self.stream_cut = True
             raise PeerLost(f"{self._ticket.owner} ended the hand-off in the middle") from None
-        except NodeLost:
-            self.stream_cut = True
-            raise
         message: HandoffMessage = decode(body, HandoffMessage)
         return message
 

@@ -19,6 +19,7 @@ from kv_transfer.handoff.fetch import Fetch, FetchContext, FetchResult
 from kv_transfer.handoff.landing import Landing
 from kv_transfer.handoff.leases import Leases
 from kv_transfer.handoff.link_queue import LinkQueues, QueueStats
+from kv_transfer.handoff.presence import Presences
 from kv_transfer.handoff.quarantine import Quarantine
 from kv_transfer.meeting.peers import Peers, Reader, as_transfer_error
 from kv_transfer.memory.staging import Staging
@@ -34,6 +35,7 @@ from protocol.errors import (
 )
 from protocol.ids import TicketId
 from protocol.transfer import BorrowPrefix, PrefixLent, TransferTicket
+from protocol.wire import WIRE_VERSION, Hello
 from runtime.clock import Clock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
@@ -96,6 +98,7 @@ class Importer:
         self._tasks = asyncio.TaskGroup()
         self._peers = Peers(client, transports, reader, options, clock, self._tasks)
         self._leases = Leases(client, options.stall_timeout_s, self._tasks)
+        self._presences = Presences(client, _hello(reader), options.stall_timeout_s, self._tasks)
         self._quarantine = Quarantine(self._tasks)
         self._queues = LinkQueues(options.max_bytes_in_flight, self._block_bytes, staging.max_blocks, clock)
         self._context = FetchContext(
@@ -103,6 +106,7 @@ class Importer:
             peers=self._peers,
             queues=self._queues,
             leases=self._leases,
+            presences=self._presences,
             quarantine=self._quarantine,
             staging=staging,
             reader=reader,
@@ -123,6 +127,7 @@ class Importer:
         """Waits for releases and reads in flight (each has its deadline). What is in quarantine then stays there."""
         self._peers.close()
         self._leases.close()
+        self._presences.close()
         self._quarantine.close()
         for task in self._settling:
             task.cancel()
@@ -225,6 +230,7 @@ class Importer:
         except HeadraceError as error:
             failure = as_transfer_error(error)
         else:
+            fetch.end_push()
             self._totals.num_fetched += 1
             self._totals.num_blocks_moved += result.num_blocks_moved
             self._totals.num_bytes_moved += result.num_blocks_moved * self._block_bytes
@@ -263,7 +269,7 @@ class Importer:
             name=f"kv-release:{ticket.request_id}",
         )
         if fetch.settled.is_set() and not fetch.pushed:
-            fetch.discard_pushed()
+            fetch.end_push()
             return fetch.settled
         ticket_id = TicketId(ticket.ticket_id)
         settled = self._unsettled[ticket_id] = asyncio.Event()
@@ -276,17 +282,22 @@ class Importer:
         await fetch.settled.wait()
         if fetch.pushed:
             await releasing
-        fetch.discard_pushed()
+        fetch.end_push()
         self._unsettled.pop(ticket_id).set()
 
     async def _release_push(self, ticket: TransferTicket, fetch: Fetch) -> None:
-        await self._leases.release_push(ticket, stream_cut=fetch.stream_cut)
+        assert fetch.presence is not None, "no push is asked for before its owner was seen"
+        await self._leases.release_push(ticket, fetch.presence)
 
     async def _release(self, ticket: TransferTicket, *, succeeded: bool) -> None:
         held = await self._leases.release(ticket)
         if succeeded and held is False:
             self._totals.num_lost_leases += 1
             log.warning("%s: the lease had ended before the blocks were read", ticket.request_id)
+
+
+def _hello(reader: Reader) -> Hello:
+    return Hello(WIRE_VERSION, reader.worker_id, reader.incarnation, reader.layout.fingerprint)
 
 
 def _nobody_waits(_: FetchResult) -> None:

@@ -1,23 +1,20 @@
 """Leases: the reader's side of every lease: kept while something is wanted, given back when it is not.
 
 Kept leases are renewed RENEWALS_PER_TTL times per ttl, those of one owner in one message. One that is released while the
-owner pushes is asked after until the owner says that its last write has ended.
-
-What proves that an owner's push has ended: its own word; or its death, which is taken as proven when its kernel cut the
-hand-off's stream or a later message in the middle (that of a process that stands still does not), or it was never opened,
-and nobody listens at its address any more, or another incarnation does. Either sign alone is no proof: a cut may be the
-network's, and a new incarnation says nothing of a stopped one. After the proof as long passes as a message may take, for what the network still holds. Without proof the
-blocks stay in quarantine, are counted, and come back with the reader's restart.
+owner pushes is asked after until the owner says that its last write has ended, or has died (kv_transfer.handoff.presence).
+After its death as long passes as a message may take, for what the network still holds. Without either the blocks stay in
+quarantine, are counted, and come back with the reader's restart.
 """
 
 import asyncio
-import errno
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
+from kv_transfer.handoff.presence import Presence
 from kv_transfer.routes import RELEASE_PATH, RENEW_PATH
-from protocol.errors import HeadraceError, NodeLost
+from protocol.errors import HeadraceError
 from protocol.ids import TicketId
 from protocol.transfer import LeasesHeld, LeaseState, ReleaseLease, RenewLease, TransferTicket
 from runtime.rpc_client import RpcClient
@@ -78,31 +75,23 @@ class Leases:
                 log.info("%s: the lease was not released: %s", ticket.request_id, error.message)
         return None
 
-    async def release_push(self, ticket: TransferTicket, *, stream_cut: bool) -> None:
+    async def release_push(self, ticket: TransferTicket, presence: Presence) -> None:
         """Return when no more bytes of the owner's push can land here. That may be never: see above."""
         pause_s = RELEASE_PAUSE_S
-        while True:
-            silent = False
+        while not presence.dead.is_set():
             try:
                 state = await self._say_released(ticket)
-            except NodeLost as error:
-                dead = stream_cut and _nobody_listens(error)
-                stream_cut = stream_cut or _was_cut(error)
-                silent = isinstance(error.__cause__, TimeoutError)
-            except HeadraceError:
-                dead = False
+            except HeadraceError as error:
+                log.info("%s: its push was not released: %s", ticket.request_id, error.message)
             else:
                 if state.known and not state.writing:
                     return
-                dead = stream_cut and not state.known
-            if dead:
-                log.warning("%s: %s died while it pushed", ticket.request_id, ticket.owner)
-                await asyncio.sleep(self._timeout_s)
-                return
-            if silent:
-                continue  # time has passed; and who asks when its kernel cuts the owner's connections knows that it died
-            await asyncio.sleep(pause_s)
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause_s):
+                    await presence.dead.wait()
             pause_s = min(2 * pause_s, MAX_PUSH_PAUSE_S)
+        log.warning("%s: %s died while it pushed", ticket.request_id, ticket.owner)
+        await asyncio.sleep(self._timeout_s)
 
     def close(self) -> None:
         for task in self._renewing.values():
@@ -127,13 +116,3 @@ class Leases:
             for (ticket_id, kept), held in zip(asked.items(), answer.held, strict=False):
                 if not held and self._kept.get(owner, {}).get(ticket_id) is kept:
                     kept.on_lost()
-
-
-def _was_cut(error: NodeLost) -> bool:
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno == errno.ECONNRESET
-
-
-def _nobody_listens(error: NodeLost) -> bool:
-    cause = error.__cause__
-    return isinstance(cause, OSError) and cause.errno == errno.ECONNREFUSED

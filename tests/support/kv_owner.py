@@ -204,7 +204,7 @@ async def running_owner(
     try:
         async with pushers, exports, serving(Starlette(routes=[*routes, reporter.route(CLUSTER_KEY)]), listener):
             yield Owner(staging, transports, pushers, exports, url, incarnation, cached, released)
-            exports.end_all()
+            await exports.stop()
     finally:
         reaper.cancel()
         await asyncio.gather(reaper, return_exceptions=True)

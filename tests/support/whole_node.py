@@ -32,6 +32,7 @@ def visit_node(
         _drain: object,
         _timeout_s: float,
         listening: Callable[[list[str]], None],
+        _farewell: object,
     ) -> None:
         listening(["http://127.0.0.1:1"])
         nonlocal visited

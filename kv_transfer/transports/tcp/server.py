@@ -17,6 +17,9 @@ from protocol.wire import encode_frame
 from runtime.clock import Deadline
 
 MAX_CONNECTIONS = 128
+FIRST_FRAME_TIMEOUT_S = 5.0
+"""A peer of ours connects when it has something to read; others must not hold a connection for nothing."""
+
 IDLE_TIMEOUT_S = 60.0
 SEND_TIMEOUT_S = 30.0
 
@@ -75,8 +78,10 @@ class TcpServer:
     def _serve(self, connection: socket.socket) -> None:
         try:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            timeout_s = FIRST_FRAME_TIMEOUT_S
             while True:
-                self._answer(connection, receive_frame(connection, TcpRead, Deadline(IDLE_TIMEOUT_S)))
+                self._answer(connection, receive_frame(connection, TcpRead, Deadline(timeout_s)))
+                timeout_s = IDLE_TIMEOUT_S
         except (ConnectionEnded, TransferTimeout):
             return
         except HeadraceError as error:
