@@ -130,6 +130,8 @@ async def test_what_is_released_before_its_push_has_begun_is_not_pushed(monkeypa
     async with running_owner("inproc") as owner:
         monkeypatch.setattr(owner.pushers, "link", link)
         ticket = owner.hand_off("req-1", 32, [5, 6])
+        while not owner.exports.stats().num_bytes_announced:
+            await asyncio.sleep(0.005)
         push = PushTarget("inproc", (0, 1))
         frames = owner.exports.attach(
             OpenHandoff(
