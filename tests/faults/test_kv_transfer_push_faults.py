@@ -7,9 +7,12 @@ from collections.abc import AsyncIterator, Iterator
 import pytest
 
 from kv_transfer.handoff.imports import FetchFailed
+from kv_transfer.transport import Link
 from protocol.errors import PeerLost, TransferTimeout
-from protocol.transfer import TransportKind
-from tests.support.kv_owner import OwnerProcess
+from protocol.ids import RequestId
+from protocol.transfer import OpenHandoff, PushTarget, ReleaseLease, TransportKind
+from runtime.node_config import TransferOptions
+from tests.support.kv_owner import OwnerProcess, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
 
 KIND: TransportKind = "nixl"
@@ -83,3 +86,65 @@ async def test_blocks_do_not_come_back_while_the_owner_stands_still(owner: Owner
     again = await reader.importer.fetch(owner.hand_off("req-2", 32, [0, 1]), [8, 9], 0, 10.0)
     assert again.num_blocks_moved == 2
     assert reader.importer.stats().num_unsettled == 0
+
+
+async def test_blocks_come_back_when_the_owner_stood_still_and_was_killed_then(
+    owner: OwnerProcess, reader: ReaderNode
+) -> None:
+    failure = await fail_in_the_middle(reader, owner, signal.SIGSTOP)
+    assert isinstance(failure.reason, TransferTimeout)
+    await asyncio.sleep(2 * STALL_S)
+    assert not failure.settled.is_set()
+    owner.signal(signal.SIGKILL)
+    await settle(failure.settled)
+    assert reader.importer.stats().num_unsettled == 0
+
+
+async def test_an_owner_that_stops_in_good_order_is_not_taken_for_dead(
+    reader: ReaderNode, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its last write ends, and its readers hear so, before it cuts anything."""
+    options = TransferOptions(transport=KIND, direction="push", stall_timeout_s=STALL_S)
+    async with running_owner(KIND, options=options) as owner:
+        ticket = owner.open("req-1", 64)
+        owner.exports.publish(RequestId("req-1"), 0, [5, 6])
+        fetching = asyncio.create_task(reader.importer.fetch(ticket, [0, 1, 2, 3], 0, 10.0))
+        async with asyncio.timeout(10):
+            while not any(reader.arena.block(1)):
+                await asyncio.sleep(0.005)
+        await owner.exports.stop()
+        with pytest.raises(FetchFailed) as failed:
+            await fetching
+        await settle(failed.value.settled)
+    assert "died while it pushed" not in caplog.text
+
+
+async def test_what_is_released_before_its_push_has_begun_is_not_pushed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a stream's first words and the push that it asked for a message of another connection may come."""
+    asked_for: list[str] = []
+
+    async def link(worker: str, _incarnation: str, _kind: TransportKind) -> Link:
+        asked_for.append(worker)
+        raise PeerLost("nobody is pushed to here")
+
+    async with running_owner("inproc") as owner:
+        monkeypatch.setattr(owner.pushers, "link", link)
+        ticket = owner.hand_off("req-1", 32, [5, 6])
+        while not owner.exports.stats().num_bytes_announced:
+            await asyncio.sleep(0.005)
+        push = PushTarget("inproc", (0, 1))
+        frames = owner.exports.attach(
+            OpenHandoff(
+                ticket_id=ticket.ticket_id,
+                incarnation=ticket.incarnation,
+                reader="decode-0",
+                reader_incarnation="1",
+                skip_blocks=0,
+                push=push,
+            )
+        )
+        await anext(frames)
+        assert not owner.exports.release(ReleaseLease(ticket.ticket_id, ticket.incarnation)).writing
+        assert [frame async for frame in frames] == []
+        await asyncio.sleep(0.05)
+    assert asked_for == []

@@ -13,7 +13,15 @@ from starlette.applications import Starlette
 
 from kv_transfer.memory.arena import HostArena
 from kv_transfer.memory.checksum import checksums
-from kv_transfer.routes import CONNECT_PATH, HANDOFF_PATH, HELLO_PATH, PROBE_PATH, RELEASE_PATH, RENEW_PATH
+from kv_transfer.routes import (
+    CONNECT_PATH,
+    HANDOFF_PATH,
+    HELLO_PATH,
+    PRESENCE_PATH,
+    PROBE_PATH,
+    RELEASE_PATH,
+    RENEW_PATH,
+)
 from kv_transfer.transports.inproc import InprocTransport
 from kv_transfer.transports.transport_set import TransportSet
 from protocol.ids import new_incarnation
@@ -68,6 +76,7 @@ class LyingOwner:
         self.holds = True
         self.writes = False
         self.released: list[str] = []
+        self.leaves = asyncio.Event()
 
     def ticket(self, request_id: str = "req-1", num_tokens: int = 32, ttl_s: float = 30.0) -> TransferTicket:
         return TransferTicket(
@@ -93,6 +102,10 @@ class LyingOwner:
         """Answer a hand-off with these, and end the stream."""
         self.frames = lambda: _each(list(frames))
 
+    async def _stay(self) -> AsyncIterator[bytes]:
+        yield encode_frame(Hello(WIRE_VERSION, "prefill-0", self.incarnation, LAYOUT.fingerprint))
+        await self.leaves.wait()
+
     def app(self) -> Starlette:
         async def hello() -> object:
             return self.hello
@@ -102,6 +115,9 @@ class LyingOwner:
 
         async def handoff(_: OpenHandoff) -> AsyncIterator[bytes]:
             return self.frames()
+
+        async def presence(_: Hello) -> AsyncIterator[bytes]:
+            return self._stay()
 
         async def probe(_: ProbePush) -> ProbeResult:
             return ProbeResult(latency_s=1e-5, bytes_per_s=1e9)
@@ -118,6 +134,7 @@ class LyingOwner:
                 get_route(HELLO_PATH, hello, CLUSTER_KEY),
                 message_route(CONNECT_PATH, Introduction, connect, CLUSTER_KEY),
                 message_route(PROBE_PATH, ProbePush, probe, CLUSTER_KEY),
+                stream_route(PRESENCE_PATH, Hello, presence, CLUSTER_KEY),
                 stream_route(HANDOFF_PATH, OpenHandoff, handoff, CLUSTER_KEY),
                 message_route(RENEW_PATH, RenewLease, renew, CLUSTER_KEY),
                 message_route(RELEASE_PATH, ReleaseLease, release, CLUSTER_KEY),
@@ -132,6 +149,7 @@ async def lying_owner() -> AsyncIterator[LyingOwner]:
     try:
         async with serving(owner.app(), listener):
             yield owner
+            owner.leaves.set()
     finally:
         await owner.transport.close()
         owner.arena.close()

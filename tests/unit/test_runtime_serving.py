@@ -17,7 +17,7 @@ from protocol.errors import ConfigError
 from runtime.health import health_routes
 from runtime.life import Phase, ProcessLife
 from runtime.metrics import EngineMetrics, new_registry
-from runtime.serving import announce, bind_socket, serve_apps, socket_url
+from runtime.serving import announce, bind_socket, serve_apps, serve_sockets, socket_url
 
 HOST = "127.0.0.1"
 
@@ -242,3 +242,49 @@ def test_the_announcement_is_one_line_of_json(capsys: pytest.CaptureFixture[str]
     line = capsys.readouterr().out
     assert line.count("\n") == 1
     assert json.loads(line) == {"event": "listening", "role": "router", "url": "http://a", "control_url": "http://b"}
+
+
+@pytest.mark.parametrize("at_once", [False, True])
+async def test_a_farewell_is_said_while_the_server_still_answers(client: aiohttp.ClientSession, at_once: bool) -> None:
+    """Also if the process is to stop at once: connections are whole, and nobody finds that no one listens."""
+    site, answers = Site(), []
+
+    async def farewell() -> None:
+        answers.append(await status(client, site.urls[0]))
+
+    serving = asyncio.Event()
+
+    def on_serving(urls: list[str]) -> None:
+        site.urls = urls
+        site.life.ready()
+        serving.set()
+
+    served = [(site.app(), bind_socket(HOST, 0))]
+    task = asyncio.create_task(serve_sockets(served, site.life, nothing, 5, on_serving, farewell))
+    await asyncio.wait_for(serving.wait(), 10)
+    if at_once:
+        site.life.stop("test")
+    else:
+        site.life.drain("test")
+    await asyncio.wait_for(task, 10)
+    assert answers == [200]
+
+
+async def test_a_farewell_that_fails_or_never_ends_keeps_nobody(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("runtime.serving.FAREWELL_TIMEOUT_S", 0.05)
+
+    async def fails() -> None:
+        raise RuntimeError("a bug")
+
+    async def never() -> None:
+        await asyncio.Event().wait()
+
+    for farewell, said in ((fails, "the farewell failed"), (never, "giving up the farewell")):
+        life = ProcessLife()
+        life.drain("test")
+        served = [(Site().app(), bind_socket(HOST, 0))]
+        await asyncio.wait_for(serve_sockets(served, life, nothing, 5, lambda _: None, farewell), 10)
+        assert life.phase is Phase.STOPPED
+        assert said in caplog.text
