@@ -131,7 +131,8 @@ class Fetch:
         leases.keep(self._ticket, self._lease_lost)
         following = self._context.tasks.create_task(self._follow(), name=f"kv-follow:{self._ticket.request_id}")
         try:
-            return await self._outcome
+            with self._context.peers.using(self._ticket.control_url, self._ticket.incarnation):
+                return await self._outcome
         except asyncio.CancelledError:
             if self._outcome.done() and not self._outcome.cancelled() and self._outcome.exception() is None:
                 return self._outcome.result()

@@ -121,6 +121,7 @@ class Importer:
 
     async def __aenter__(self) -> Self:
         await self._tasks.__aenter__()
+        self._peers.start()
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -3,19 +3,21 @@
 import asyncio
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import aiohttp
 import msgspec
 import pytest
 
 from kv_transfer.meeting.meeting import PeerLink
+from kv_transfer.meeting.peers import LOOK_INTERVAL_S, OWNER_IDLE_S
 from kv_transfer.meeting.pushers import READER_IDLE_S
 from kv_transfer.transport import Transport
 from kv_transfer.transports import factory
 from kv_transfer.transports.factory import start_transports
 from kv_transfer.transports.inproc import Faults, InprocLink, InprocTransport
 from protocol.errors import ConfigError, LayoutMismatch, PeerLost, TransferError
-from protocol.ids import Incarnation, TicketId
+from protocol.ids import Incarnation, RequestId, TicketId
 from protocol.links import LinksReport
 from protocol.transfer import ProbePush, ProbeResult, TransportKind
 from runtime.clock import ManualClock
@@ -233,3 +235,66 @@ async def test_links_are_shown_as_json_to_who_has_the_key() -> None:
             ("tcp", ("pull",)),
         ]
         assert [known.peer for known in told.readers] == ["decode-0"]
+
+
+def mapped_arenas() -> int:
+    with Path("/proc/self/maps").open() as maps:
+        return sum("headrace-kv" in line for line in maps)
+
+
+async def until_forgotten(reader: ReaderNode, num_arenas: int) -> None:
+    """Its memory is unmapped when the link has closed, in the background. `num_arenas` are this process's own."""
+    peers = reader.importer.peers
+    assert (peers.num_known, peers.links()) == (0, [])
+    async with asyncio.timeout(5):
+        while mapped_arenas() > num_arenas:
+            await asyncio.sleep(0.001)
+
+
+async def test_owners_that_left_or_restarted_are_forgotten_and_others_are_not() -> None:
+    clock = ManualClock()
+    async with running_reader("shm", clock=clock) as reader:
+        peers = reader.importer.peers
+        for _ in range(3):
+            async with running_owner("shm") as owner:
+                await meet(reader, owner)
+                clock.advance(LOOK_INTERVAL_S)
+                await peers.tidy()
+                assert peers.num_known == 1
+            clock.advance(LOOK_INTERVAL_S)
+            await peers.tidy()
+            await until_forgotten(reader, 1)
+        async with running_owner("shm") as owner:
+            await meet(reader, owner)
+            port = int(owner.url.rsplit(":", 1)[1])
+        async with running_owner("shm", port=port):
+            await peers.tidy()
+            assert peers.num_known == 1  # used a moment ago: not even asked
+            clock.advance(LOOK_INTERVAL_S)
+            await peers.tidy()
+            await until_forgotten(reader, 2)
+
+
+async def test_an_owner_that_is_not_used_is_forgotten_but_not_under_a_fetch() -> None:
+    clock = ManualClock()
+    async with running_owner("shm") as owner, running_reader("shm", clock=clock) as reader:
+        peers = reader.importer.peers
+        ticket = owner.open("req-1", 32)
+        fetching = asyncio.create_task(reader.importer.fetch(ticket, [0, 1], 0, 10.0))
+        async with asyncio.timeout(5):
+            while not peers.links():
+                await asyncio.sleep(0.001)
+        (met,) = peers.links()
+        clock.advance(2 * OWNER_IDLE_S)
+        await peers.tidy()
+        assert peers.links() == [met]
+        owner.exports.publish(RequestId("req-1"), 0, [0, 1])
+        owner.finish("req-1")
+        await fetching
+        clock.advance(OWNER_IDLE_S - 1)
+        await peers.tidy()
+        assert peers.links() == [met]
+        clock.advance(1)
+        await peers.tidy()
+        await until_forgotten(reader, 2)
+        assert await meet(reader, owner) is not met

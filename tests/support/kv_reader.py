@@ -19,7 +19,7 @@ from protocol.errors import TransferError
 from protocol.ids import WorkerId, new_incarnation
 from protocol.kv_layout import KVLayout
 from protocol.transfer import Direction, Introduction, TransferTicket, TransportKind
-from runtime.clock import MonotonicClock
+from runtime.clock import Clock, MonotonicClock
 from runtime.node_config import TransferOptions
 from runtime.rpc_client import RpcClient
 from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, NUM_BLOCKS, NUM_SCRATCH_BLOCKS
@@ -60,6 +60,7 @@ async def running_reader(
     worker: WorkerId = READER,
     options: TransferOptions | None = None,
     staging: Staging | None = None,
+    clock: Clock | None = None,
 ) -> AsyncIterator[ReaderNode]:
     """`staging`: where the blocks go, if not into an arena of zeros. Closed in the end with its arena."""
     incarnation = new_incarnation()
@@ -75,7 +76,7 @@ async def running_reader(
                 staging=staging,
                 reader=Reader(worker, incarnation, layout),
                 options=options,
-                clock=MonotonicClock(),
+                clock=clock or MonotonicClock(),
             )
             async with importer:
                 reporter = LinkReporter(worker, transports, MonotonicClock(), peers=importer.peers)

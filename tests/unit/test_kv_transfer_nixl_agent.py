@@ -58,11 +58,11 @@ class FakeLibrary:
         return Handle([])
 
     def add_remote_agent(self, metadata: bytes) -> bytes:
-        self.known.append(metadata.decode())
+        self.known.append(metadata.decode(errors="replace"))
         return metadata
 
-    def remove_remote_agent(self, name: str) -> None:
-        self.known.remove(name)
+    def remove_remote_agent(self, name: str | bytes) -> None:
+        self.known.remove(name if isinstance(name, str) else name.decode(errors="replace"))
 
     def get_new_notifs(self) -> None:
         pass
@@ -203,3 +203,43 @@ async def test_metadata_of_another_name_is_refused_and_leaves_the_right_one_alon
     await begin(agent, peer, range(2)).ended
     assert "nobody" not in library.known
     assert "honest" in library.known
+
+
+async def test_a_name_that_is_no_text_is_refused_and_harms_nothing(agent: NixlAgent, library: FakeLibrary) -> None:
+    async with asyncio.timeout(5):
+        with pytest.raises(TransferError, match="is of"):
+            await agent.add_peer("liar", b"\xff\xfe", BLOCKS)
+        assert library.known == []
+        await begin(agent, await meet(agent), range(2)).ended
+
+
+async def test_an_error_that_nobody_foresaw_costs_the_call(
+    agent: NixlAgent, library: FakeLibrary, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with asyncio.timeout(5):
+        with monkeypatch.context() as patch:
+            patch.setattr(library, "add_remote_agent", lambda _: 1 // 0)
+            with pytest.raises(TransferError, match="log"):
+                await meet(agent)
+        await begin(agent, await meet(agent), range(2)).ended
+
+
+async def test_an_agent_that_fails_refuses_everything_and_keeps_what_may_still_move(
+    agent: NixlAgent, library: FakeLibrary
+) -> None:
+    peer = await meet(agent)
+    library.fate = {0: "PROC"}
+    moving = begin(agent, peer, range(1))
+    await posted(library, 1)
+    library.fate[20] = RuntimeError("never seen before")
+    async with asyncio.timeout(5):
+        failing, waiting = begin(agent, peer, range(20, 22)), begin(agent, peer, range(30, 31))
+        with pytest.raises(PeerLost, match="log"):
+            await waiting.ended
+        with pytest.raises(PeerLost, match="log"):
+            await begin(agent, peer, range(40, 41)).ended
+        with pytest.raises(PeerLost, match="log"):
+            await meet(agent, "another")
+    assert not moving.ended.done()
+    assert not failing.ended.done()
+    assert not any(handle.released for handle in library.handles)

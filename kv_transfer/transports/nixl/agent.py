@@ -41,7 +41,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 _undying: list[Any] = []
-"""Agents that were closed with a transfer unfinished, and the memory that it may still touch. Destroying such an agent
+"""Agents that were closed with a transfer unfinished or in a state that we do not know, and the memory that it may still touch. Destroying such an agent
 would abort the process at the other end; unmapping the memory, this one."""
 
 
@@ -61,6 +61,8 @@ class NixlAgent:
         """Not over yet, in the order of their turns."""
         self._peers: dict[str, NixlPeer] = {}
         self._stopping = False
+        self._broken = False
+        """What went wrong is unknown to us: nothing is asked of the library any more."""
         self._thread = threading.Thread(target=self._run, name="kv-nixl", daemon=True)
         self._thread.start()
 
@@ -92,12 +94,18 @@ class NixlAgent:
         answer: asyncio.Future[T] = loop.create_future()
 
         def command() -> None:
+            if self._broken:
+                _tell(loop, answer, error=_no_agent())
+                return
             try:
                 result = work()
             except TransferError as error:
                 _tell(loop, answer, error=error)
             except self._errors as error:
                 _tell(loop, answer, error=TransferError(f"NIXL: {error}"))
+            except Exception:
+                log.exception("a NIXL call failed")
+                _tell(loop, answer, error=TransferError("a NIXL call failed; see this process's log"))
             else:
                 _tell(loop, answer, result=result)
 
@@ -107,6 +115,24 @@ class NixlAgent:
     # Called on the agent thread.
 
     def _run(self) -> None:
+        try:
+            self._work()
+        except Exception:
+            log.exception("NIXL failed in a way that we do not know: this process moves no more KV by it")
+            self._refuse_all()
+        self._shut_down()
+
+    def _refuse_all(self) -> None:
+        """Until the end, as every call would else wait for ever. Transfers end, but not those with a chunk in flight: its
+        bytes may still move. Their callers run into their deadlines, and the blocks stay in quarantine."""
+        self._broken = True
+        for transfer in [transfer for transfer in self._transfers if not transfer.in_flight]:
+            self._transfers.remove(transfer)
+            _tell(transfer.loop, transfer.ended, error=_no_agent())
+        while not self._stopping:
+            self._obey(None)
+
+    def _work(self) -> None:
         last_event = time.monotonic()
         while not self._stopping:
             obeyed = self._obey(self._pause(last_event))
@@ -116,7 +142,6 @@ class NixlAgent:
             self._end_those_over()
             if self._peers and not self._transfers:
                 self._look_around()
-        self._shut_down()
 
     def _pause(self, last_event: float) -> float | None:
         """How long to wait for a command before posting or polling again; None is for ever."""
@@ -143,6 +168,9 @@ class NixlAgent:
             log.info("NIXL has bad news of a peer, which the next transfer will meet: %s", error)
 
     def _begin(self, transfer: NixlTransfer) -> None:
+        if self._broken:
+            _tell(transfer.loop, transfer.ended, error=_no_agent())
+            return
         transfer.peer.num_transfers += 1
         self._transfers.append(transfer)
 
@@ -163,12 +191,14 @@ class NixlAgent:
             handle = self._agent.make_prepped_xfer(
                 transfer.operation, self._local, local, transfer.peer.descriptors, remote
             )
+            transfer.in_flight.append(handle)  # before the call: after an error that we do not know it may be
             if self._agent.transfer(handle) == "PROC":
-                transfer.in_flight.append(handle)
                 return
         except self._errors as error:
             self._note(transfer, error)
-        self._release(transfer, handle)
+        if handle is not None:
+            transfer.in_flight.remove(handle)
+            self._release(transfer, handle)
 
     def _poll(self) -> bool:
         """Look at every chunk in flight; True if one ended."""
@@ -205,8 +235,6 @@ class NixlAgent:
             self._forget_if_unused(transfer.peer)
 
     def _release(self, transfer: NixlTransfer, handle: Any) -> None:
-        if handle is None:
-            return
         try:
             handle.release()
         except self._errors as error:
@@ -220,10 +248,11 @@ class NixlAgent:
             self._forget(known)  # a lost agent must be removed before it is added again, or its name is spoilt
             known = None
         if known is None:
-            name = self._agent.add_remote_agent(peer.metadata).decode()
+            found: bytes = self._agent.add_remote_agent(peer.metadata)
+            name = found.decode(errors="replace")
             if name != peer.name:
                 if name not in self._peers:
-                    self._agent.remove_remote_agent(name)
+                    self._agent.remove_remote_agent(found)
                 raise TransferError(f"the NIXL metadata of {peer.name} is of {name}")
             peer.descriptors = self._agent.prep_xfer_dlist(name, peer.blocks.rows(), peer.blocks.memory)
             known = self._peers[name] = peer
@@ -257,7 +286,7 @@ class NixlAgent:
 
     def _shut_down(self) -> None:
         unfinished = [transfer for transfer in self._transfers if transfer.in_flight]
-        if unfinished:
+        if unfinished or self._broken:
             log.warning("NIXL stops with %d transfers unfinished", len(unfinished))
             _undying.append((self._agent, unfinished, self._keep_alive))
             return
@@ -265,6 +294,10 @@ class NixlAgent:
             self._forget(peer)
         self._local.release()
         self._local = self._agent = None  # the last references: the agent ends here, on its own thread
+
+
+def _no_agent() -> PeerLost:
+    return PeerLost("this node's NIXL agent has failed; see this process's log")
 
 
 def _tell(

@@ -78,6 +78,7 @@ def receive_all(connection: socket.socket, targets: Sequence[memoryview], deadli
     """Fill them all, in order. Raises as receive_frame does."""
     pieces = _Pieces(targets)
     while batch := pieces.next_batch():
+        _check(deadline, "the peer sends too slowly")
         try:
             _limit(connection, socket.SO_RCVTIMEO, deadline)
             received = connection.recvmsg_into(batch, 0, socket.MSG_WAITALL)[0]
@@ -94,6 +95,7 @@ def send_all(connection: socket.socket, sources: Sequence[bytes | memoryview], d
     """Send them all, in order. Raises PeerLost, TransferTimeout."""
     pieces = _Pieces([memoryview(source) for source in sources])
     while batch := pieces.next_batch():
+        _check(deadline, "the peer takes too slowly what it asked for")
         try:
             _limit(connection, socket.SO_SNDTIMEO, deadline)
             pieces.advance(connection.sendmsg(batch))
@@ -131,6 +133,12 @@ class _Pieces:
                 return
             num_bytes -= len(view)
             self._first += 1
+
+
+def _check(deadline: Deadline, problem: str) -> None:
+    """A limit on each system call is none on all of them: a peer may let a byte through at a time."""
+    if deadline.passed:
+        raise TransferTimeout(problem)
 
 
 def _limit(connection: socket.socket, option: int, deadline: Deadline) -> None:
