@@ -73,7 +73,7 @@ def transformers_tokens_per_s(folder: Path) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--transport", default="nixl", choices=("nixl", "shm", "tcp"))
+    parser.add_argument("--transport", default="nixl", choices=("auto", "nixl", "ucx", "shm", "tcp"))
     parser.add_argument("--output", type=Path, help="also write the report to this file")
     options = parser.parse_args()
     report = build_report(options.transport)

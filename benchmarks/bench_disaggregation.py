@@ -209,7 +209,7 @@ def verdicts(outcomes: Sequence[Outcome]) -> list[str]:
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--transport", default="nixl", choices=("auto", "nixl", "shm", "tcp"))
+    parser.add_argument("--transport", default="nixl", choices=("auto", "nixl", "ucx", "shm", "tcp"))
     parser.add_argument("--budgets", type=int, nargs="+", default=list(BUDGETS), help="colocated's tokens per step")
     parser.add_argument("--intervals", type=float, nargs="+", help="seconds between long prompts")
     parser.add_argument("--bursts", type=int, default=5, help="long prompts of a run")

@@ -155,6 +155,8 @@ async def serve(control: socket.socket) -> None:
             except Exception as error:  # noqa: BLE001  # the benchmark says what went wrong, and goes on with the others
                 reply = Failed(InternalError(f"{type(error).__name__}: {error}").to_info())
             await loop.sock_sendall(control, encode(reply))
+    except ConnectionError:
+        return  # whoever drives us was interrupted in the middle
     finally:
         await station.close()
 
