@@ -77,15 +77,11 @@ class EngineCore:
     def cancel(self, request_ids: Iterable[RequestId]) -> None:
         for request_id in request_ids:
             sequence = self._sequences.get(request_id)
-            if sequence is None:
-                continue
-            if sequence.state is State.HELD:
-                self._outcomes.leave(sequence)
-            else:
+            if sequence is not None:
                 self._outcomes.fail(sequence, Cancelled("the request was cancelled"))
 
     def release(self, request_id: RequestId) -> None:
-        """Nobody needs the blocks of a PREFILL_ONLY request any more. One that still runs goes on, but is not held."""
+        """Nobody reads the blocks of a PREFILL_ONLY request any more. One that still runs goes on, but is not held."""
         sequence = self._sequences.get(request_id)
         if sequence is None:
             return
@@ -139,7 +135,7 @@ class EngineCore:
             return
         if self._landed(sequence, num_valid_tokens):
             self._outcomes.fail(sequence, error)
-            self._outcomes.leave(sequence)
+            self._outcomes.let_go(sequence)
 
     def pin(self, pin_id: PinId, block_hashes: tuple[BlockHash, ...]) -> None:
         """Hold what the prefix cache has of this chain. Answered by Pinned."""
@@ -238,13 +234,13 @@ class EngineCore:
 
     def _landed(self, sequence: Sequence, num_valid_tokens: int) -> bool:
         """An import has ended with so many valid tokens, which are kept. False if its request had ended before: it is
-        gone now."""
+        let go now."""
         arrived = min(num_valid_tokens, sequence.import_end)
         sequence.import_end = 0
         sequence.num_computed = max(sequence.num_computed, arrived)
         self._tables.index(sequence)
         if sequence.state is State.ORPHANED:
-            self._outcomes.leave(sequence)
+            self._outcomes.let_go(sequence)
             return False
         return True
 
@@ -264,7 +260,7 @@ class EngineCore:
         chunks = step.schedule.plan.chunks
         num_before = self._outcomes.num_computed_tokens
         for sequence, chunk, sampled in zip(step.schedule.sequences, chunks, step.result.sampled, strict=True):
-            if sequence.state is State.LEAVING:
+            if sequence.state is not State.RUNNING:  # it has ended meanwhile
                 self._outcomes.landed(sequence)
             elif isinstance(sampled, HeadraceError):
                 self._outcomes.fail(sequence, sampled)

@@ -103,12 +103,13 @@ class Engine:
 
     def cancel(self, request_ids: Iterable[RequestId]) -> None:
         """Stop these requests: Failed(Cancelled), unless they have ended. Frees their blocks, except those of an import,
-        which wait for `activate` or `abandon_import`. Unknown ids are no error."""
+        which wait for `activate` or `abandon_import`, and of a prefill that has announced some, which waits for `release`.
+        Unknown ids are no error."""
         ids = tuple(request_ids)
         self._post(lambda: self._core.cancel(ids))
 
     def release(self, request_id: RequestId) -> None:
-        """The blocks of a PREFILL_ONLY request are needed no more. Unknown ids are no error."""
+        """Nobody reads the blocks of a PREFILL_ONLY request any more. Unknown ids are no error."""
         self._post(lambda: self._core.release(request_id))
 
     def activate(

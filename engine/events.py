@@ -19,7 +19,8 @@ from protocol.tokens import FinishReason, SampledToken
 @dataclass(frozen=True, slots=True)
 class BlocksComputed:
     """Of a PREFILL_ONLY request: blocks `first_block`, ... of the context are final. Full ones as they fill (those from
-    the prefix cache first), the last, possibly partial one before PrefillFinished."""
+    the prefix cache first), the last, possibly partial one before PrefillFinished. From the first on, all its blocks stay
+    until `Engine.release`, also if it fails: a reader may be at them."""
 
     request_id: RequestId
     first_block: int
@@ -28,9 +29,8 @@ class BlocksComputed:
 
 @dataclass(frozen=True, slots=True)
 class PrefillFinished:
-    """Of a PREFILL_ONLY request: the context is computed and the first token sampled. Blocks stay until
-    `Engine.release`. `computed_at` is the engine clock at the end of the last chunk. `finish_reason` is set if the
-    first token was also the last."""
+    """Of a PREFILL_ONLY request: the context is computed and the first token sampled. `computed_at` is the engine clock at
+    the end of the last chunk. `finish_reason` is set if the first token was also the last."""
 
     request_id: RequestId
     first_token: SampledToken

@@ -10,7 +10,7 @@ class EngineLoad:
     """The first fields describe now, those from `steps` on count since the start.
 
     `running` and `waiting` count sequences; `num_importing` those whose blocks belong to a transfer (cancelled ones
-    included, until they are given back); `num_held` finished prefills whose blocks are not yet released; `num_pins` prefixes
+    included, until they are given back); `num_held` ended prefills whose blocks are not yet released; `num_pins` prefixes
     that are held for others to read.
     `waiting_tokens`: context tokens not yet computed of everything admitted; of imports, while they wait for room.
     `computed_prompt_tokens` are tokens that prefill chunks ran, recomputation included; `cached_prompt_tokens` those

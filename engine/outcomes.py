@@ -1,7 +1,8 @@
 """Outcomes: what a sequence's progress means to whoever asked for it. Turns it into events, and ends sequences.
 
 The only place where a sequence leaves the engine, and so the only one that frees its blocks: at once, or when the last step
-that has it has ended. Until then the device still writes into them, and another request's transfer must not.
+that has it has ended. Until then the device still writes into them, and another request's transfer must not. Blocks that
+were announced to a reader stay longer, however the request ended: until `EngineCore.release` says that nobody reads them.
 """
 
 from engine.block_tables import BlockTables
@@ -119,15 +120,23 @@ class Outcomes:
         self._emit(sequence, index, tokens, end, now)
 
     def fail(self, sequence: Sequence, error: HeadraceError) -> None:
-        """It ends with an error. The blocks of an import under way stay with the transfer until that has ended too."""
+        """It ends with an error. The blocks of an import under way stay with the transfer until that has ended too, those
+        of which a reader knows until they are released."""
         match sequence.state:
             case State.ORPHANED | State.HELD | State.LEAVING | State.GONE:
                 return
             case State.IMPORTING:
                 self._scheduler.orphan(sequence)
             case State.WAITING | State.RUNNING:
-                self.leave(sequence)
+                self.let_go(sequence)
         self.events.append(Failed(sequence.request_id, error))
+
+    def let_go(self, sequence: Sequence) -> None:
+        """Nothing more is done for it. It leaves, unless a reader may be at its blocks."""
+        if sequence.exported:
+            self._scheduler.hold(sequence)
+        else:
+            self.leave(sequence)
 
     def leave(self, sequence: Sequence) -> None:
         """It is gone, from wherever it was, or will be when the last step in flight that has it has ended."""
@@ -192,10 +201,7 @@ class Outcomes:
                 stop_token_id=None if end is None else end.stop_token_id,
             )
         )
-        if sequence.released_early:
-            self.leave(sequence)
-        else:
-            self._scheduler.hold(sequence)
+        self.let_go(sequence)
 
     def _announce(self, sequence: Sequence, num_final_blocks: int) -> None:
         """Tell the reader of a PREFILL_ONLY request which more blocks it may read."""

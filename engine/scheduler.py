@@ -104,8 +104,8 @@ class Scheduler:
         self.orphans[sequence.request_id] = sequence
 
     def hold(self, sequence: Sequence) -> None:
-        """Its prefill is complete; the blocks stay."""
-        del self.running[sequence.request_id]
+        """It has ended, well or not; the blocks stay."""
+        self.remove(sequence)
         sequence.state = State.HELD
         self.held[sequence.request_id] = sequence
 

@@ -1,9 +1,9 @@
 """Sequence: one request's life inside the engine. Touched by the engine's thread only.
 
     WAITING ──▶ RUNNING ──▶ gone            GENERATE; a preempted one goes back to WAITING and starts over
-    WAITING ──▶ RUNNING ──▶ HELD ──▶ gone   PREFILL_ONLY
+    WAITING ──▶ RUNNING ──▶ HELD ──▶ gone   PREFILL_ONLY; also one that failed, once blocks of it were announced
     WAITING ──▶ IMPORTING ──▶ RUNNING       IMPORT; once running it is like GENERATE
-                    └──▶ ORPHANED ──▶ gone  it has failed, but its blocks still belong to the transfer
+                    └──▶ ORPHANED ──▶ gone  it has failed, but its blocks still belong to the transfer; maybe HELD then
     WAITING ──▶ IMPORTING ──▶ RUNNING       also one whose first tokens somebody may bring (`import_tokens`)
               RUNNING ──▶ LEAVING ──▶ gone  it has ended, but a step in flight still writes into its blocks
 
@@ -72,7 +72,7 @@ class Sequence:
         self.num_announced_blocks = 0
         """Of PREFILL_ONLY: leading blocks reported as final."""
         self.released_early = False
-        """Of PREFILL_ONLY: nobody wants the blocks any more, though it still runs."""
+        """Of PREFILL_ONLY: nobody wants the blocks any more, though it still runs, or an import of it does."""
 
     @property
     def request_id(self) -> RequestId:
@@ -107,6 +107,11 @@ class Sequence:
     def num_uncomputed_context(self) -> int:
         """Tokens of its context that are to be computed here."""
         return max(0, self.context_end - max(self.num_computed, self.import_end))
+
+    @property
+    def exported(self) -> bool:
+        """A reader knows of its blocks, and has not been reported to be done with them."""
+        return self.num_announced_blocks > 0 and not self.released_early
 
     @property
     def preemptable(self) -> bool:

@@ -85,6 +85,7 @@ class ExportTable:
         self._on_released = on_released
         self._push_links = push_links
         self._by_request: dict[RequestId, Export] = {}
+        self._unreleased: set[RequestId] = set()
         self._by_ticket: dict[TicketId, Export] = {}
         self._unsettled: dict[TicketId, Export] = {}
         self._endings: dict[Ending, int] = {"released": 0, "expired": 0, "failed": 0}
@@ -145,12 +146,17 @@ class ExportTable:
 
     def open(self, request_id: RequestId, num_tokens: int, context_hash: ContextHash) -> TransferTicket:
         """A ticket for a request of `num_tokens` tokens, bound to exactly these by their hash. Raises InvalidParameter
-        for a request that has one."""
-        if request_id in self._by_request:
+        for a request that has one, or had one whose blocks are not the owner's again."""
+        if request_id in self._unreleased:
             raise InvalidParameter(f"request {request_id} is exported already", param="request_id")
         ticket = self._issuer.issue(request_id, num_tokens, context_hash, self._options.lease_ttl_s)
-        self._by_request[request_id] = self._enter(ticket, partial(self._on_released, request_id))
+        self._unreleased.add(request_id)
+        self._by_request[request_id] = self._enter(ticket, partial(self._released, request_id))
         return ticket
+
+    def _released(self, request_id: RequestId) -> None:
+        self._unreleased.discard(request_id)
+        self._on_released(request_id)
 
     def lend(
         self,

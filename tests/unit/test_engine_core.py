@@ -315,8 +315,8 @@ def test_a_release_during_the_prefill_means_no_hold() -> None:
 
 
 @pytest.mark.parametrize("mode", [Mode.GENERATE, Mode.PREFILL_ONLY])
-def test_cancel_frees_at_once_whatever_the_request_is_doing(mode: Mode) -> None:
-    bench = Bench(max_num_batched_tokens=5, async_scheduling="off")
+def test_cancel_frees_at_once_what_nobody_reads(mode: Mode) -> None:
+    bench = Bench(max_num_batched_tokens=BLOCK_SIZE - 1, async_scheduling="off")
     bench.submit(request("running", PROMPT, mode))
     bench.step()
     bench.submit(request("waiting", range(200, 210), mode))
@@ -327,11 +327,13 @@ def test_cancel_frees_at_once_whatever_the_request_is_doing(mode: Mode) -> None:
     assert bench.runner.forgotten == ["running", "waiting"]
 
 
-def test_cancelling_a_held_prefill_is_silent() -> None:
+def test_cancelling_a_held_prefill_is_silent_and_leaves_its_blocks_to_its_reader() -> None:
     bench = Bench()
     bench.generate(request("r", PROMPT, Mode.PREFILL_ONLY))
     bench.cancel("r")
     assert bench.heard["r"].error is None
+    assert bench.busy_blocks == len(bench.heard["r"].block_ids)
+    bench.release("r")
     assert bench.busy_blocks == 0
 
 

@@ -109,9 +109,7 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.count)
     @rule(data=st.data())
     def cancel(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.bench.heard)))
-        self.given_back.add(name)
-        self.bench.cancel(name)
+        self.bench.cancel(data.draw(st.sampled_from(sorted(self.bench.heard))))
 
     @precondition(lambda self: self.count)
     @rule(data=st.data())
@@ -179,8 +177,9 @@ class EngineMachine(RuleBasedStateMachine):
 
     @invariant()
     def what_is_exported_stays_as_it_is(self) -> None:
-        for name, heard in self.bench.heard.items() if hasattr(self, "bench") else ():
-            if heard.error is None and name not in self.given_back:
+        """Until it is released, however its request ends."""
+        for name in self.bench.heard if hasattr(self, "bench") else ():
+            if name not in self.given_back:
                 self.bench.check_exported(name)
 
     @invariant()
@@ -212,7 +211,7 @@ class EngineMachine(RuleBasedStateMachine):
             for pin_id in self.pins:
                 self.bench.unpin(pin_id)
             for name, heard in self.bench.heard.items():
-                if heard.prefill is not None:
+                if heard.over and heard.block_ids:
                     self.bench.release(name)
             if all(heard.over for heard in self.bench.heard.values()):
                 break
