@@ -112,10 +112,7 @@ async def test_an_owner_survives_readers_that_die_reading(case: Case) -> None:
 
 @pytest.mark.failure("F11 reader gives up its agent while a stopped owner owes it bytes")
 async def test_an_owner_survives_a_reader_that_left_while_it_stood_still(case: Case) -> None:
-    """Over TCP the library of the one who is read aborts when it goes on for a connection that has gone: an owner that
-    pushes is safe from that."""
-    if (case.transports, case.direction) == ("tcp", "pull"):
-        case.leave_out("UCX 1.23 aborts an owner that is read over TCP; it is safe when it pushes")
+    case.leave_out_reads_over_tcp()
     async with case.node(OWNER) as owner, case.node(READER) as other:
         await case.check_usable(other, owner)
         before = await owner.resources()
