@@ -70,6 +70,12 @@ class Case:
         self.row.survivor = "no"
         pytest.skip(why)
 
+    def leave_out_reads_over_tcp(self) -> None:
+        """For readers that end while an owner still owes them bytes. Over TCP the owner's library has to send those, and
+        UCX 1.23 aborts the process when it goes on for a connection that has gone."""
+        if (self.transports, self.direction) == ("tcp", "pull"):
+            self.leave_out("UCX 1.23 aborts an owner that is read over TCP; it is safe when it pushes")
+
     async def check_alive(self, *survivors: NodeProcess) -> None:
         for node in survivors:
             assert node.exit_code is None, f"the {node.spec.role} died of it: exit code {node.exit_code}"

@@ -11,12 +11,15 @@ import functools
 import os
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 CLONE_NEWNS, CLONE_NEWNET = 0x00020000, 0x40000000
 MS_REC, MS_SLAVE, MNT_DETACH = 0x4000, 0x80000, 2
+
+UP_TIMEOUT_S = 10.0
 
 IP = shutil.which("ip") or "ip"
 
@@ -38,6 +41,14 @@ class PrivateNetwork:
 
     def mend(self) -> None:
         _ip("-n", self.ends[0].namespace, "link", "set", self.ends[0].device, "up")
+        self.wait_until_up()
+
+    def wait_until_up(self) -> None:
+        """Both ends take a moment to notice; until then there is no such device to whoever starts."""
+        deadline = time.monotonic() + UP_TIMEOUT_S
+        while not all("state UP" in _ip("-n", end.namespace, "link", "show", end.device) for end in self.ends):
+            assert time.monotonic() < deadline, "the private network does not come up"
+            time.sleep(0.01)
 
 
 @contextlib.contextmanager
@@ -52,7 +63,9 @@ def private_network() -> Iterator[PrivateNetwork]:
         for end in ends:
             _ip("-n", end.namespace, "address", "add", f"{end.address}/30", "dev", end.device)
             _ip("-n", end.namespace, "link", "set", end.device, "up")
-        yield PrivateNetwork(ends)
+        network = PrivateNetwork(ends)
+        network.wait_until_up()
+        yield network
     finally:
         for end in ends:
             subprocess.run([IP, "netns", "delete", end.namespace], capture_output=True, check=False)
@@ -92,5 +105,5 @@ def _check(result: int) -> None:
         raise OSError(ctypes.get_errno(), f"cannot enter a network namespace: {os.strerror(ctypes.get_errno())}")
 
 
-def _ip(*arguments: str) -> None:
-    subprocess.run([IP, *arguments], capture_output=True, check=True, text=True)
+def _ip(*arguments: str) -> str:
+    return subprocess.run([IP, *arguments], capture_output=True, check=True, text=True).stdout
