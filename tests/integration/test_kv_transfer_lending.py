@@ -409,3 +409,4 @@ async def test_a_loan_that_is_refused_is_given_back(
     monkeypatch.setattr(owner.exports, "lend", lend_to_another)
     assert await borrower.borrow(owner.source(4)) == [("resume", 0)]
     await given_back(owner)
+    assert owner.exports.stats().num_released == 1, "it did not have to expire"
