@@ -220,7 +220,11 @@ async def test_a_broken_link_is_mended(kind: TransportKind) -> None:
 
 
 async def test_a_push_ends_with_its_stream_and_its_blocks_come_back_when_the_last_write_has_ended() -> None:
-    async with pair("inproc", stall_timeout_s=5.0) as (owner, reader):
+    patient = TransferOptions(transport="inproc", stall_timeout_s=20.0)
+    async with (
+        running_owner("inproc", options=patient) as owner,
+        running_reader("inproc", direction="push") as reader,
+    ):
         assert isinstance(owner.transport, InprocTransport)
         await reader.importer.fetch(owner.hand_off("met", 32, [0, 1]), [4, 5], 0, 10.0)
         await until_released(owner, "met")
