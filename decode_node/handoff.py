@@ -65,9 +65,15 @@ class Handoffs:
         engine, whatever it is; success at the very moment when the last block is proven, before any task gets to run."""
         request_id = event.request_id
         arrived = partial(self._arrived, request_id)
-        fetch = gather(self._context, ticket, holders, event.block_ids, event.num_cached_blocks, deadline_s, arrived)
-        fetching = asyncio.create_task(fetch, name=f"fetch:{request_id}")
-        task = asyncio.create_task(self._run(event, ticket, fetching), name=f"handoff:{request_id}")
+        begun = asyncio.Event()
+
+        async def fetch() -> FetchResult:
+            begun.set()
+            blocks, num_cached = event.block_ids, event.num_cached_blocks
+            return await gather(self._context, ticket, holders, blocks, num_cached, deadline_s, arrived)
+
+        fetching = asyncio.create_task(fetch(), name=f"fetch:{request_id}")
+        task = asyncio.create_task(self._run(event, ticket, fetching, begun), name=f"handoff:{request_id}")
         self._running[request_id] = _Running(task, fetching)
         task.add_done_callback(lambda _: self._running.pop(request_id, None))
 
@@ -93,13 +99,18 @@ class Handoffs:
             if running is not None:
                 running.fetching.cancel()
 
-    async def _run(self, event: Reserved, ticket: TransferTicket, fetching: asyncio.Task[FetchResult]) -> None:
+    async def _run(
+        self, event: Reserved, ticket: TransferTicket, fetching: asyncio.Task[FetchResult], begun: asyncio.Event
+    ) -> None:
+        """A fetch that has `begun` ends its lease itself, whatever becomes of it."""
         request_id = event.request_id
         try:
             await fetching
         except FetchFailed as failed:
             await self._give_back(event, failed.num_valid_blocks, failed.settled, failed)
         except asyncio.CancelledError:
+            if not begun.is_set():
+                self._importer.give_up(ticket)
             settled = self._importer.settled(TicketId(ticket.ticket_id))
             await self._give_back(event, event.num_cached_blocks, settled, Cancelled("the request was cancelled"))
         except Exception:

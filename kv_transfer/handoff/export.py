@@ -96,6 +96,11 @@ class Export:
         """A push of it has not ended."""
         return self.push is not None and self.push.writing
 
+    @property
+    def pushed(self) -> bool:
+        """Everything has landed at a reader, and nothing is to come."""
+        return self._completion is not None and self.push is not None and self.push.num_landed >= len(self._block_ids)
+
     def submit(self, first_block: int, block_ids: Sequence[int]) -> None:
         """Blocks first_block, ... are final."""
         assert first_block == len(self._block_ids), (

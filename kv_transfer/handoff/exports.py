@@ -7,7 +7,8 @@ loop only, except `may_read` and `stage_at_once`.
 Decisions that the protocol leaves open:
 
 - A reader whose stream breaks is not reported. The prefill goes on, because its first token is the router's; the reader
-  may attach again and hears everything anew; if it does not, the lease runs out and frees the blocks.
+  may attach again and hears everything anew; if it does not, the lease runs out and frees the blocks. A push cannot be
+  had again, so with it the export ends at once.
 - A second reader of one ticket is refused with LeaseExpired while the first is attached: a ticket is for one reader.
 - A stream with nothing to say says so: an empty BlocksReady at least every stall_timeout_s / 3, so that a reader can
   tell a long prefill from a dead node.
@@ -340,16 +341,21 @@ class ExportTable:
             self._staging.unstage(export.restart(first_block))
 
     def _detach(self, export: Export, *, told_all: bool) -> None:
-        """Of a reader whose stream broke nothing is left to read what was staged for it."""
+        """Of a reader whose stream broke nothing is left to read what was staged for it, or to be pushed to again."""
         export.attached = False
         if export.push is not None:
             export.push.stop()
-        if told_all or self._staging.eager or export.ended:
+        if told_all or export.ended:
+            return
+        if export.push is not None:
+            if not export.pushed:  # else it may have heard so and gone: then its word, or its lease, is the end
+                self._end(export, "failed", PeerLost("the reader's stream broke while its blocks were pushed"))
+            return
+        if self._staging.eager:
             return
         if export.staging is not None:
             export.staging.cancel()
-        if not export.writing:
-            self._take_back(export, export.num_staged)
+        self._take_back(export, export.num_staged)
 
     # The end.
 

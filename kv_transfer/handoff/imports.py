@@ -96,7 +96,7 @@ class Importer:
         self._block_bytes = staging.arena.block_bytes
         self._reader = reader
         self._tasks = asyncio.TaskGroup()
-        self._peers = Peers(client, transports, reader, options, clock, self._tasks)
+        self._peers = Peers(client, transports, reader, options, clock, self._tasks, prefers_pull=not staging.eager)
         self._leases = Leases(client, options.stall_timeout_s, self._tasks)
         self._presences = Presences(client, _hello(reader), options.stall_timeout_s, self._tasks)
         self._quarantine = Quarantine(self._tasks)
@@ -117,6 +117,7 @@ class Importer:
         )
         self._unsettled: dict[TicketId, asyncio.Event] = {}
         self._settling: set[asyncio.Task[None]] = set()
+        """What may wait for ever: for a read that was given up, or for the word of an owner that pushes."""
         self._totals = ImportStats()
 
     async def __aenter__(self) -> Self:
@@ -190,7 +191,7 @@ class Importer:
         except HeadraceError as error:
             return error
         if given_up.is_set() and answer.ticket is not None:
-            await self._release(answer.ticket, succeeded=False)
+            self.give_up(answer.ticket)
         return answer
 
     def keep(self, ticket: TransferTicket) -> None:
@@ -198,8 +199,13 @@ class Importer:
         self._leases.keep(ticket, _lost_before_its_fetch)
 
     def drop(self, ticket: TransferTicket) -> None:
-        """The opposite of `keep`, for a ticket that is not fetched after all."""
+        """The opposite of `keep`, for a ticket that is not fetched after all, or by somebody else."""
         self._leases.drop(ticket)
+
+    def give_up(self, ticket: TransferTicket) -> None:
+        """Nobody will fetch this: its owner may have the blocks back now. For a ticket that no fetch has begun with."""
+        self._leases.drop(ticket)
+        self._tasks.create_task(self._release(ticket, succeeded=False), name=f"kv-release:{ticket.request_id}")
 
     def settled(self, ticket_id: TicketId) -> asyncio.Event:
         """Set when no more bytes can land in the local blocks of this ticket's fetch. For a fetch that has ended."""
@@ -265,6 +271,7 @@ class Importer:
 
     def _tidy_up(self, ticket: TransferTicket, fetch: Fetch) -> asyncio.Event:
         """After a fetch that did not succeed: release the lease in the background, say when the local blocks are safe."""
+        self._leases.drop(ticket)  # the fetch does so too, unless it never ran
         releasing = self._tasks.create_task(
             self._release_push(ticket, fetch) if fetch.pushed else self._release(ticket, succeeded=False),
             name=f"kv-release:{ticket.request_id}",
@@ -275,8 +282,9 @@ class Importer:
         ticket_id = TicketId(ticket.ticket_id)
         settled = self._unsettled[ticket_id] = asyncio.Event()
         settling = self._tasks.create_task(self._settle(ticket_id, fetch, releasing), name="kv-settle")
-        self._settling.add(settling)
-        settling.add_done_callback(self._settling.discard)
+        for task in (settling, releasing) if fetch.pushed else (settling,):
+            self._settling.add(task)
+            task.add_done_callback(self._settling.discard)
         return settled
 
     async def _settle(self, ticket_id: TicketId, fetch: Fetch, releasing: asyncio.Task[None]) -> None:

@@ -70,10 +70,13 @@ class Borrowing:
 
     async def run(self, sources: tuple[KVSource, ...], deadline_s: float) -> None:
         """Ends within `deadline_s` and raises nothing that a peer can cause. Cancel it at any time."""
+        num_cancels = _num_cancels()
         try:
             async with asyncio.timeout(deadline_s):
                 for source in sources:
                     await self._ask(source, deadline_s)
+                    if _num_cancels() > num_cancels:  # at the moment when everything was here, which a fetch prefers
+                        raise asyncio.CancelledError
                     if not self.settled.is_set():
                         return
         except TimeoutError:
@@ -112,7 +115,11 @@ class Borrowing:
     async def _fetch(self, ticket: TransferTicket, source: KVSource, max_blocks: int, deadline_s: float) -> None:
         """What was lent, into our next blocks. Raises HeadraceError."""
         first = self.num_valid_blocks
-        num_blocks = self._check(ticket, source, max_blocks)
+        try:
+            num_blocks = self._check(ticket, source, max_blocks)
+        except TransferError:
+            self._context.importer.give_up(ticket)
+            raise
         try:
             block_ids = self._prefix.block_ids[first : first + num_blocks]
             await self._context.importer.fetch_prefix(ticket, block_ids, 0, deadline_s)
@@ -136,3 +143,10 @@ class Borrowing:
         if ticket.context_hash != self._prefix.block_hashes[self.num_valid_blocks + num_blocks - 1]:
             raise TransferError(f"{source.worker} lent the KV of another context")
         return num_blocks
+
+
+def _num_cancels() -> int:
+    """Of the running task: those by the timeouts that it is in as well."""
+    task = asyncio.current_task()
+    assert task is not None
+    return task.cancelling()

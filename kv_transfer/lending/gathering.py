@@ -41,10 +41,12 @@ async def gather(
             await borrowing.run(holders.sources, min(deadline_s, patience_s))
         except asyncio.CancelledError:
             if borrowing.settled.is_set():
+                context.importer.give_up(ticket)
                 raise
         finally:
             context.importer.drop(ticket)
         if not borrowing.settled.is_set():
+            context.importer.give_up(ticket)
             error = TransferTimeout("borrowed blocks are still being written by a node that stands still")
             raise FetchFailed(error, borrowing.num_valid_blocks, borrowing.settled)
         num_valid_blocks = borrowing.num_valid_blocks

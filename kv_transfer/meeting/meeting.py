@@ -64,7 +64,8 @@ class PeerLink:
 
 class Meeting:
     """`ours` is what the owner has heard of us, `owner` what it said of itself and has been checked
-    (check_introduction). Used once."""
+    (check_introduction). `prefers_pull`: the reader's wire blocks are scarce, and a push takes some for the whole context at
+    once, which a read does not: nobody is asked to push here unless the direction is set. Used once."""
 
     def __init__(
         self,
@@ -74,6 +75,8 @@ class Meeting:
         ours: Introduction,
         owner: Introduction,
         control_url: str,
+        *,
+        prefers_pull: bool = False,
     ) -> None:
         self._transports = transports
         self._client = client
@@ -81,6 +84,7 @@ class Meeting:
         self._ours = ours
         self._owner = owner
         self._control_url = control_url
+        self._prefers_pull = prefers_pull
         self._timeout_s = min(MAX_PROBE_TIMEOUT_S, options.stall_timeout_s / PROBES_PER_STALL)
         self._links: dict[TransportKind, Link] = {}
         self._trials: list[Trial] = []
@@ -132,7 +136,7 @@ class Meeting:
 
     async def _try(self, transport: Transport) -> None:
         kind, can = transport.kind, transport.capabilities
-        wanted = [each for each in can.directions if self._options.direction in ("auto", each)]
+        wanted = self._wanted(can.directions)
         try:
             endpoint = find_endpoint(self._owner, kind)
             if "pull" in wanted:
@@ -145,6 +149,13 @@ class Meeting:
             return
         for direction in wanted:
             self._trials.append(await self._measure(transport, direction))
+
+    def _wanted(self, possible: tuple[Direction, ...]) -> list[Direction]:
+        if self._options.direction != "auto":
+            return [each for each in possible if each == self._options.direction]
+        if self._prefers_pull and "pull" in possible:
+            return ["pull"]
+        return list(possible)
 
     async def _measure(self, transport: Transport, direction: Direction) -> Trial:
         kind, device = transport.kind, transport.capabilities.device_memory

@@ -57,7 +57,8 @@ class _KnownOwner:
 
 
 class Peers:
-    """`tasks` is the group that meetings and farewells run in; it must outlive this. Event loop only."""
+    """`tasks` is the group that meetings and farewells run in; it must outlive this. `prefers_pull`: see Meeting. Event loop
+    only."""
 
     def __init__(
         self,
@@ -67,7 +68,10 @@ class Peers:
         options: TransferOptions,
         clock: Clock,
         tasks: asyncio.TaskGroup,
+        *,
+        prefers_pull: bool = False,
     ) -> None:
+        self._prefers_pull = prefers_pull
         self._client = client
         self._transports = transports
         self._reader = reader
@@ -175,7 +179,15 @@ class Peers:
             ours = self._transports.introduce(reader.worker_id, reader.incarnation, reader.layout)
             owner = await self._introduce(ours, control_url, incarnation, worker)
             check_introduction(owner, incarnation=Incarnation(incarnation), layout=reader.layout)
-            meeting = Meeting(self._transports, self._client, self._options, ours, owner, control_url)
+            meeting = Meeting(
+                self._transports,
+                self._client,
+                self._options,
+                ours,
+                owner,
+                control_url,
+                prefers_pull=self._prefers_pull,
+            )
             peer = await meeting.hold(self._clock.now())
         except HeadraceError as error:
             log.warning("cannot read KV from %s: %s", worker, error.message)

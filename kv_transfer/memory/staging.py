@@ -25,9 +25,14 @@ from kv_transfer.memory.device_arena import Arena
 
 VERIFIER_THREADS = 2
 
-AT_ONCE_BYTES = 8 << 20
-"""So much is checked where it stands: a millisecond of reading costs less than the way to another thread and back when
+STAGED_AT_ONCE_BYTES = 8 << 20
+"""So much an owner checks where it stands: a millisecond of reading costs less than the way to another thread and back when
 every core computes."""
+
+LANDED_AT_ONCE_BYTES = 2 << 20
+"""So much a reader checks on the event loop, where nothing else happens meanwhile: a quarter of a millisecond from memory.
+It covers the last chunk of a prompt, which a request waits for, and for which the way to another thread and back costs as
+much again as the reading."""
 
 SumBlocks = Callable[[Sequence[int]], tuple[int, ...]]
 """Checksums of blocks, in order; blocking, from any thread."""
@@ -146,15 +151,16 @@ class HostStaging(InPlaceStaging):
 
     def __init__(self, arena: HostArena) -> None:
         super().__init__(arena, partial(checksums, arena))
-        self._max_at_once = AT_ONCE_BYTES // arena.block_bytes
+        self._max_staged_at_once = STAGED_AT_ONCE_BYTES // arena.block_bytes
+        self._max_landed_at_once = LANDED_AT_ONCE_BYTES // arena.block_bytes
 
     def stage_at_once(self, block_ids: Sequence[int]) -> StagedBlocks | None:
-        if len(block_ids) > self._max_at_once:
+        if len(block_ids) > self._max_staged_at_once:
             return None
         return StagedBlocks(tuple(block_ids), self._sums(block_ids))
 
     async def land(self, wire_ids: Sequence[int], block_ids: Sequence[int], checksums: Sequence[int]) -> int:
-        if len(wire_ids) > self._max_at_once:
+        if len(wire_ids) > self._max_landed_at_once:
             return await super().land(wire_ids, block_ids, checksums)
         return num_right(checksums, self._sums(wire_ids))
 

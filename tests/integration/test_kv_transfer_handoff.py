@@ -14,7 +14,7 @@ from protocol.transfer import PrefillDone, TransportKind
 from runtime.clock import MonotonicClock
 from runtime.node_config import TransferOptions
 from tests.support.kv_owner import FIRST_TOKEN, LAYOUT, PHASES, UCX, Owner, running_owner
-from tests.support.kv_reader import ReaderNode, running_reader
+from tests.support.kv_reader import ReaderNode, refusal, running_reader
 
 KINDS: list[TransportKind] = ["inproc", "shm", "tcp", "nixl", *UCX]
 
@@ -204,3 +204,14 @@ async def test_the_account_of_a_hand_off_adds_up_and_comes_before_anything_else_
     assert result.landing.join_s == 0
     assert 0 < result.landing.total_s <= at - result.computed_at
     assert result.landing.wire_s > 0
+
+
+async def test_a_ticket_that_is_refused_unread_is_not_kept_any_more() -> None:
+    async with running_owner("inproc") as owner, running_reader("inproc") as reader:
+        ticket = msgspec.structs.replace(owner.hand_off("req-1", 32, [0, 1]), layout_fingerprint="another")
+        reader.importer.keep(ticket)
+        assert isinstance(await refusal(reader, ticket), LayoutMismatch)
+        async with asyncio.timeout(5):
+            while not owner.exports.stats().num_released:
+                await asyncio.sleep(0.005)
+        assert not [task for task in asyncio.all_tasks() if task.get_name().startswith("kv-renew")]

@@ -4,6 +4,7 @@ time; and nobody gets the blocks of another tenant."""
 import asyncio
 import threading
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 
@@ -21,7 +22,7 @@ from protocol.errors import HeadraceError
 from protocol.ids import BlockHash, RequestId, TicketId, WorkerId
 from protocol.requests import PrefillRequest
 from protocol.sampling import SamplingParams
-from protocol.transfer import BorrowPrefix, KVSource, PrefixLent, TransportKind
+from protocol.transfer import BorrowPrefix, KVSource, PrefixLent, TransferTicket, TransportKind
 from runtime.clock import ManualClock
 from tests.support.kv_owner import LAYOUT, NUM_BLOCKS, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
@@ -362,3 +363,50 @@ async def test_blocks_of_a_lender_that_stands_still_are_quarantined(
         async with asyncio.timeout(5):
             await failed.value.settled.wait()
     await given_back(owner)
+
+
+async def until_released(owner: Owner) -> None:
+    async with asyncio.timeout(5):
+        while owner.released != [REQUEST]:
+            await asyncio.sleep(0.005)
+
+
+@in_process
+@pytest.mark.parametrize("ending", ["cancelled", "stands still"])
+async def test_what_is_not_fetched_after_a_borrowing_is_given_back(
+    ending: str, owner: Owner, borrower: Borrower
+) -> None:
+    assert isinstance(owner.transport, InprocTransport)
+    wake = threading.Event()
+    async with running_owner("inproc") as prefill:
+        await borrower.meet(owner)
+        if ending == "cancelled":
+            owner.cached.answers = False
+            task = asyncio.create_task(gathered(borrower, prefill, owner))
+            await asyncio.sleep(0.05)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            owner.cached.answer()
+        else:
+            owner.transport.faults.stall = wake
+            with pytest.raises(FetchFailed, match="stands still"):
+                await gathered(borrower, prefill, owner)
+        await until_released(prefill)
+        wake.set()
+    await given_back(owner)
+
+
+@in_process
+async def test_a_loan_that_is_refused_is_given_back(
+    owner: Owner, borrower: Borrower, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lend = owner.exports.lend
+
+    def lend_to_another(request_id: RequestId, **others: Any) -> TransferTicket:
+        return lend(RequestId("another"), **others)
+
+    monkeypatch.setattr(owner.exports, "lend", lend_to_another)
+    assert await borrower.borrow(owner.source(4)) == [("resume", 0)]
+    await given_back(owner)
+    assert owner.exports.stats().num_released == 1, "it did not have to expire"

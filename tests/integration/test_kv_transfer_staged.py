@@ -3,6 +3,7 @@
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from kv_transfer.transports.inproc import InprocTransport
 from protocol.errors import Cancelled, ChecksumMismatch, PeerLost, TransferTimeout
 from protocol.ids import RequestId
 from protocol.transfer import TransportKind
+from runtime.node_config import TransferOptions
 from tests.support.fake_device import FakeDevice
 from tests.support.kv_owner import LAYOUT, NUM_SCRATCH_BLOCKS, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
@@ -264,3 +266,18 @@ async def test_one_end_on_a_device_and_the_other_in_host_memory(staged: str) -> 
         host = reader.arena if staged == "owner" else owner.arena
         assert all(checksum(host.block(i)) == checksum(device.block(i)) for i in range(30))
         await until(lambda: staging.num_free == NUM_WIRE_BLOCKS)
+
+
+@pytest.mark.parametrize(("direction", "ways"), [("auto", {"pull"}), ("push", {"push"})])
+async def test_only_who_sets_it_is_pushed_to_where_wire_blocks_are_scarce(
+    direction: Literal["auto", "push"], ways: set[str]
+) -> None:
+    """A push needs room for a whole context at once; a read goes on with what there is."""
+    _, staging = device_staging(1)
+    options = TransferOptions(transport="inproc", direction=direction, stall_timeout_s=2.0)
+    async with running_owner("inproc") as owner, running_reader("inproc", staging=staging, options=options) as reader:
+        peer = await reader.importer.peers.meet(owner.url, owner.incarnation, "prefill-0")
+        assert {trial.direction for trial in peer.trials} == ways
+        if direction == "auto":
+            ticket = owner.hand_off("r", 40 * TOKENS, list(range(40)))
+            await reader.importer.fetch(ticket, list(range(40)), 0, 5.0)

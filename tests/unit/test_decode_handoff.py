@@ -69,12 +69,16 @@ class Importer:
         self.failure = failure
         self.blocks_settled = asyncio.Event()
         self.fetching = asyncio.Event()
+        self.given_up: list[TransferTicket] = []
 
     async def fetch(self, *_: object) -> None:
         self.fetching.set()
         if self.failure is not None:
             raise self.failure
         await asyncio.Event().wait()
+
+    def give_up(self, ticket: TransferTicket) -> None:
+        self.given_up.append(ticket)
 
     def settled(self, _: str) -> asyncio.Event:
         return self.blocks_settled
@@ -88,6 +92,7 @@ async def test_a_cancel_in_the_same_turn_as_the_start_gives_the_blocks_back() ->
         handoffs.cancel([EVENT.request_id])
         await asyncio.sleep(0.01)
         assert engine.answers == [("abandon", BLOCK_SIZE, "Cancelled")]
+    assert importer.given_up == [TICKET], "no fetch has begun that would end its lease"
 
 
 async def test_blocks_go_back_only_when_they_have_settled() -> None:
@@ -103,6 +108,7 @@ async def test_blocks_go_back_only_when_they_have_settled() -> None:
         importer.blocks_settled.set()
         await asyncio.sleep(0.01)
         assert engine.answers[1:] == [("abandon", BLOCK_SIZE, "Cancelled")]
+    assert importer.given_up == [], "a fetch that has begun ends its lease itself"
 
 
 async def test_what_arrived_before_a_failure_is_kept() -> None:
