@@ -23,6 +23,7 @@ from functools import partial
 from typing import Literal, Self
 
 from kv_transfer.handoff.export import AllLent, Completion, Export, ExportStats, lease_gone
+from kv_transfer.handoff.export_staging import ExportStaging
 from kv_transfer.handoff.export_stream import tell
 from kv_transfer.handoff.link_queue import LinkQueues, QueueStats
 from kv_transfer.handoff.push import Push, PushContext, PushEvents, PushLinks, PushPath
@@ -91,10 +92,10 @@ class ExportTable:
         self._unsettled: dict[TicketId, Export] = {}
         self._endings: dict[Ending, int] = {"released": 0, "expired": 0, "failed": 0}
         self._num_opened = 0
-        self._num_blocks_announced = 0
         self._ending = False
         self._stopped = asyncio.Event()
         self._tasks = asyncio.TaskGroup()
+        self._stager = ExportStaging(staging, self._tasks, self)
         self._quarantine = Quarantine(self._tasks)
         self._queues = LinkQueues(options.max_bytes_in_flight, staging.arena.block_bytes, staging.max_blocks, clock)
         self._push_context = PushContext(self._tasks, self._quarantine, clock, options.stall_timeout_s)
@@ -135,7 +136,7 @@ class ExportTable:
             num_released=self._endings["released"],
             num_expired=self._endings["expired"],
             num_failed=self._endings["failed"],
-            num_bytes_announced=self._num_blocks_announced * self._staging.arena.block_bytes,
+            num_bytes_announced=self._stager.num_blocks_staged * self._staging.arena.block_bytes,
             num_unsettled=len(self._unsettled),
         )
 
@@ -174,7 +175,7 @@ class ExportTable:
         export = self._enter(self._issuer.issue(request_id, num_tokens, context_hash, ttl_s), give_back)
         export.submit(0, block_ids)
         export.finish(AllLent(), self._clock.now())
-        self._stage_rest(export)
+        self._stager.stage_rest(export)
         return export.ticket
 
     def _enter(self, ticket: TransferTicket, give_back: Callable[[], None]) -> Export:
@@ -200,9 +201,9 @@ class ExportTable:
             return
         export.submit(first_block, block_ids)
         if staged is not None and export.num_staged == first_block:
-            self._staged(export, staged)
+            self._stager.staged(export, staged)
         else:
-            self._stage_rest(export)
+            self._stager.stage_rest(export)
 
     def finish(
         self,
@@ -253,7 +254,7 @@ class ExportTable:
         """The reader has leading blocks: where wire blocks are scarce, theirs are for the next ones now."""
         export = self._find(message.ticket_id, message.incarnation)
         if export is not None:
-            self._take_back(export, message.num_blocks)
+            self._stager.take_back(export, message.num_blocks)
         return LeaseState(held=export is not None, known=message.incarnation == self._issuer.incarnation)
 
     def release(self, message: ReleaseLease) -> LeaseState:
@@ -297,65 +298,13 @@ class ExportTable:
             return None
         return export
 
-    # Staging.
+    # What the staging tells.
 
-    def _stage_rest(self, export: Export) -> None:
-        """Where room is scarce it is for readers that are there to read."""
-        may_stage = self._staging.eager or export.attached
-        if may_stage and export.staging is None and not export.ended and export.unstaged(1):
-            export.staging = self._tasks.create_task(self._stage(export), name="kv-stage")
-            export.staging.add_done_callback(lambda _: self._staging_ended(export))
-
-    def _staging_ended(self, export: Export) -> None:
-        """Also if it was cancelled before it had begun. A reader that came while it ended gets one of its own."""
-        export.staging = None
+    def staging_ended(self, export: Export) -> None:
         self._free_if_settled(export)
-        self._stage_rest(export)
 
-    async def _stage(self, export: Export) -> None:
-        """Raises nothing: the group that it runs in is everybody's."""
-        try:
-            while not export.ended and (block_ids := export.unstaged(self._staging.max_blocks)):
-                staged = await self._staging.stage(block_ids)
-                if export.ended:
-                    self._staging.unstage(staged.wire_ids)
-                else:
-                    self._staged(export, staged)
-        except Exception:
-            log.exception("%s: cannot export KV blocks", export.ticket.request_id)
-            if not export.ended:
-                self._end(export, "failed", InternalError("the owner could not export its KV blocks"))
-
-    def _staged(self, export: Export, staged: StagedBlocks) -> None:
-        export.stage(staged)
-        self._num_blocks_announced += len(staged.wire_ids)
-
-    def _take_back(self, export: Export, num_blocks: int) -> None:
-        if not self._staging.eager:
-            self._staging.unstage(export.take_back(num_blocks))
-
-    def _attach(self, export: Export, first_block: int) -> None:
-        """Scarce wire blocks are for this reader now."""
-        export.attached = True
-        if not self._staging.eager:
-            self._staging.unstage(export.restart(first_block))
-
-    def _detach(self, export: Export, *, told_all: bool) -> None:
-        """Of a reader whose stream broke nothing is left to read what was staged for it, or to be pushed to again."""
-        export.attached = False
-        if export.push is not None:
-            export.push.stop()
-        if told_all or export.ended:
-            return
-        if export.push is not None:
-            if not export.pushed:  # else it may have heard so and gone: then its word, or its lease, is the end
-                self._end(export, "failed", PeerLost("the reader's stream broke while its blocks were pushed"))
-            return
-        if self._staging.eager:
-            return
-        if export.staging is not None:
-            export.staging.cancel()
-        self._take_back(export, export.num_staged)
+    def staging_failed(self, export: Export) -> None:
+        self._end(export, "failed", InternalError("the owner could not export its KV blocks"))
 
     # The end.
 
@@ -375,7 +324,7 @@ class ExportTable:
         """Give the blocks back, once, when the export has ended and nothing reads them any more."""
         ticket_id = TicketId(export.ticket.ticket_id)
         if export.ended and export.settled and self._unsettled.pop(ticket_id, None) is not None:
-            self._staging.unstage(export.take_back(export.num_staged))
+            self._stager.free(export)
             export.give_back()
             self._stop_if_settled()
 
@@ -398,12 +347,13 @@ class ExportTable:
         cursor = message.skip_blocks
         sign_of_life_s = self._options.stall_timeout_s / SIGNS_OF_LIFE_PER_STALL
         told_all = False
-        self._attach(export, cursor)
+        export.attached = True
+        self._stager.restart(export, cursor)
         try:
             yield encode_frame(BlocksReady(cursor, (), ()))
             if not export.ended:  # it may have been released since: nothing may be written after that
                 self._start_push(export, message)
-            self._stage_rest(export)
+            self._stager.stage_rest(export)
             async for frames in tell(export, cursor, self._clock, sign_of_life_s):
                 yield frames
             told_all = True
@@ -411,6 +361,18 @@ class ExportTable:
             yield encode_frame(HandoffFailed(error.to_info(), export.writing))
         finally:
             self._detach(export, told_all=told_all)
+
+    def _detach(self, export: Export, *, told_all: bool) -> None:
+        """Of a reader whose stream broke nothing is left to read what was staged for it, or to be pushed to again."""
+        export.attached = False
+        if export.push is not None:
+            export.push.stop()
+        if told_all or export.ended:
+            return
+        if export.push is None:
+            self._stager.stop(export)
+        elif not export.pushed:  # else it may have heard so and gone: then its word, or its lease, is the end
+            self._end(export, "failed", PeerLost("the reader's stream broke while its blocks were pushed"))
 
     def _start_push(self, export: Export, message: OpenHandoff) -> None:
         """Raises TransferError for a push that cannot be. Ids outside of the reader's arena are refused by the link."""
@@ -434,7 +396,7 @@ class ExportTable:
 
     def _push_landed(self, export: Export) -> None:
         if export.push is not None:
-            self._take_back(export, export.push.num_landed)
+            self._stager.take_back(export, export.push.num_landed)
         export.changed.set()
 
     def _push_settled(self, export: Export) -> None:
