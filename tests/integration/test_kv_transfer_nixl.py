@@ -273,6 +273,7 @@ async def test_metadata_that_is_not_the_peers_own_is_refused(here: Peer, there: 
         (TransferError, lie(agent="headrace-another-0")),
         (TransferError, lie(address=payload.address + (1 << 40))),
         (TransferError, lie(address=-1)),
+        (TransferError, lie(metadata=payload.metadata.replace(payload.agent.encode(), b"\xff" * len(payload.agent)))),
         (LayoutMismatch, lie(block_bytes=payload.block_bytes * 2)),
         (TransferError, msgspec.structs.replace(good, num_blocks=good.num_blocks + 1)),
     ]
