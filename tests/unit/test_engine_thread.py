@@ -215,6 +215,9 @@ def test_an_id_is_taken_until_its_request_has_left() -> None:
         with pytest.raises(InvalidParameter, match="being served"):
             engine.submit(request("a", range(10)))
         heard.wait_for(PrefillFinished, "a")
+        engine.cancel([A])
+        with pytest.raises(InvalidParameter, match="being served"):
+            engine.submit(request("a", range(10)))
         engine.release(A)
         engine.submit(request("b", range(20, 30), max_tokens=1))
         heard.wait_for(Finished, "b")
