@@ -253,7 +253,11 @@ async def test_a_push_ends_with_its_stream_and_its_blocks_come_back_when_the_las
 
 
 async def test_closing_does_not_wait_for_the_word_of_an_owner_that_still_writes() -> None:
-    async with pair("inproc", stall_timeout_s=5.0) as (owner, reader):
+    patient = TransferOptions(transport="inproc", stall_timeout_s=20.0)
+    async with (
+        running_owner("inproc", options=patient) as owner,
+        running_reader("inproc", direction="push") as reader,
+    ):
         assert isinstance(owner.transport, InprocTransport)
         wake = threading.Event()
         importer = Importer(
