@@ -14,7 +14,7 @@ import logging
 from contextlib import AsyncExitStack
 
 from kv_transfer.routes import PRESENCE_PATH
-from protocol.errors import HeadraceError, NodeLost, PeerLost
+from protocol.errors import HeadraceError, LeaseExpired, NodeLost, PeerLost
 from protocol.transfer import TransferTicket
 from protocol.wire import Hello, decode
 from runtime.rpc_client import RpcClient
@@ -37,15 +37,19 @@ class Presence:
         """The connection stands."""
         self.dead = asyncio.Event()
         """Proven: it has died, and starts no more writes."""
+        self.restarted = False
+        """Somebody else answers at its address: its next life."""
 
     async def seen(self) -> None:
-        """Return once the connection stands. Raises PeerLost if that will never be."""
+        """Return once the connection stands. Raises PeerLost if that will never be, LeaseExpired if the owner restarted."""
         waits = [asyncio.ensure_future(event.wait()) for event in (self.here, self.dead)]
         try:
             await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
         finally:
             for wait in waits:
                 wait.cancel()
+        if self.restarted:
+            raise LeaseExpired("the owner restarted; its earlier exports are gone")
         if self.dead.is_set():
             raise PeerLost("the owner has died")
 
@@ -113,6 +117,7 @@ class Presences:
             except StopAsyncIteration:
                 raise NodeLost(f"{url} does not stay") from None
             if hello.incarnation != incarnation:
+                presence.restarted = True
                 presence.dead.set()
                 return
             presence.here.set()
