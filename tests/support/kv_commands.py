@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import re
 import signal
 import socket
 import threading
@@ -34,6 +35,9 @@ from tests.support.kv_reader import ReaderNode, running_reader
 SMALL_BLOCKS = LAYOUT
 LARGE_BLOCKS = msgspec.structs.replace(LAYOUT, num_layers=128)
 """512 KiB a block, 32 MiB an arena: long enough on the way to be hit there."""
+
+POOLED = re.compile("_[1-9][0-9]*$")
+"""The name of a thread that a pool has started after its first. Pools start theirs as they are needed, up to a number."""
 
 Role = Literal["owner", "reader"]
 
@@ -146,7 +150,7 @@ class Commands:
 
     def resources(self) -> Resources:
         return Resources(
-            threads=sum(thread.name.startswith("kv-") for thread in threading.enumerate()),
+            threads=sum(name.startswith("kv-") and not POOLED.search(name) for name in _thread_names()),
             files=len(os.listdir("/proc/self/fd")),  # noqa: PTH208  # Path.iterdir opens one more at some other moment
             tasks=len(asyncio.all_tasks()),
             quarantined=self.num_quarantined(),
@@ -280,6 +284,10 @@ class ReaderCommands(Commands):
 
     def num_quarantined(self) -> int:
         return self._reader.transport.stats().num_quarantined + self._reader.importer.stats().num_unsettled
+
+
+def _thread_names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
 
 
 async def serve_commands(pipe: Connection, spec: NodeSpec) -> None:
