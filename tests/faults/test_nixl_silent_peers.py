@@ -175,6 +175,7 @@ async def test_a_partition_is_given_up_in_time_and_heals(case: Case, network: Pr
 
 @pytest.mark.failure("F8 mode 6 reader ends while the network is cut")
 async def test_processes_end_while_the_network_is_cut(case: Case, network: PrivateNetwork) -> None:
+    case.leave_out_reads_over_tcp()
     async with case.node(over(network, OWNER, 1)) as owner:
         async with case.node(over(network, READER, 0)) as reader:
             await case.check_usable(reader, owner)

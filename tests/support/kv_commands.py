@@ -7,6 +7,7 @@ import asyncio
 import contextlib
 import inspect
 import os
+import re
 import signal
 import socket
 import threading
@@ -34,6 +35,9 @@ from tests.support.kv_reader import ReaderNode, running_reader
 SMALL_BLOCKS = LAYOUT
 LARGE_BLOCKS = msgspec.structs.replace(LAYOUT, num_layers=128)
 """512 KiB a block, 32 MiB an arena: long enough on the way to be hit there."""
+
+POOLED = re.compile("_[1-9][0-9]*$")
+"""The name of a thread that a pool has started after its first. Pools start theirs as they are needed, up to a number."""
 
 Role = Literal["owner", "reader"]
 
@@ -146,9 +150,11 @@ class Commands:
 
     def resources(self) -> Resources:
         return Resources(
-            threads=sum(_lasts(thread) for thread in threading.enumerate()),
+            threads=sum(name.startswith("kv-") and not POOLED.search(name) for name in _thread_names()),
             files=len(os.listdir("/proc/self/fd")),  # noqa: PTH208  # Path.iterdir opens one more at some other moment
-            tasks=len(asyncio.all_tasks()),
+            tasks=sum(
+                not task.get_name().startswith("kv-presence") for task in asyncio.all_tasks()
+            ),  # one an owner, kept
             quarantined=self.num_quarantined(),
             leases=self.num_leases(),
         )
@@ -282,6 +288,10 @@ class ReaderCommands(Commands):
         return self._reader.transport.stats().num_quarantined + self._reader.importer.stats().num_unsettled
 
 
+def _thread_names() -> list[str]:
+    return [thread.name for thread in threading.enumerate()]
+
+
 async def serve_commands(pipe: Connection, spec: NodeSpec) -> None:
     """Run the node and its commands until told to leave, or until the test's end of the pipe is closed."""
     if spec.role == "owner":
@@ -338,8 +348,3 @@ async def _run(pipe: Connection, commands: Commands, serial: int, method: str, a
         answer = (serial, f"{method}: {type(error).__name__}: {error}", None)
     with contextlib.suppress(OSError):  # a test that is over does not listen
         pipe.send(answer)
-
-
-def _lasts(thread: threading.Thread) -> bool:
-    """Not of a pool, which starts its few threads when it first has that much to do."""
-    return thread.name.startswith("kv-") and not thread.name.startswith(("kv-verify", "kv-checksum"))
