@@ -28,11 +28,11 @@ def started(operation: Operation, sources: list[int], destinations: list[int], c
 
 
 @given(st.one_of(pairs, runs))
-def test_each_pair_is_planned_once_in_as_many_pieces_as_there_are_runs(moves: list[tuple[int, int]]) -> None:
+def test_each_pair_is_planned_once_in_no_more_pieces_than_there_are_runs(moves: list[tuple[int, int]]) -> None:
     sources, destinations = [source for source, _ in moves], [destination for _, destination in moves]
     plan = plan_copy(sources, destinations, chunk_blocks=1000)
     assert sorted(zip(plan.sources.tolist(), plan.destinations.tolist(), strict=True)) == sorted(moves)
-    assert plan.num_pieces == len(coalesce(sources, destinations))
+    assert plan.num_pieces <= len(coalesce(sources, destinations)), "fewer where one block goes to several places"
 
 
 def test_a_chunk_ends_a_piece() -> None:
