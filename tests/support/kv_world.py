@@ -152,8 +152,11 @@ class World:
         self._finish_all()
         self.pass_time(PATIENCE_S)
         for reader in self.readers:
-            self.expect(not reader.imports, f"hand-offs of {sorted(reader.imports)} never ended")
-            self.expect(reader.importer.stats().num_unsettled == 0, "blocks are in quarantine for ever")
+            unproven = self._unproven(reader)
+            self.outcomes["unproven"] += len(unproven)
+            stuck = sorted(set(reader.imports) - set(unproven))
+            self.expect(not stuck, f"hand-offs of {stuck} never ended")
+            self.expect(reader.importer.stats().num_unsettled == len(unproven), "blocks are in quarantine for ever")
             self.expect(reader.transport.stats().num_quarantined == 0, "transfers are abandoned for ever")
         for life in (life for owner in self.owners for life in owner.lives):
             self.expect(life.exports.stats().num_open == 0, "leases have leaked")
@@ -180,10 +183,18 @@ class World:
                 elif reader.fetch(ticket, prompt, 0, 5.0):
                     num_fetches += 1
                 else:
-                    self.expect(False, "a reader has leaked blocks")
+                    self.expect(bool(self._unproven(reader)), "a reader has leaked blocks")
         await asyncio.sleep(5.0)
         num_failed = before + num_fetches - self.outcomes["activated"]
         self.expect(num_failed == 0, f"after everything was well again {num_failed} hand-offs failed")
+
+    def _unproven(self, reader: SimReader) -> list[RequestId]:
+        """Requests whose blocks an owner may have been writing when it died, unseen by its reader: nobody is left who could
+        say that it has ended, so they stay in quarantine, as they must. Only a push can do that."""
+        if self.options.direction == "pull":
+            return []
+        living = {owner.now.incarnation for owner in self.owners}
+        return [found.prompt.request_id for found in reader.imports.values() if found.incarnation not in living]
 
     async def _start(self) -> None:
         for owner in self.owners:

@@ -246,7 +246,9 @@ class _Connection:
             if weather.strikes("stream ended"):
                 return b""
             if weather.strikes("stream silent"):
-                await asyncio.Event().wait()
+                while chunk is not None:  # frames are lost; what the kernels say of the connection's end is not
+                    chunk = await self._next()
+                return b""
             await weather.delay("frame delayed")
             if weather.strikes("frame lost"):
                 continue
