@@ -12,15 +12,26 @@ import asyncio
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import xxhash
 
 from kv_transfer.memory.device_arena import Arena
-from protocol.errors import ChecksumMismatch, LayoutMismatch, LeaseExpired, PeerLost, TransferError, TransferTimeout
+from protocol.errors import (
+    ChecksumMismatch,
+    HeadraceError,
+    LayoutMismatch,
+    LeaseExpired,
+    PeerLost,
+    TransferError,
+    TransferTimeout,
+)
 from protocol.ids import Incarnation, TicketId, WorkerId
 from protocol.kv_layout import KVLayout
 from protocol.transfer import Direction, Endpoint, Introduction, MissingTransport, TransportKind
+from protocol.wire import decode
+
+Payload = TypeVar("Payload")
 
 log = logging.getLogger(__name__)
 
@@ -197,6 +208,14 @@ def nothing_in_common(peer: Introduction, ours: Sequence[TransportKind]) -> Layo
     return LayoutMismatch(
         f"{peer.worker} moves KV by {offered}, this node by {', '.join(ours)}; set transfer.transport to the same on both"
     )
+
+
+def open_payload(peer: Introduction, endpoint: Endpoint, payload_type: type[Payload]) -> Payload:
+    """What a transport has put into its endpoint. Raises TransferError if it is something else."""
+    try:
+        return decode(endpoint.payload, payload_type)
+    except HeadraceError as error:
+        raise TransferError(f"{peer.worker} sent unusable {endpoint.transport} metadata: {error.message}") from error
 
 
 def check_introduction(peer: Introduction, *, incarnation: Incarnation, layout: KVLayout) -> None:

@@ -29,7 +29,10 @@ def verify(arena: HostArena, block_ids: Sequence[int], expected: Sequence[int]) 
     """
     if len(block_ids) != len(expected):
         raise ValueError(f"{len(expected)} checksums for {len(block_ids)} blocks")
-    for index, block_id in enumerate(block_ids):
-        if checksum(arena.block(block_id)) != expected[index]:
-            return index
-    return len(block_ids)
+    return num_right(expected, checksums(arena, block_ids))
+
+
+def num_right(expected: Sequence[int], found: Sequence[int]) -> int:
+    """How many leading checksums are what was expected. Raises ValueError for lists of different lengths."""
+    pairs = list(zip(expected, found, strict=True))
+    return next((index for index, (theirs, ours) in enumerate(pairs) if theirs != ours), len(pairs))

@@ -20,7 +20,7 @@ from functools import partial
 from typing import Protocol
 
 from kv_transfer.memory.arena import HostArena
-from kv_transfer.memory.checksum import checksums
+from kv_transfer.memory.checksum import checksums, num_right
 from kv_transfer.memory.device_arena import Arena
 
 VERIFIER_THREADS = 2
@@ -163,9 +163,3 @@ class HostStaging(InPlaceStaging):
         if len(wire_ids) > self._max_landed_at_once:
             return await super().land(wire_ids, block_ids, checksums)
         return num_right(checksums, self._sums(wire_ids))
-
-
-def num_right(expected: Sequence[int], found: Sequence[int]) -> int:
-    """How many leading checksums are what was expected. Raises ValueError for lists of different lengths."""
-    pairs = list(zip(expected, found, strict=True))
-    return next((index for index, (theirs, ours) in enumerate(pairs) if theirs != ours), len(pairs))

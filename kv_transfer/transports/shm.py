@@ -30,14 +30,15 @@ from kv_transfer.transport import (
     check_block_ids,
     does_not_push,
     make_endpoint,
+    open_payload,
 )
 from kv_transfer.transports.memory_copy import copy_runs
 from kv_transfer.transports.plan import coalesce
 from kv_transfer.transports.read_log import LinkUse, ReadLog, bounded
-from protocol.errors import HeadraceError, LayoutMismatch, PeerLost, TransferError
+from protocol.errors import LayoutMismatch, PeerLost
 from protocol.ids import TicketId
 from protocol.transfer import Endpoint, Introduction, TransportKind
-from protocol.wire import decode, encode
+from protocol.wire import encode
 
 NUM_THREADS = 2
 INLINE_BYTES = 1 << 20
@@ -142,10 +143,7 @@ class ShmLink:
 
 
 def _payload(peer: Introduction, endpoint: Endpoint) -> ShmPayload:
-    try:
-        payload = decode(endpoint.payload, ShmPayload)
-    except HeadraceError as error:
-        raise TransferError(f"{peer.worker} sent unusable shm metadata: {error.message}") from error
+    payload = open_payload(peer, endpoint, ShmPayload)
     expected = HEADER_BYTES + peer.num_wire_blocks * peer.layout.block_bytes
     if payload.file_bytes != expected or len(payload.token) != TOKEN_BYTES or payload.pid < 1 or payload.fd < 0:
         raise LayoutMismatch(

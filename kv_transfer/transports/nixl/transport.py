@@ -22,17 +22,24 @@ from typing import Annotated
 import msgspec
 
 from kv_transfer.memory.device_arena import Arena
-from kv_transfer.transport import Capabilities, TransferAbandoned, TransportStats, check_block_ids, make_endpoint
+from kv_transfer.transport import (
+    Capabilities,
+    TransferAbandoned,
+    TransportStats,
+    check_block_ids,
+    make_endpoint,
+    open_payload,
+)
 from kv_transfer.transports.nixl.agent import NixlAgent
 from kv_transfer.transports.nixl.blocks import Memory, NixlBlocks
 from kv_transfer.transports.nixl.library import load_nixl
 from kv_transfer.transports.nixl.passive import PassiveAgent
 from kv_transfer.transports.nixl.transfer import CHUNK_BYTES, NixlPeer, NixlTransfer, Operation, plan_copy
 from kv_transfer.transports.read_log import LinkUse, ReadLog, bounded
-from protocol.errors import HeadraceError, LayoutMismatch, TransferError
+from protocol.errors import LayoutMismatch, TransferError
 from protocol.ids import IdText, Incarnation, TicketId
 from protocol.transfer import Direction, Endpoint, Introduction, TransportKind
-from protocol.wire import decode, encode
+from protocol.wire import encode
 
 _serials = itertools.count()
 """An incarnation may make several transports (tests do); no two agents may share a name."""
@@ -86,10 +93,7 @@ class NixlTransport:
         return make_endpoint(self.kind, encode(payload))
 
     async def connect(self, peer: Introduction, endpoint: Endpoint) -> "NixlLink":
-        try:
-            payload = decode(endpoint.payload, NixlPayload)
-        except HeadraceError as error:
-            raise TransferError(f"{peer.worker} sent unusable NIXL metadata: {error.message}") from error
+        payload = open_payload(peer, endpoint, NixlPayload)
         if payload.block_bytes != self.arena.block_bytes:
             raise LayoutMismatch(
                 f"{peer.worker} has blocks of {payload.block_bytes} bytes, we of {self.arena.block_bytes}"

@@ -12,7 +12,15 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kv_transfer.memory.arena import HostArena
-from kv_transfer.transport import Capabilities, MayRead, TransportStats, check_block_ids, does_not_push, make_endpoint
+from kv_transfer.transport import (
+    Capabilities,
+    MayRead,
+    TransportStats,
+    check_block_ids,
+    does_not_push,
+    make_endpoint,
+    open_payload,
+)
 from kv_transfer.transports.plan import CopyRun, coalesce
 from kv_transfer.transports.read_log import LinkUse, ReadLog
 from kv_transfer.transports.tcp.server import TcpServer
@@ -29,7 +37,7 @@ from kv_transfer.transports.tcp.wire import (
 from protocol.errors import HeadraceError, PeerLost, TransferError, TransferTimeout
 from protocol.ids import TicketId
 from protocol.transfer import Endpoint, Introduction, TransportKind
-from protocol.wire import decode, encode, encode_frame
+from protocol.wire import encode, encode_frame
 from runtime.clock import Deadline
 
 NUM_THREADS = 4
@@ -62,10 +70,7 @@ class TcpTransport:
         return make_endpoint(self.kind, encode(TcpPayload(self._advertise_host, self._server.port)))
 
     async def connect(self, peer: Introduction, endpoint: Endpoint) -> "TcpLink":
-        try:
-            payload = decode(endpoint.payload, TcpPayload)
-        except HeadraceError as error:
-            raise TransferError(f"{peer.worker} sent unusable tcp metadata: {error.message}") from error
+        payload = open_payload(peer, endpoint, TcpPayload)
         return TcpLink(self, peer, payload)
 
     def stats(self) -> TransportStats:

@@ -19,15 +19,15 @@ from kv_transfer.transport import (
     does_not_push,
     lends,
     make_endpoint,
+    open_payload,
 )
 from kv_transfer.transports.plan import CopyRun, coalesce
 from kv_transfer.transports.read_log import LinkUse, ReadLog, bounded
 from kv_transfer.transports.ucx.helper import UcxHelper, UcxPeer
 from kv_transfer.transports.ucx.wire import MAX_RUNS, UcxPayload
-from protocol.errors import HeadraceError, TransferError
 from protocol.ids import TicketId
 from protocol.transfer import Endpoint, Introduction, TransportKind
-from protocol.wire import decode, encode
+from protocol.wire import encode
 from runtime.clock import Deadline
 
 FENCE_AFTER_S = 10.0
@@ -61,10 +61,7 @@ class UcxTransport:
         return make_endpoint(self.kind, encode(self.helper.payload))
 
     async def connect(self, peer: Introduction, endpoint: Endpoint) -> "UcxLink":
-        try:
-            payload = decode(endpoint.payload, UcxPayload)
-        except HeadraceError as error:
-            raise TransferError(f"{peer.worker} sent unusable UCX metadata: {error.message}") from error
+        payload = open_payload(peer, endpoint, UcxPayload)
         return UcxLink(self, self.helper.connect(payload), peer)
 
     def stats(self) -> TransportStats:
