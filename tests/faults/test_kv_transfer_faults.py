@@ -28,6 +28,7 @@ from protocol.transfer import Endpoint, Introduction, TransferTicket, TransportK
 from runtime.node_config import TransferOptions
 from tests.support.kv_owner import LAYOUT, UCX, OwnerProcess, fill, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
+from tests.support.mapped_memory import arena_mappings
 
 STALL_S = 0.6
 WIRED: list[TransportKind] = ["shm", "tcp", "nixl", *UCX]
@@ -348,8 +349,7 @@ async def test_the_deadline_of_a_fetch_holds() -> None:
 def _resources() -> list[int]:
     """Open files, mapped arenas, threads of the transports."""
     threads = [thread for thread in threading.enumerate() if thread.name.startswith("kv-")]
-    mapped = Path("/proc/self/maps").read_text().count("memfd:headrace-kv")
-    return [len(list(Path("/proc/self/fd").iterdir())), mapped, len(threads)]
+    return [len(list(Path("/proc/self/fd").iterdir())), len(arena_mappings()), len(threads)]
 
 
 def _at_most(now: list[int], then: list[int]) -> bool:

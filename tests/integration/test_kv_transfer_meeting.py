@@ -3,7 +3,6 @@
 import asyncio
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import aiohttp
 import msgspec
@@ -24,6 +23,7 @@ from runtime.clock import ManualClock
 from runtime.node_config import TransferOptions
 from tests.support.kv_owner import CLUSTER_KEY, LAYOUT, OWNER, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
+from tests.support.mapped_memory import arena_mappings
 
 KINDS: tuple[TransportKind, ...] = ("inproc", "shm", "tcp", "nixl")
 
@@ -237,17 +237,12 @@ async def test_links_are_shown_as_json_to_who_has_the_key() -> None:
         assert [known.peer for known in told.readers] == ["decode-0"]
 
 
-def mapped_arenas() -> int:
-    with Path("/proc/self/maps").open() as maps:
-        return sum("headrace-kv" in line for line in maps)
-
-
-async def until_forgotten(reader: ReaderNode, num_arenas: int) -> None:
-    """Its memory is unmapped when the link has closed, in the background. `num_arenas` are this process's own."""
+async def until_forgotten(reader: ReaderNode, num_mappings: int) -> None:
+    """Its memory is unmapped when the link has closed, in the background. So many are mapped then."""
     peers = reader.importer.peers
     assert (peers.num_known, peers.links()) == (0, [])
     async with asyncio.timeout(5):
-        while mapped_arenas() > num_arenas:
+        while len(arena_mappings()) > num_mappings:
             await asyncio.sleep(0.001)
 
 
@@ -255,6 +250,7 @@ async def test_owners_that_left_or_restarted_are_forgotten_and_others_are_not() 
     clock = ManualClock()
     async with running_reader("shm", clock=clock) as reader:
         peers = reader.importer.peers
+        num_mappings = len(arena_mappings())
         for _ in range(3):
             async with running_owner("shm") as owner:
                 await meet(reader, owner)
@@ -263,7 +259,7 @@ async def test_owners_that_left_or_restarted_are_forgotten_and_others_are_not() 
                 assert peers.num_known == 1
             clock.advance(LOOK_INTERVAL_S)
             await peers.tidy()
-            await until_forgotten(reader, 1)
+            await until_forgotten(reader, num_mappings)
         async with running_owner("shm") as owner:
             await meet(reader, owner)
             port = int(owner.url.rsplit(":", 1)[1])
@@ -272,13 +268,14 @@ async def test_owners_that_left_or_restarted_are_forgotten_and_others_are_not() 
             assert peers.num_known == 1  # used a moment ago: not even asked
             clock.advance(LOOK_INTERVAL_S)
             await peers.tidy()
-            await until_forgotten(reader, 2)
+            await until_forgotten(reader, num_mappings + 1)
 
 
 async def test_an_owner_that_is_not_used_is_forgotten_but_not_under_a_fetch() -> None:
     clock = ManualClock()
     async with running_owner("shm") as owner, running_reader("shm", clock=clock) as reader:
         peers = reader.importer.peers
+        num_mappings = len(arena_mappings())
         ticket = owner.open("req-1", 32)
         fetching = asyncio.create_task(reader.importer.fetch(ticket, [0, 1], 0, 10.0))
         async with asyncio.timeout(5):
@@ -296,5 +293,5 @@ async def test_an_owner_that_is_not_used_is_forgotten_but_not_under_a_fetch() ->
         assert peers.links() == [met]
         clock.advance(1)
         await peers.tidy()
-        await until_forgotten(reader, 2)
+        await until_forgotten(reader, num_mappings)
         assert await meet(reader, owner) is not met

@@ -15,7 +15,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Literal
 
 import msgspec
@@ -31,6 +30,7 @@ from protocol.transfer import Direction, Introduction, ReleaseLease, RenewLease,
 from runtime.node_config import TransferOptions
 from tests.support.kv_owner import LAYOUT, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
+from tests.support.mapped_memory import arena_mappings
 
 SMALL_BLOCKS = LAYOUT
 LARGE_BLOCKS = msgspec.structs.replace(LAYOUT, num_layers=128)
@@ -119,8 +119,7 @@ class Commands:
 
     def mapping(self) -> list[str]:
         """Where the arena lies."""
-        lines = Path("/proc/self/maps").read_text().splitlines()
-        return [line.split()[0] for line in lines if "memfd:headrace-kv" in line]
+        return [line.split()[0] for line in arena_mappings()]
 
     def strike(self, pid: int, number: int, block_id: int) -> None:
         """Signal a process at the moment at which bytes arrive in a local block, which is zeroed first."""
