@@ -11,7 +11,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from protocol.errors import HeadraceError
-from protocol.ids import PinId, RequestId
+from protocol.ids import BlockHash, PinId, RequestId
+from protocol.kv_blocks import CachedBlock
 from protocol.phases import DecodePhases, PrefillPhases
 from protocol.tokens import FinishReason, SampledToken
 
@@ -43,13 +44,16 @@ class PrefillFinished:
 
 @dataclass(frozen=True, slots=True)
 class Reserved:
-    """`block_ids` are to hold the context of an IMPORT request, or the first `import_tokens` tokens of another. The first
-    `num_cached_blocks` are already valid. `prefix`: the rest is computed here, and `Engine.resume` is the answer."""
+    """`block_ids` are to hold the context of an IMPORT request, or the first tokens of another: those that it was submitted
+    with as `import_tokens`, or that the backing store can load. The first `num_cached_blocks` are already valid. `prefix`:
+    the rest is computed here, and `Engine.resume` is the answer. `block_hashes`: addresses of the full blocks among them;
+    empty without a prefix cache."""
 
     request_id: RequestId
     block_ids: tuple[int, ...]
     num_cached_blocks: int
     prefix: bool = False
+    block_hashes: tuple[BlockHash, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +100,27 @@ class Pinned:
     block_ids: tuple[int, ...]
 
 
-EngineEvent = BlocksComputed | PrefillFinished | Reserved | TokensSampled | PromptComputed | Finished | Failed | Pinned
+@dataclass(frozen=True, slots=True)
+class BlocksOffered:
+    """The device is about to forget these blocks, or has just computed them; the backing store wants them. They stay as they
+    are until `Engine.saved(pin_id)`, which is to follow, whatever comes of it."""
+
+    pin_id: PinId
+    blocks: tuple[CachedBlock, ...]
+    block_ids: tuple[int, ...]
+
+
+EngineEvent = (
+    BlocksComputed
+    | PrefillFinished
+    | Reserved
+    | TokensSampled
+    | PromptComputed
+    | Finished
+    | Failed
+    | Pinned
+    | BlocksOffered
+)
 
 
 def on_loop(

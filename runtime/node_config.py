@@ -99,6 +99,39 @@ class TransferOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     borrow: Literal["auto", "always", "never"] = "auto"
 
 
+class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Where KV blocks stay when the device forgets them.
+
+    `host_memory` and `disk_size` are sizes ("4GiB"), or shares of the machine's (or its container's) memory and of the disk
+    that `disk_path` is on ("25%"); "0" is none. `host_memory` "auto": a quarter of the available memory on a GPU node or a store; on a
+    CPU node as much as its KV cache, an eighth of the available memory at most. `disk_path`: a folder of this node's own, whose
+    blocks outlive the process; none: no disk tier.
+
+    `write` "back" saves blocks when the device is about to forget them, "through" as soon as they are computed: more
+    writing, and nothing is lost with the node. `admission` "all" keeps what is saved, "second-touch" only what has been
+    wanted twice; "auto" changes from the first to the second while blocks are evicted unused. `policy`: who is evicted.
+    `tenant_share`: of each tier, that one cache salt may fill at most; `quotas`: of single tenants, each as "tenant=size", with the names that `headrace cache` gives them.
+
+    `stores`: control URLs of store nodes, which get what the host tier evicts (or saves, with `write` "through"). `redis`: URL of
+    the index through which nodes find each other's blocks; none: no index. `namespace` keeps clusters on one server apart.
+    `redis_budget_s`: how long a request waits for it.
+    """
+
+    host_memory: str = "auto"
+    disk_path: str | None = None
+    disk_size: str = "10GiB"
+    policy: Literal["lru", "arc", "s3fifo", "density"] = "density"
+    write: Literal["back", "through"] = "back"
+    admission: Literal["auto", "all", "second-touch"] = "auto"
+    load: Literal["auto", "always", "never"] = "auto"
+    tenant_share: Annotated[float, msgspec.Meta(gt=0, le=1)] = 1.0
+    quotas: tuple[str, ...] = ()
+    stores: tuple[str, ...] = ()
+    redis: str | None = None
+    redis_budget_s: PositiveFloat = 0.002
+    namespace: Annotated[str, msgspec.Meta(min_length=1, max_length=64, pattern=r"^[A-Za-z0-9._-]+$")] = "headrace"
+
+
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """`port` 0 takes a free one. `advertise_url` is how routers and other nodes reach this node, where that differs
     from host and port. `drain_timeout_s`: how long SIGTERM waits for running requests."""
@@ -115,3 +148,4 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_field
     cache: CacheOptions = CacheOptions()
     scheduler: SchedulerOptions = SchedulerOptions()
     transfer: TransferOptions = TransferOptions()
+    store: StoreOptions = StoreOptions()

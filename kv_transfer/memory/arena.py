@@ -21,13 +21,13 @@ import fcntl
 import mmap
 import os
 import secrets
-from pathlib import Path
 from typing import ClassVar, Literal, Self
 
 import numpy as np
 import torch
 
 from protocol.errors import ConfigError
+from runtime.memory import available_memory_bytes
 
 HEADER_BYTES = mmap.PAGESIZE
 SCRATCH_BYTES = 8 << 20
@@ -38,13 +38,6 @@ _MADV_POPULATE_WRITE = 23
 
 MAGIC = b"headrace-arena-1"
 TOKEN_BYTES = 16
-
-_CGROUP = Path("/sys/fs/cgroup")
-_CGROUP_FILES = (
-    (_CGROUP / "memory.max", _CGROUP / "memory.current"),
-    (_CGROUP / "memory/memory.limit_in_bytes", _CGROUP / "memory/memory.usage_in_bytes"),
-)
-"""Of a container, seen from inside: version 2 and version 1."""
 
 
 def scratch_blocks(block_bytes: int) -> int:
@@ -140,22 +133,6 @@ def _check_memory(size: int) -> None:
             "make cache.memory or cache.num_blocks smaller",
             param="cache.memory",
         )
-
-
-def available_memory_bytes() -> int:
-    """What this process may still allocate: of the machine, and of its control group where that has a limit."""
-    for line in Path("/proc/meminfo").read_text().splitlines():
-        if line.startswith("MemAvailable:"):
-            available = int(line.split()[1]) * 1024
-            break
-    else:
-        available = os.sysconf("SC_AVPHYS_PAGES") * mmap.PAGESIZE
-    for limit_path, used_path in _CGROUP_FILES:
-        if limit_path.exists() and used_path.exists():
-            limit = limit_path.read_text().strip()
-            if limit.isdigit():
-                available = min(available, max(0, int(limit) - int(used_path.read_text())))
-    return available
 
 
 def _reserve(fd: int, size: int) -> mmap.mmap:

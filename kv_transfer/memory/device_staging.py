@@ -13,9 +13,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 from kv_transfer.memory.arena import HostArena
-from kv_transfer.memory.checksum import num_right
 from kv_transfer.memory.staging import StagedBlocks
 from kv_transfer.memory.staging_pool import Side, StagingPool
+from protocol.checksum import num_right
 
 
 class BlockCopier(Protocol):

@@ -20,8 +20,9 @@ from functools import partial
 from typing import Protocol
 
 from kv_transfer.memory.arena import HostArena
-from kv_transfer.memory.checksum import checksums, num_right
+from kv_transfer.memory.checksum import checksums
 from kv_transfer.memory.device_arena import Arena
+from protocol.checksum import num_right
 
 VERIFIER_THREADS = 2
 

@@ -10,9 +10,9 @@ import pytest
 
 from kv_transfer.handoff.imports import FetchFailed
 from kv_transfer.memory.arena import HostArena
-from kv_transfer.memory.checksum import checksum
 from kv_transfer.memory.device_staging import DeviceStaging
 from kv_transfer.transports.inproc import InprocTransport
+from protocol.checksum import checksum
 from protocol.errors import Cancelled, ChecksumMismatch, PeerLost, TransferTimeout
 from protocol.ids import RequestId
 from protocol.transfer import TransportKind

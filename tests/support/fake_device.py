@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kv_transfer.memory.checksum import checksum
+from protocol.checksum import checksum
 
 Blocks = NDArray[np.uint8]
 

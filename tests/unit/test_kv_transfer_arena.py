@@ -7,7 +7,8 @@ import torch
 import xxhash
 
 from kv_transfer.memory.arena import HostArena
-from kv_transfer.memory.checksum import checksum, checksums
+from kv_transfer.memory.checksum import checksums
+from protocol.checksum import checksum
 from protocol.errors import ConfigError
 
 

@@ -8,8 +8,8 @@ import pytest
 from fake_device import FakeDevice
 
 from kv_transfer.memory.arena import HostArena
-from kv_transfer.memory.checksum import checksum
 from kv_transfer.memory.device_staging import DeviceStaging
+from protocol.checksum import checksum
 
 NUM_WIRE_BLOCKS = 8
 NUM_BLOCKS = 32

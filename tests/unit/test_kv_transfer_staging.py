@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 import pytest
 
 from kv_transfer.memory.arena import HostArena
-from kv_transfer.memory.checksum import checksums, verify
+from kv_transfer.memory.checksum import checksums
 from kv_transfer.memory.staging import HostStaging, StagedBlocks
 
 
@@ -43,10 +43,8 @@ async def test_stagings_end_in_the_order_they_were_asked_for(staging: HostStagin
 async def test_landing_counts_the_leading_blocks_that_are_right(staging: HostStaging) -> None:
     ids = [4, 0, 7]
     sums = checksums(staging.arena, ids)
-    assert await staging.land(ids, ids, sums) == verify(staging.arena, ids, sums) == 3
+    assert await staging.land(ids, ids, sums) == 3
     staging.arena.block(0)[5] ^= 1
-    assert await staging.land(ids, ids, sums) == verify(staging.arena, ids, sums) == 1
+    assert await staging.land(ids, ids, sums) == 1
     with pytest.raises(ValueError, match="argument 2 is longer"):
         await staging.land(ids, ids, sums[:2])
-    with pytest.raises(ValueError, match="2 checksums for 3 blocks"):
-        verify(staging.arena, ids, sums[:2])

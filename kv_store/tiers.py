@@ -1,0 +1,62 @@
+"""The seams of a store: where bytes come from and go to, and who hears what is kept.
+
+    device ──copy_out──▶ host slots ──▶ disk        who hears of it: TierListener
+    device ◀──copy_in─── host slots ◀── disk
+
+A store never touches an engine or a transport. Both meet it through these protocols, put together by the nodes.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+from protocol.kv_blocks import CachedBlock
+
+Tier = Literal["host", "disk"]
+
+
+class BlockMemory(Protocol):
+    """A region of host memory that consists of blocks, contiguous, all of one size. kv_transfer's HostArena is one."""
+
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def block_bytes(self) -> int: ...
+
+    def block(self, block_id: int) -> memoryview:
+        """One block's bytes, zero-copy and writable. Raises IndexError outside of the region."""
+        ...
+
+
+class BlockCopier(Protocol):
+    """Moves blocks between the engine's KV cache and the slots of a host tier. Blocking; the store calls it from one thread
+    of its own, never from the event loop or the engine. Nothing is copied any more when a call returns or raises."""
+
+    def copy_out(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
+        """Block `block_ids[i]` of the cache to slot `slots[i]`."""
+        ...
+
+    def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+        """Slot `slots[i]` to block `block_ids[i]` of the cache."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class StoredBlock:
+    """A block that a tier holds, committed. `checksum` as in protocol.transfer.Checksum; `place`: the slot, or a number that
+    the disk tier understands."""
+
+    block: CachedBlock
+    tier: Tier
+    place: int
+    checksum: int
+
+
+class TierListener(Protocol):
+    """Hears what a store has, after the fact and in order: bytes are committed before `stored`, and may be gone after
+    `removed`. Called from any thread; must neither block nor raise."""
+
+    def stored(self, blocks: Sequence[StoredBlock]) -> None: ...
+
+    def removed(self, blocks: Sequence[StoredBlock]) -> None: ...
