@@ -1,0 +1,1 @@
+"""Who is evicted from a tier. `policy` is the seam; every other module is one answer."""
