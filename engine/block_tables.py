@@ -2,13 +2,25 @@
 reserve a context, grow by a token, index what is computed, release; and pins, for blocks that others read.
 """
 
+from collections.abc import Sequence as BlockIds
+from typing import Protocol
+
 from engine.block_pool import BlockPool
 from engine.kv_event_log import KVEventLog
 from engine.prefix_cache import PrefixCache
 from engine.sequence import Sequence
 from protocol.block_hash import hash_blocks, root_hash
 from protocol.ids import BlockHash
+from protocol.kv_blocks import CachedBlock
 from protocol.kv_layout import KVLayout
+
+
+class CacheWatcher(Protocol):
+    """Hears what enters the prefix cache, and what falls out of it before BlockPool.survey has come to it."""
+
+    def entered(self, block_ids: BlockIds[int]) -> None: ...
+
+    def overlooked(self, block: CachedBlock) -> None: ...
 
 
 class BlockTables:
@@ -19,7 +31,13 @@ class BlockTables:
         self._block_size = layout.block_size
         self._enabled = enable_prefix_cache
         self._prefix_cache = PrefixCache(log)
-        self.pool = BlockPool(num_blocks, on_reuse=self._prefix_cache.forget)
+        self.pool = BlockPool(num_blocks, on_reuse=self._forget)
+        self._watcher: CacheWatcher | None = None
+
+    def watch(self, watcher: CacheWatcher) -> None:
+        """From now on. Before any block is in use."""
+        assert not len(self._prefix_cache), "the watcher has missed what is there"
+        self._watcher = watcher
 
     def reserve(self, sequence: Sequence, keep_free: int) -> bool:
         """Blocks for all tokens of the sequence, those of the prefix cache first. False, and nothing has changed, if
@@ -60,9 +78,15 @@ class BlockTables:
         if not self._enabled or start >= end:
             return
         self._hash(sequence)
-        for block_id in self._prefix_cache.insert(sequence.block_hashes[start:end], sequence.block_ids[start:end]):
+        parent = sequence.block_hashes[start - 1] if start else sequence.root_hash
+        assert parent is not None, "a full block without a root"
+        hashes, block_ids = sequence.block_hashes[start:end], sequence.block_ids[start:end]
+        entered = self._prefix_cache.insert(parent, hashes, block_ids, start, sequence.tenant)
+        for block_id in entered:
             self.pool.mark_cached(block_id)
         sequence.num_indexed_blocks = end
+        if self._watcher is not None:
+            self._watcher.entered(entered)
 
     def release(self, sequence: Sequence) -> None:
         self.pool.release(sequence.block_ids)
@@ -77,6 +101,10 @@ class BlockTables:
     def unpin(self, block_ids: tuple[int, ...]) -> None:
         self.pool.release(block_ids)
 
+    def describe(self, block_id: int) -> CachedBlock | None:
+        """What a block holds; None if nobody finds it."""
+        return self._prefix_cache.describe(block_id)
+
     def clear_prefix_cache(self) -> None:
         for block_id in self._prefix_cache.clear():
             self.pool.mark_uncached(block_id)
@@ -86,5 +114,14 @@ class BlockTables:
         hashes = sequence.block_hashes
         start, end = len(hashes) * self._block_size, len(sequence.token_ids) // self._block_size * self._block_size
         if start < end:
-            parent = hashes[-1] if hashes else root_hash(self._layout.identity, sequence.request.cache_salt)
+            if sequence.root_hash is None:
+                sequence.root_hash = root_hash(self._layout.identity, sequence.request.cache_salt)
+            parent = hashes[-1] if hashes else sequence.root_hash
             hashes += hash_blocks(sequence.token_ids[start:end], self._block_size, parent)
+
+    def _forget(self, block_id: int) -> None:
+        """A free block is about to be handed out."""
+        block = self._prefix_cache.describe(block_id) if self._watcher and not self.pool.is_surveyed(block_id) else None
+        self._prefix_cache.forget(block_id)
+        if self._watcher is not None and block is not None:
+            self._watcher.overlooked(block)

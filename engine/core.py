@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from engine.admission import max_sequence_tokens
+from engine.backing import BackingStore
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.events import EngineEvent, Pinned
 from engine.kv_event_log import KVEventLog
 from engine.load import EngineLoad
+from engine.offloading import Offloading
 from engine.outcomes import Outcomes
 from engine.prefill_rate import PrefillRate
 from engine.request import EngineRequest
@@ -54,7 +56,8 @@ class EngineCore:
         )
         self._speculator = _speculator(config, drafter)
         limit = max_sequence_tokens(runner)
-        self._scheduler = Scheduler(config, runner.layout, self._tables, limit, self._speculator)
+        self._offloading = Offloading(self._tables, runner.layout.block_size)
+        self._scheduler = Scheduler(config, runner.layout, self._tables, self._offloading, limit, self._speculator)
         self._outcomes = Outcomes(runner, self._scheduler, self._tables, limit, self._speculator)
         self.times = StepTimes()
         self._prefill_rate = PrefillRate()
@@ -63,6 +66,10 @@ class EngineCore:
         self._next_arrival = 0
         self._next_deadline_at = math.inf
         self._steps = 0
+
+    def back_with(self, backing: BackingStore) -> None:
+        """Where blocks go that are forgotten here. Before the first command."""
+        self._offloading.back_with(backing)
 
     # Commands.
 
@@ -146,6 +153,10 @@ class EngineCore:
     def unpin(self, pin_id: PinId) -> None:
         self._tables.unpin(self._pins.pop(pin_id, ()))
 
+    def saved(self, pin_id: PinId) -> None:
+        """The answer to BlocksOffered."""
+        self._offloading.saved(pin_id)
+
     def clear_prefix_cache(self) -> None:
         self._tables.clear_prefix_cache()
 
@@ -158,6 +169,7 @@ class EngineCore:
                 self._outcomes.leave(sequence)
         for pin_id in list(self._pins):
             self.unpin(pin_id)
+        self._offloading.take_back()
 
     # Steps.
 
@@ -182,6 +194,7 @@ class EngineCore:
         assert schedule is not None, "nothing in flight to wait for"
         for sequence in schedule.admitted:
             self._outcomes.admitted(sequence, now)
+        self._outcomes.events += self._offloading.offers()
         return schedule if schedule.plan.chunks else None
 
     def run(self, schedule: Schedule | None) -> None:
@@ -218,12 +231,15 @@ class EngineCore:
             num_importing=len(scheduler.importing) + len(scheduler.orphans),
             num_held=len(scheduler.held),
             num_pins=len(self._pins),
+            num_offered_blocks=self._offloading.num_offered,
             free_blocks=self._tables.pool.num_free,
             total_blocks=self._tables.pool.num_blocks,
             steps=self._steps,
             computed_prompt_tokens=outcomes.num_computed_tokens,
             cached_prompt_tokens=outcomes.num_cached_tokens,
             imported_prompt_tokens=outcomes.num_imported_tokens,
+            loaded_prompt_tokens=outcomes.num_loaded_tokens,
+            lost_blocks=self._offloading.num_lost,
             prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             sampled_tokens=outcomes.num_sampled_tokens,
             preemptions=scheduler.num_preemptions,

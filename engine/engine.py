@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import replace
 
 from engine.admission import check_request
+from engine.backing import BackingStore
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.events import EngineEvent
@@ -58,6 +59,12 @@ class Engine:
         self._busy_since: float | None = None
 
     # Life.
+
+    def back_with(self, backing: BackingStore) -> None:
+        """Where blocks go that are forgotten here. Before `start`, at most once; the receiver of events then answers
+        BlocksOffered and Reserved."""
+        assert self._thread.ident is None, "the engine runs"
+        self._core.back_with(backing)
 
     def start(self, on_events: Callable[[list[EngineEvent]], None]) -> None:
         """`on_events` is called on the engine's thread whenever something happened, with all of it at once. It must
@@ -147,6 +154,10 @@ class Engine:
     def unpin(self, pin_id: PinId) -> None:
         """Nobody reads them any more. Unknown ids are no error."""
         self._post(lambda: self._core.unpin(pin_id))
+
+    def saved(self, pin_id: PinId) -> None:
+        """The answer to BlocksOffered: nobody reads these blocks any more. Unknown ids are no error."""
+        self._post(lambda: self._core.saved(pin_id))
 
     def clear_prefix_cache(self) -> None:
         """Forget all addresses. What runs goes on."""

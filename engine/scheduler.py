@@ -7,8 +7,9 @@ Admission reserves the whole context, so that a prefill never stops half-way for
 has where to land; only decodes grow. A sequence whose first tokens somebody may bring is admitted like an import, ahead of
 those that wait for compute, and computes the rest when they have come, or have not: in its turn by age, so that whom it
 passed is not overtaken twice. A decode that finds no free block preempts the youngest sequence, which may be
-itself: the oldest always gets on. A preempted sequence is recomputed, mostly from the prefix cache. Neither the blocks of
-an import nor those of a prefill for somebody else move: others may be writing or reading them.
+itself: the oldest always gets on. A preempted sequence is recomputed, mostly from the prefix cache and the store behind it
+(engine.offloading), which is asked at every admission, once. Neither the blocks of an import nor those of a prefill for
+somebody else move: others may be writing or reading them.
 
 A step may be planned while another is in flight. A sequence that draws a token there goes on behind it, with PENDING in its
 place, unless that is its last for length. Where more must be known of the step in flight, nothing is planned ahead of its
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
+from engine.offloading import Offloading
 from engine.runner import PENDING, ScheduledChunk, StepPlan
 from engine.sequence import Sequence, State
 from engine.speculation import Speculator
@@ -48,11 +50,13 @@ class Scheduler:
         config: EngineConfig,
         layout: KVLayout,
         tables: BlockTables,
+        offloading: Offloading,
         max_sequence_tokens: int,
         speculator: Speculator | None,
     ) -> None:
         self._layout = layout
         self._tables = tables
+        self._offloading = offloading
         self._max_sequence_tokens = max_sequence_tokens
         self._speculator = speculator
         self._max_tokens = config.max_num_batched_tokens
@@ -155,6 +159,9 @@ class Scheduler:
             step.no_room = True
             return None
         self.waiting.remove(sequence)
+        if not sequence.computes_nothing:
+            sequence.load_end = self._offloading.num_loadable_tokens(sequence)
+            sequence.import_end = max(sequence.import_end, sequence.load_end)
         if sequence.computes_nothing or sequence.num_computed < sequence.import_end:
             sequence.state = State.IMPORTING
             self.importing[sequence.request_id] = sequence
@@ -199,8 +206,11 @@ class Scheduler:
         return drafts if self._tables.grow(sequence, num_tokens, keep_free=self._watermark) else []
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A place for the next token of a decode, at the cost of younger ones. False if it was itself the youngest."""
+        """A place for the next token of a decode, at the cost of younger ones. False if it was itself the youngest, or
+        blocks are being saved and will be free: nobody is preempted for what comes back on its own."""
         while not self._tables.grow(sequence, sequence.num_scheduled + 1):
+            if self._offloading.num_returning:
+                return False
             victim = max((other for other in self.running.values() if other.preemptable), key=_age)
             self._preempt(victim)
             if victim is sequence:

@@ -4,7 +4,7 @@
     WAITING ──▶ RUNNING ──▶ HELD ──▶ gone   PREFILL_ONLY; also one that failed, once blocks of it were announced
     WAITING ──▶ IMPORTING ──▶ RUNNING       IMPORT; once running it is like GENERATE
                     └──▶ ORPHANED ──▶ gone  it has failed, but its blocks still belong to the transfer; maybe HELD then
-    WAITING ──▶ IMPORTING ──▶ RUNNING       also one whose first tokens somebody may bring (`import_tokens`)
+    WAITING ──▶ IMPORTING ──▶ RUNNING       also one whose first tokens somebody may bring (`import_tokens`, or the store)
               RUNNING ──▶ LEAVING ──▶ gone  it has ended, but a step in flight still writes into its blocks
 
 Of its tokens (prompt, emitted, sampled) the first `num_computed` have their KV in the blocks of `block_ids`; steps in
@@ -15,6 +15,7 @@ from enum import Enum, auto
 
 from engine.request import EngineRequest, Mode
 from protocol.ids import BlockHash, RequestId
+from protocol.kv_blocks import tenant_of
 from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
 
@@ -58,17 +59,24 @@ class Sequence:
         self.context_end = len(self.token_ids)
         self.import_end = self.context_end if request.mode is Mode.IMPORT else request.import_tokens
         """Leading tokens that may come from elsewhere; 0 as soon as they have, or need not."""
+        self.load_end = 0
+        """Of those, leading tokens that the store behind the prefix cache said it could bring."""
         self.num_computed = 0
         self.has_penalties = request.sampling.has_penalties
         self.num_steps_in_flight = 0
         self.num_tokens_in_flight = 0
         self.num_draws_in_flight = 0
         self.block_ids: list[int] = []
+        self.root_hash: BlockHash | None = None
+        """The parent of its first block, once that is hashed."""
         self.block_hashes: list[BlockHash] = []
+        self.tenant = tenant_of(request.cache_salt)
         self.num_indexed_blocks = 0
         """Leading blocks that have been offered to the prefix cache."""
         self.num_cached_tokens: int | None = None
-        """Tokens that the prefix cache saved at the first admission; None before."""
+        """Tokens that the prefix cache and others saved at the first admission; None before."""
+        self.preempted = False
+        """Ever."""
         self.num_announced_blocks = 0
         """Of PREFILL_ONLY: leading blocks reported as final."""
         self.released_early = False
@@ -125,6 +133,7 @@ class Sequence:
     def start_over(self) -> None:
         """Preempted: everything known so far is the context to recompute. Its blocks have been released."""
         self.state = State.WAITING
+        self.preempted = True
         self.context_end = len(self.token_ids)
         self.num_computed = 0
         self.num_indexed_blocks = 0
