@@ -9,7 +9,7 @@ from decode_node.service import DecodeService
 from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.events import on_loop
 from engine.telemetry import EngineTelemetry
-from kv_transfer.exchange import KVExchange, open_wires
+from kv_transfer.exchange import NodeExchange, open_wires
 from kv_transfer.memory.arena import HostArena, scratch_blocks
 from kv_transfer.memory.device_blocks import DeviceBlocks
 from protocol.ids import Incarnation, new_incarnation
@@ -56,7 +56,7 @@ async def _serve(
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
         exchange = await stack.enter_async_context(
-            KVExchange(config, info, wires, engine, client, TransferMetrics(registry))
+            NodeExchange(config, info, wires, engine, client, TransferMetrics(registry))
         )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         await stack.enter_async_context(exchange.prefixes)

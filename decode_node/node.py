@@ -6,7 +6,7 @@ from starlette.routing import Route
 
 from decode_node.service import DecodeService
 from engine.telemetry import EngineTelemetry
-from kv_transfer.exchange import KVExchange
+from kv_transfer.exchange import NodeExchange
 from protocol.ids import RequestId
 from protocol.requests import DecodeAccepted, DecodeRequest
 from protocol.workers import WorkerLoad
@@ -19,7 +19,7 @@ class DecodeNode:
         self,
         shell: NodeShell,
         service: DecodeService,
-        exchange: KVExchange,
+        exchange: NodeExchange,
         engine_telemetry: EngineTelemetry,
         cluster_key: str | None,
     ) -> None:

@@ -5,7 +5,7 @@ from contextlib import AsyncExitStack
 
 from engine.build import BuiltEngine, build_engine, plan_engine
 from engine.telemetry import EngineTelemetry
-from kv_transfer.exchange import KVExchange, open_wires
+from kv_transfer.exchange import NodeExchange, open_wires
 from kv_transfer.memory.arena import HostArena, scratch_blocks
 from kv_transfer.memory.device_blocks import DeviceBlocks
 from prefill_node.node import PrefillNode
@@ -54,7 +54,7 @@ async def _serve(
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
         exchange = await stack.enter_async_context(
-            KVExchange(config, info, wires, engine, client, TransferMetrics(registry))
+            NodeExchange(config, info, wires, engine, client, TransferMetrics(registry))
         )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         await stack.enter_async_context(exchange.prefixes)

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from starlette.routing import Route
 
 from engine.telemetry import EngineTelemetry
-from kv_transfer.exchange import KVExchange
+from kv_transfer.exchange import NodeExchange
 from prefill_node.service import PrefillService
 from protocol.ids import RequestId
 from protocol.requests import PrefillAccepted, PrefillRequest
@@ -19,7 +19,7 @@ class PrefillNode:
         self,
         shell: NodeShell,
         service: PrefillService,
-        exchange: KVExchange,
+        exchange: NodeExchange,
         engine_telemetry: EngineTelemetry,
         cluster_key: str | None,
     ) -> None:
