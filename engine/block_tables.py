@@ -28,7 +28,7 @@ class BlockTables:
 
     def __init__(self, layout: KVLayout, num_blocks: int, log: KVEventLog, *, enable_prefix_cache: bool) -> None:
         self._layout = layout
-        self._block_size = layout.block_size
+        self.block_size = layout.block_size
         self._enabled = enable_prefix_cache
         self._prefix_cache = PrefixCache(log)
         self.pool = BlockPool(num_blocks, on_reuse=self._forget)
@@ -51,20 +51,20 @@ class BlockTables:
         if self._enabled:
             self._hash(sequence)
             computable = num_tokens if sequence.computes_nothing else num_tokens - 1
-            hit = self._prefix_cache.match(sequence.block_hashes, computable // self._block_size)
+            hit = self._prefix_cache.match(sequence.block_hashes, computable // self.block_size)
         num_new = self._layout.num_blocks_for(num_tokens) - len(hit)
         if num_new + sum(map(self.pool.is_free, hit)) + keep_free > self.pool.num_free:
             return False
         self.pool.share(hit)
         sequence.block_ids = hit + self.pool.allocate(num_new, after=hit[-1] if hit else None)
-        sequence.num_computed = len(hit) * self._block_size
+        sequence.num_computed = len(hit) * self.block_size
         sequence.num_indexed_blocks = len(hit)
         return True
 
     def grow(self, sequence: Sequence, num_tokens: int, keep_free: int = 0) -> bool:
         """Make sure there is a place for `num_tokens` tokens. False, and nothing has changed, if that takes blocks and
         fewer than `keep_free` would stay free."""
-        if len(sequence.block_ids) * self._block_size >= num_tokens:
+        if len(sequence.block_ids) * self.block_size >= num_tokens:
             return True
         num_new = self._layout.num_blocks_for(num_tokens) - len(sequence.block_ids)
         if self.pool.num_free < num_new + keep_free:
@@ -74,7 +74,7 @@ class BlockTables:
 
     def index(self, sequence: Sequence) -> None:
         """Offer the full blocks that have been computed since the last call to the prefix cache."""
-        start, end = sequence.num_indexed_blocks, sequence.num_computed // self._block_size
+        start, end = sequence.num_indexed_blocks, sequence.num_computed // self.block_size
         if not self._enabled or start >= end:
             return
         self._hash(sequence)
@@ -112,12 +112,12 @@ class BlockTables:
     def _hash(self, sequence: Sequence) -> None:
         """Addresses of the full blocks that have none yet: each token is hashed once."""
         hashes = sequence.block_hashes
-        start, end = len(hashes) * self._block_size, len(sequence.token_ids) // self._block_size * self._block_size
+        start, end = len(hashes) * self.block_size, len(sequence.token_ids) // self.block_size * self.block_size
         if start < end:
             if sequence.root_hash is None:
                 sequence.root_hash = root_hash(self._layout.identity, sequence.request.cache_salt)
             parent = hashes[-1] if hashes else sequence.root_hash
-            hashes += hash_blocks(sequence.token_ids[start:end], self._block_size, parent)
+            hashes += hash_blocks(sequence.token_ids[start:end], self.block_size, parent)
 
     def _forget(self, block_id: int) -> None:
         """A free block is about to be handed out."""

@@ -56,7 +56,7 @@ class EngineCore:
         )
         self._speculator = _speculator(config, drafter)
         limit = max_sequence_tokens(runner)
-        self._offloading = Offloading(self._tables, runner.layout.block_size)
+        self._offloading = Offloading(self._tables)
         self._scheduler = Scheduler(config, runner.layout, self._tables, self._offloading, limit, self._speculator)
         self._outcomes = Outcomes(runner, self._scheduler, self._tables, limit, self._speculator)
         self.times = StepTimes()
@@ -117,9 +117,23 @@ class EngineCore:
         self._scheduler.imported(sequence)
         self._outcomes.imported(sequence, first_token, now)
 
+    def proceed(self, request_id: RequestId, num_tokens: int) -> None:
+        """While the beginning of a request is brought, compute the first `num_tokens` of it here: whole blocks, of those
+        that were reserved. Once, before `resume`. A request that has ended stays so."""
+        sequence = self._sequences.get(request_id)
+        if sequence is None or sequence.state is not State.IMPORTING:
+            return
+        assert not sequence.computes_nothing, f"{request_id} computes nothing here"
+        assert not sequence.front_end, f"{request_id} was told before how far to go"
+        assert num_tokens % self._tables.block_size == 0, f"{num_tokens} tokens are not whole blocks"
+        assert num_tokens <= sequence.import_end, f"only {sequence.import_end} tokens of {request_id} are awaited"
+        if num_tokens > sequence.num_computed:
+            sequence.front_end = num_tokens
+
     def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:
-        """The first `num_valid_tokens` tokens of a request that waited for its beginning are in its blocks; the rest is
-        to be computed, and nothing writes into its blocks any more."""
+        """The first `num_valid_tokens` tokens of a request that waited for its beginning are in its blocks, or will be when
+        those are computed that it was told to `proceed` with; if no more than these have come, none have. The rest is to be
+        computed, and nothing else writes into its blocks any more."""
         sequence = self._import(request_id)
         if sequence is None:
             return
@@ -251,9 +265,7 @@ class EngineCore:
     def _landed(self, sequence: Sequence, num_valid_tokens: int) -> bool:
         """An import has ended with so many valid tokens, which are kept. False if its request had ended before: it is
         let go now."""
-        arrived = min(num_valid_tokens, sequence.import_end)
-        sequence.import_end = 0
-        sequence.num_computed = max(sequence.num_computed, arrived)
+        sequence.arrive(min(num_valid_tokens, sequence.import_end))
         self._tables.index(sequence)
         if sequence.state is State.ORPHANED:
             self._outcomes.let_go(sequence)
@@ -276,7 +288,7 @@ class EngineCore:
         chunks = step.schedule.plan.chunks
         num_before = self._outcomes.num_computed_tokens
         for sequence, chunk, sampled in zip(step.schedule.sequences, chunks, step.result.sampled, strict=True):
-            if sequence.state is not State.RUNNING:  # it has ended meanwhile
+            if not sequence.computing:  # it has ended meanwhile
                 self._outcomes.landed(sequence)
             elif isinstance(sampled, HeadraceError):
                 self._outcomes.fail(sequence, sampled)

@@ -130,9 +130,15 @@ class Engine:
         decodes from the next step on. `computed_at`, `landing`: see engine.core."""
         self._post(lambda: self._core.activate(request_id, first_token, computed_at, landing))
 
+    def proceed(self, request_id: RequestId, num_tokens: int) -> None:
+        """Before the answer to Reserved with `prefix`: its first `num_tokens` tokens, whole blocks, are not brought but computed
+        here, while those behind them are brought. At most once; `resume` is to follow. No-op for a request that has ended."""
+        self._post(lambda: self._core.proceed(request_id, num_tokens))
+
     def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:
-        """The answer to Reserved of a request with `import_tokens`: the first `num_valid_tokens` tokens have come and are
-        verified, and nothing writes into its blocks any more. The engine computes on from there."""
+        """The answer to Reserved with `prefix`: the first `num_valid_tokens` tokens have come and are verified, and nothing
+        writes into its blocks any more. The engine computes on from there. After `proceed` with so many tokens or more
+        nothing has come, and with fewer those from there on."""
         self._post(lambda: self._core.resume(request_id, num_valid_tokens))
 
     def fail_import(self, request_id: RequestId, error: HeadraceError) -> None:

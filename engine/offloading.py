@@ -39,10 +39,9 @@ class Offloading:
     """Until `back_with` there is no store, and nothing here costs anything. Blocks held by offers are `num_offered`;
     `num_lost` that the store wanted have been forgotten before they could be offered."""
 
-    def __init__(self, tables: BlockTables, block_size: int) -> None:
+    def __init__(self, tables: BlockTables) -> None:
         self._tables = tables
         self._pool = tables.pool
-        self._block_size = block_size
         self._window = ceil(self._pool.num_blocks * WINDOW)
         self._max_offered = ceil(self._pool.num_blocks * MAX_OFFERED)
         self._backing: BackingStore | None = None
@@ -66,9 +65,9 @@ class Offloading:
         token of the context is left to compute."""
         if self._backing is None:
             return 0
-        first, end = sequence.num_computed // self._block_size, (sequence.context_end - 1) // self._block_size
+        first, end = sequence.num_computed // self._tables.block_size, (sequence.context_end - 1) // self._tables.block_size
         num_loadable = self._backing.num_loadable(sequence.block_hashes[first:end])
-        return (first + num_loadable) * self._block_size if num_loadable else 0
+        return (first + num_loadable) * self._tables.block_size if num_loadable else 0
 
     # What it may keep.
 

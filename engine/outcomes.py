@@ -72,7 +72,7 @@ class Outcomes:
         self._announce(sequence, num_cached_blocks)
 
     def resumed(self, sequence: Sequence, num_imported_tokens: int) -> None:
-        """So many of its first tokens, up to `num_computed`, have come from elsewhere."""
+        """So many of its first tokens, up to `num_computed`, have come from elsewhere, maybe none."""
         self.num_imported_tokens += num_imported_tokens
         start = sequence.num_computed - num_imported_tokens
         self.num_loaded_tokens += max(0, min(sequence.num_computed, sequence.load_end) - start)
@@ -97,8 +97,9 @@ class Outcomes:
             self.num_computed_tokens += len(chunk.token_ids)
         if not chunk.samples:
             sequence.num_computed += len(chunk.token_ids)
+            num_met = sequence.meet()
             self._tables.index(sequence)
-            self._announce(sequence, sequence.num_computed // self._layout.block_size)
+            self.resumed(sequence, num_met)
             return
         if sequence.num_sampled == 0:
             sequence.times.computed_at = ended_at

@@ -6,7 +6,7 @@ new sequences are admitted while budget, rows and blocks last.
 Admission reserves the whole context, so that a prefill never stops half-way for want of blocks and an import always
 has where to land; only decodes grow. A sequence whose first tokens somebody may bring is admitted like an import, ahead of
 those that wait for compute, and computes the rest when they have come, or have not: in its turn by age, so that whom it
-passed is not overtaken twice. A decode that finds no free block preempts the youngest sequence, which may be
+passed is not overtaken twice. Some of what it waits for it may compute meanwhile (see engine.sequence). A decode that finds no free block preempts the youngest sequence, which may be
 itself: the oldest always gets on. A preempted sequence is recomputed, mostly from the prefix cache and the store behind it
 (engine.offloading), which is asked at every admission, once. Neither the blocks of an import nor those of a prefill for
 somebody else move: others may be writing or reading them.
@@ -116,7 +116,7 @@ class Scheduler:
     def schedule(self, *, in_flight: bool) -> Schedule | None:
         """Decide one step. The plan is empty only if nothing can run now. None, and only with steps in flight, if their
         results are needed first."""
-        by_age = sorted(self.running.values(), key=_age)
+        by_age = sorted([*self.running.values(), *self._fronts], key=_age)
         decodes = [sequence for sequence in by_age if sequence.decoding and self._goes_on(sequence)]
         if in_flight and not all(self._can_run_ahead(sequence) for sequence in decodes):
             return None
@@ -132,7 +132,7 @@ class Scheduler:
             step.decode(sequence, drafts)
         admitted: list[Sequence] = []
         for sequence in by_age:
-            if not sequence.decoding and sequence.state is State.RUNNING:
+            if not sequence.decoding and sequence.computing:
                 admitted += self._fill(step, before=sequence.arrival)
                 step.prefill(sequence)
         admitted += self._fill(step)
@@ -189,7 +189,14 @@ class Scheduler:
 
     def _draft_room(self) -> int:
         """Guesses that one step may check: what of the budget neither decodes nor any prefill could use."""
-        return self._max_tokens - len(self.running) - self._num_running_tokens - self.waiting.num_compute_tokens
+        num_front_tokens = sum(sequence.front_end - sequence.num_computed for sequence in self._fronts)
+        num_prefill_tokens = self._num_running_tokens + num_front_tokens + self.waiting.num_compute_tokens
+        return self._max_tokens - len(self.running) - num_prefill_tokens
+
+    @property
+    def _fronts(self) -> list[Sequence]:
+        """Imports under way of which the beginning is computed here."""
+        return [sequence for sequence in self.importing.values() if sequence.front_end]
 
     @property
     def _num_running_tokens(self) -> int:
@@ -245,7 +252,7 @@ class _Step:
     def prefill(self, sequence: Sequence) -> None:
         """As many tokens of the context as budget and chunk size allow; maybe none."""
         start = sequence.num_scheduled
-        end = min(sequence.context_end, start + min(self.budget, self._max_chunk))
+        end = min(sequence.prefill_end, start + min(self.budget, self._max_chunk))
         if start < end:
             self._add(sequence, sequence.token_ids[start:end], samples=end == sequence.context_end)
 
