@@ -127,7 +127,8 @@ def _add_prompt(parser: argparse.ArgumentParser) -> None:
 def run_stats(options: argparse.Namespace) -> int:
     stats = _ask(options, "stats", GetCacheStats(), CacheStats)
     table = cache_tables.by_tenant(stats) if options.by == "tenant" else cache_tables.by_node(stats)
-    return _show(options, stats, stats.silent, lambda: cache_tables.show(table, *cache_tables.index_lines(stats)))
+    lines = cache_tables.request_lines(stats) + cache_tables.index_lines(stats)
+    return _show(options, stats, stats.silent, lambda: cache_tables.show(table, *lines))
 
 
 def run_lookup(options: argparse.Namespace) -> int:

@@ -28,7 +28,7 @@ def show(table: Table, *lines: str) -> None:
 
 def by_node(stats: CacheStats) -> Table:
     """In blocks, but for the sizes."""
-    table = _table("node", "tier", "used", "of", "size", "pinned", "hits", "misses", "stored", "evicted", "unused")
+    table = _table("node", "tier", "used", "of", "size", "pinned", "found", "stored", "evicted", "unused", "damaged")
     for node in stats.nodes:
         if all(tier.tier == "device" for tier in node.tiers):
             table.add_row(node.worker, "no store" if not node.tiers else "device only")
@@ -44,13 +44,27 @@ def by_tenant(stats: CacheStats) -> Table:
         for tenant in node.tenants:
             sums = used[tenant.tenant, tenant.tier]
             for place, value in enumerate(
-                (tenant.used, tenant.used * node.block_bytes, tenant.quota * node.block_bytes, tenant.hits)
+                (tenant.used, tenant.used * node.block_bytes, tenant.quota * node.block_bytes, tenant.refused)
             ):
                 sums[place] += value
-    table = _table("tenant", "tier", "blocks", "size", "quota", "hits")
-    for (name, tier), (blocks, size, quota, hits) in sorted(used.items(), key=lambda item: -item[1][1]):
-        table.add_row(name, tier, str(blocks), format_bytes(size), format_bytes(quota), str(hits))
+    table = _table("tenant", "tier", "blocks", "size", "quota", "refused")
+    for (name, tier), (blocks, size, quota, refused) in sorted(used.items(), key=lambda item: -item[1][1]):
+        table.add_row(name, tier, str(blocks), format_bytes(size), format_bytes(quota), str(refused))
     return table
+
+
+def request_lines(stats: CacheStats) -> list[str]:
+    """How often each node's store was asked, and what it did not take in."""
+    lines = []
+    for node in stats.nodes:
+        refused = ", ".join(f"{count} for {reason}" for reason, count in node.refused.items() if count)
+        if node.lookups or refused:
+            share = node.hits / node.lookups if node.lookups else 0.0
+            lines.append(
+                f"{node.worker}: {node.hits} of {node.lookups} requests found something ({share:.0%}), {node.missed} blocks "
+                f"were missed; refused: {refused or 'nothing'}"
+            )
+    return lines
 
 
 def index_lines(stats: CacheStats) -> list[str]:
@@ -105,12 +119,11 @@ def _table(*columns: str) -> Table:
 
 
 def _tier_cells(tier: TierReport, block_bytes: int) -> Iterable[str]:
-    counts = (tier.pinned, tier.hits, tier.misses, tier.stored)
-    evicted = (tier.evicted_used + tier.evicted_unused, tier.evicted_unused)
+    counts = (tier.pinned, tier.found, tier.stored, tier.evicted, tier.unused, tier.damaged)
     used = str(tier.used), str(tier.capacity), format_bytes(tier.capacity * block_bytes)
     if tier.tier == "device":
         return tier.tier, *used
-    return tier.tier, *used, *map(str, (*counts, *evicted))
+    return tier.tier, *used, *map(str, counts)
 
 
 def _changed_table(changed: CacheChanged, what: str) -> Table:

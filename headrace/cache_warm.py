@@ -23,6 +23,7 @@ from protocol.errors import ConfigError, NodeLost, RequestError, UnavailableErro
 API_URL = "http://127.0.0.1:8000"
 ATTEMPTS = 6
 REQUEST_TIMEOUT_S = 900.0
+FIRST_PAUSE_S = 0.5
 MAX_PAUSE_S = 30.0
 MAX_SHOWN_FAILURES = 10
 
@@ -199,7 +200,7 @@ class _Warming:
     async def _send(self, session: aiohttp.ClientSession, line: Line) -> _Usage:
         """Raises RequestError for a prompt that is refused, UnavailableError for a cluster that does not take any."""
         for attempt in range(ATTEMPTS):
-            pause_s = min(MAX_PAUSE_S, 0.5 * 2**attempt)
+            pause_s = min(MAX_PAUSE_S, FIRST_PAUSE_S * 2**attempt)
             try:
                 async with session.post(f"{self._url}{line.path}", data=line.body, allow_redirects=False) as response:
                     content = await response.read()

@@ -14,7 +14,7 @@ from protocol.cache_admin import CacheStats
 from protocol.errors import ConfigError
 from protocol.store_admin import TierReport
 
-_RATES = ("hits", "misses", "stored", "evicted_used", "evicted_unused", "damaged")
+_RATES = ("found", "stored", "evicted", "unused")
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:
@@ -46,7 +46,7 @@ def run(options: argparse.Namespace, ask: Callable[[], CacheStats]) -> int:
 def render(stats: CacheStats, before: CacheStats | None, elapsed_s: float) -> RenderableType:
     """`before`: what was told `elapsed_s` seconds earlier, if anything was. Rates are blocks a second."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    columns = ("node", "tier", "used", "full", "hit/s", "miss/s", "stored/s", "evicted/s", "unused/s", "damaged")
+    columns = ("node", "tier", "used", "full", "found/s", "stored/s", "evicted/s", "unused/s", "damaged")
     for place, column in enumerate(columns):
         table.add_column(column, justify="left" if place < 2 else "right")
     earlier = {} if before is None else {(n.worker, t.tier): t for n in before.nodes for t in n.tiers}
@@ -61,9 +61,7 @@ def render(stats: CacheStats, before: CacheStats | None, elapsed_s: float) -> Re
 
 def _rates(now: TierReport, before: TierReport | None, elapsed_s: float) -> list[str]:
     """Of a node that has restarted in between, none."""
-    if before is None or elapsed_s <= 0:
-        return ["-"] * 5
-    hits, misses, stored, used, unused, _ = (getattr(now, name) - getattr(before, name) for name in _RATES)
-    if min(hits, misses, stored, used, unused) < 0:
-        return ["-"] * 5
-    return [f"{count / elapsed_s:.1f}" for count in (hits, misses, stored, used + unused, unused)]
+    counts = [0] if before is None else [getattr(now, name) - getattr(before, name) for name in _RATES]
+    if before is None or elapsed_s <= 0 or min(counts) < 0:
+        return ["-"] * len(_RATES)
+    return [f"{count / elapsed_s:.1f}" for count in counts]

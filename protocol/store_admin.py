@@ -21,37 +21,36 @@ MAX_TENANTS = 1 << 12
 
 ChainHashes = Annotated[tuple[HashBytes, ...], msgspec.Meta(max_length=MAX_CHAIN_BLOCKS)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
-BreakerState = Literal["closed", "half-open", "open"]
+BreakerState = Literal["closed", "open", "probing"]
 
 TIER_BITS: dict[StorageTier, int] = {"device": 1, "host": 2, "disk": 4}
 PINNED_BIT = 8
 
 
 class TierReport(msgspec.Struct, frozen=True, kw_only=True):
-    """One tier now (`used`, `pinned`, `held` by readers) and since its node started (all others), in blocks."""
+    """One tier, in blocks: what is there now (`pinned` and `held` by readers are among `used`), and what has happened since its
+    node started. `found`: leading blocks that requests were told of; `unused`: of the evicted, those never read."""
 
     tier: StorageTier
     capacity: Count
     used: Count
     pinned: Count = 0
     held: Count = 0
-    hits: Count = 0
-    misses: Count = 0
+    found: Count = 0
     stored: Count = 0
-    evicted_used: Count = 0
-    evicted_unused: Count = 0
-    refused: Count = 0
+    evicted: Count = 0
+    unused: Count = 0
     damaged: Count = 0
 
 
 class TenantReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What one cache salt has in one tier, in blocks. `quota`: as much as it may have."""
+    """What one cache salt has in one tier, in blocks. `quota`: as much as it may have; `refused`: beyond that."""
 
     tenant: TenantText
     tier: StorageTier
     used: Count
     quota: Count
-    hits: Count = 0
+    refused: Count = 0
 
 
 class IndexReport(msgspec.Struct, frozen=True, kw_only=True):
@@ -70,11 +69,17 @@ class IndexReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class StoreReport(msgspec.Struct, frozen=True, kw_only=True):
-    """A node's whole store. `tenants`: the largest of them. No `index`: the node was not told of one."""
+    """A node's whole store. `lookups` are requests that asked it, `hits` those that it had a block of, `missed` the blocks that
+    it had not. `refused`: blocks that it did not take in, by reason. `tenants`: the largest of them. No `index`: the node was
+    not told of one."""
 
     worker: IdText
     block_bytes: Count
     tiers: Annotated[tuple[TierReport, ...], msgspec.Meta(max_length=3)]
+    lookups: Count = 0
+    hits: Count = 0
+    missed: Count = 0
+    refused: Annotated[dict[str, Count], msgspec.Meta(max_length=16)] = {}
     tenants: Annotated[tuple[TenantReport, ...], msgspec.Meta(max_length=MAX_TENANTS)] = ()
     index: IndexReport | None = None
 
