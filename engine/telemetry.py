@@ -5,7 +5,8 @@ import math
 from engine.engine import Engine
 from engine.step_times import StepTimes
 from protocol.workers import WorkerLoad
-from runtime.metrics import EngineMetrics, Total
+from runtime.metric_feeds import Total
+from runtime.metrics import EngineMetrics
 
 STUCK_AFTER_S = 60.0
 """A step takes milliseconds to seconds. Work pending and no step ended for this long means that the loop hangs."""

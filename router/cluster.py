@@ -12,7 +12,7 @@ from random import Random
 from typing import Self
 
 from protocol.block_hash import hash_blocks, root_hash
-from protocol.errors import HeadraceError
+from protocol.errors import HeadraceError, NoWorker
 from protocol.ids import BlockHash, Incarnation, RouterId, WorkerId
 from protocol.transfer import KVSource
 from protocol.workers import Heartbeat, HeartbeatReply, Leave, Registered, WorkerInfo
@@ -205,6 +205,13 @@ class Cluster:
         return Limits(max_model_len, vocab_size)
 
     # ---- routing
+
+    def address(self, token_ids: Sequence[int], cache_salt: str | None) -> tuple[int, list[BlockHash]]:
+        """The block size, and the addresses of the full blocks of this context. Raises NoWorker where no node is registered:
+        addresses depend on the layout that the nodes share."""
+        if self._registry.snapshot.layout is None:
+            raise NoWorker("no node is registered with this router")
+        return self._hash(token_ids, cache_salt)
 
     def route(
         self,

@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from fake_store import FakeStore
 from starlette.applications import Starlette
 
+from kv_store.admin import admin_routes
 from protocol.block_hash import context_hash
 from protocol.errors import Draining, HeadraceError
 from protocol.ids import RequestId, RouterId, new_incarnation, new_ticket_id
@@ -79,6 +81,7 @@ class FakeNode:
         self.failure: HeadraceError | None = None
         self.frozen = False
         self.stored: tuple[bytes, ...] = ()
+        self.store = FakeStore(worker_id)
         self.outbox = TokenOutbox(self._on_lost)
         self._held = asyncio.Event()
         self._router = router_control_url
@@ -100,6 +103,7 @@ class FakeNode:
                 message_route("/node/v1/cancel", CancelRequest, self._cancel, self._key),
                 message_route("/node/v1/prefill", PrefillRequest, self._prefill, self._key),
                 message_route("/node/v1/decode", DecodeRequest, self._decode, self._key),
+                *admin_routes(self.store, self._key),
             ]
         )
         client = await self._stack.enter_async_context(RpcClient(self._key))
