@@ -30,7 +30,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, on_reuse: Callable[[int], None]) -> None:
         self.num_blocks = num_blocks
-        self._on_reuse = on_reuse
+        self.on_reuse = on_reuse
         self._references = [0] * num_blocks
         self._cached = bytearray(num_blocks)
         self._num_free = num_blocks
@@ -148,7 +148,7 @@ class BlockPool:
         evicted: list[int] = []
         while len(evicted) < count + self._evicted_ahead and (block_id := self._next[self._lru]) != self._lru:
             self._cached[block_id] = False
-            self._on_reuse(block_id)
+            self.on_reuse(block_id)
             self._unlink(block_id)
             evicted.append(block_id)
         self._empty.add(evicted)

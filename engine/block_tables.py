@@ -3,6 +3,7 @@ reserve a context, grow by a token, index what is computed, release; and pins, f
 """
 
 from collections.abc import Sequence as BlockIds
+from functools import partial
 from typing import Protocol
 
 from engine.block_pool import BlockPool
@@ -31,13 +32,14 @@ class BlockTables:
         self.block_size = layout.block_size
         self._enabled = enable_prefix_cache
         self._prefix_cache = PrefixCache(log)
-        self.pool = BlockPool(num_blocks, on_reuse=self._forget)
+        self.pool = BlockPool(num_blocks, on_reuse=self._prefix_cache.forget)
         self._watcher: CacheWatcher | None = None
 
     def watch(self, watcher: CacheWatcher) -> None:
         """From now on. Before any block is in use."""
         assert not len(self._prefix_cache), "the watcher has missed what is there"
         self._watcher = watcher
+        self.pool.on_reuse = partial(self._forget, watcher)
 
     def reserve(self, sequence: Sequence, keep_free: int) -> bool:
         """Blocks for all tokens of the sequence, those of the prefix cache first. False, and nothing has changed, if
@@ -119,9 +121,8 @@ class BlockTables:
             parent = hashes[-1] if hashes else sequence.root_hash
             hashes += hash_blocks(sequence.token_ids[start:end], self.block_size, parent)
 
-    def _forget(self, block_id: int) -> None:
+    def _forget(self, watcher: CacheWatcher, block_id: int) -> None:
         """A free block is about to be handed out."""
-        block = self._prefix_cache.describe(block_id) if self._watcher and not self.pool.is_surveyed(block_id) else None
+        if not self.pool.is_surveyed(block_id) and (block := self.describe(block_id)) is not None:
+            watcher.overlooked(block)
         self._prefix_cache.forget(block_id)
-        if self._watcher is not None and block is not None:
-            self._watcher.overlooked(block)

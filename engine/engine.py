@@ -10,7 +10,7 @@ The thread sleeps when nothing can run. Every public method may be called from a
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from engine.admission import check_request
@@ -24,7 +24,7 @@ from engine.request import EngineRequest
 from engine.runner import Runner
 from protocol.errors import Draining, HeadraceError, InternalError, InvalidParameter, Overloaded
 from protocol.ids import BlockHash, Incarnation, PinId, RequestId
-from protocol.kv_events import KVEventBatch
+from protocol.kv_events import KVEventBatch, StorageTier
 from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
 from runtime.clock import Clock
@@ -202,12 +202,20 @@ class Engine:
             return 0.0 if self._busy_since is None else self._clock.now() - self._busy_since
 
     def take_kv_events(self) -> KVEventBatch | None:
-        """What the prefix cache gained and lost since the last call; None if nothing."""
+        """What the prefix cache, and the store behind it, gained and lost since the last call; None if nothing."""
         return self._kv_events.take()
 
     def kv_snapshot(self) -> KVEventBatch:
-        """The whole prefix cache, for a reader that has missed events."""
+        """All that is cached, for a reader that has missed events."""
         return self._kv_events.snapshot()
+
+    def note_stored(self, block_hashes: Sequence[BlockHash], tier: StorageTier) -> None:
+        """Another tier of this process holds these from now on: to be told to whoever takes events."""
+        self._kv_events.stored(block_hashes, tier)
+
+    def note_removed(self, block_hashes: Sequence[BlockHash], tier: StorageTier) -> None:
+        """It does not any more. Unknown ones are no error."""
+        self._kv_events.removed(block_hashes, tier)
 
     # The thread.
 
