@@ -53,6 +53,42 @@ class StoredBlock:
     checksum: int
 
 
+class BlockDisk(Protocol):
+    """A disk tier, as a store uses it: blocking and thread-safe, read and written from threads of the store's own. Questions
+    (`num_held`, `in`, `find`) are answered from memory, from any thread. It evicts on its own, and counts its own failures:
+    nothing here raises because a disk is full or broken."""
+
+    def write(self, blocks: Sequence[CachedBlock], data: Sequence[memoryview], checksums: Sequence[int]) -> int:
+        """How many of them are kept. Nothing of `data` is read any more when it returns."""
+        ...
+
+    def read(self, block_hashes: Sequence[bytes], into: Sequence[memoryview]) -> int:
+        """How many leading blocks have been read and are right. Nothing is written any more when it returns or raises."""
+        ...
+
+    def find(self, block_hashes: Sequence[bytes]) -> list[StoredBlock]:
+        """The leading blocks that it holds."""
+        ...
+
+    def num_held(self, block_hashes: Sequence[bytes]) -> int: ...
+
+    def __contains__(self, block_hash: bytes) -> bool: ...
+
+    def snapshot(self) -> list[StoredBlock]: ...
+
+    def forget(self, block_hashes: Sequence[bytes]) -> None: ...
+
+    @property
+    def num_blocks(self) -> int:
+        """How many it holds."""
+        ...
+
+    @property
+    def capacity_blocks(self) -> int: ...
+
+    def close(self) -> None: ...
+
+
 class TierListener(Protocol):
     """Hears what a store has, after the fact and in order: bytes are committed before `stored`, and may be gone after
     `removed`. Called from any thread; must neither block nor raise."""
