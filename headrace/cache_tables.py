@@ -72,8 +72,11 @@ def index_lines(stats: CacheStats) -> list[str]:
     told = [(node.worker, node.index) for node in stats.nodes if node.index is not None]
     if not told:
         return ["index: none (--redis)"]
-    ill = [f"index of {worker}: {_ailment(index)}" for worker, index in told if index.breaker != "closed"]
-    return ill or [f"index: {len(told)} nodes publish, at most {max(index.lag_s for _, index in told):.1f} s behind"]
+    ill = [(worker, index) for worker, index in told if index.breaker != "closed" or not index.registered]
+    if ill:
+        return [f"index of {worker}: {_ailment(index)}" for worker, index in ill]
+    entries, lag_s = sum(index.entries for _, index in told), max(index.lag_s for _, index in told)
+    return [f"index: {entries} entries of {len(told)} nodes, at most {lag_s:.1f} s behind"]
 
 
 def show_found(found: PromptsFound) -> None:
@@ -142,5 +145,6 @@ def _expectation(prompt: PromptFound) -> str:
 
 
 def _ailment(index: IndexReport) -> str:
-    retry = f", tried again in {index.retry_in_s:.0f} s" if index.breaker == "open" else ""
-    return f"{index.breaker}{retry}: {index.problem or 'no reason given'}; local tiers go on"
+    if index.breaker == "closed":
+        return f"nothing can be published; {index.queued} changes wait, for {index.lag_s:.0f} s"
+    return f"given up, tried again in {index.retry_in_s:.0f} s; every node goes on with what is near"

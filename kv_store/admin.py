@@ -34,7 +34,7 @@ class ManagedStore(Protocol):
         """For each block, where it is: protocol.store_admin's TIER_BITS and PINNED_BIT."""
         ...
 
-    def pin(self, block_hashes: Sequence[BlockHash], ttl_s: float) -> int:
+    async def pin(self, block_hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """Keep what is there of these blocks; how many that were."""
         ...
 
@@ -43,8 +43,8 @@ class ManagedStore(Protocol):
         ...
 
     async def clear(self, tier: StorageTier | None, tenant: Tenant | None) -> int:
-        """Forget blocks of one tier or all, of one tenant or all; how many that were. Raises InvalidParameter for what
-        cannot be told apart."""
+        """Forget blocks of one tier or all, of one tenant or all; how many that were, those of a device left out. Raises
+        InvalidParameter for what cannot be told apart."""
         ...
 
 
@@ -56,7 +56,7 @@ def admin_routes(store: ManagedStore, cluster_key: str | None) -> list[Route]:
         return BlocksLocated(store.locate(_addresses(message.block_hashes)).rstrip(b"\x00"))
 
     async def pin(message: PinBlocks) -> BlocksChanged:
-        return BlocksChanged(store.pin(_addresses(message.block_hashes), message.ttl_s))
+        return BlocksChanged(await store.pin(_addresses(message.block_hashes), message.ttl_s))
 
     async def unpin(message: UnpinBlocks) -> BlocksChanged:
         chosen = message.block_hashes

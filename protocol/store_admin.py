@@ -54,18 +54,23 @@ class TenantReport(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class IndexReport(msgspec.Struct, frozen=True, kw_only=True):
-    """How the node stands with the Redis index. Counts are since its start; `drift`: entries that were found not to agree with
-    what the node holds, and mended. `problem`: what went wrong last, empty while all is well."""
+    """How the node stands with the Redis index. Now: `entries` of its own there, changes that are `queued` for it, the oldest
+    for `lag_s`; not `registered`: nothing can be published. Since its start: `lookups`, of which `found` somebody, `late` were
+    over the budget and `skipped` while the breaker was open; `drift`: entries that were wrong, and mended."""
 
     breaker: BreakerState
     retry_in_s: Seconds = 0.0
+    registered: bool = True
     lag_s: Seconds = 0.0
     queued: Count = 0
+    entries: Count = 0
+    members: Count = 0
     lookups: Count = 0
     found: Count = 0
+    late: Count = 0
+    skipped: Count = 0
     errors: Count = 0
     drift: Count = 0
-    problem: Annotated[str, msgspec.Meta(max_length=500)] = ""
 
 
 class StoreReport(msgspec.Struct, frozen=True, kw_only=True):

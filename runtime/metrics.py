@@ -289,18 +289,32 @@ class StoreMetrics:
         self.reuse_gap = histogram("reuse_gap", "Since a block that is read was stored or last read")
         self.lifetime = histogram("block_lifetime", "From a block's storing to its eviction")
         self.idle = histogram("idle_before_eviction", "From a block's last use to its eviction")
+        self.disk_paused = gauge("disk_paused_seconds", "For how long the disk tier writes nothing, having failed")
+        self.disk_failures = counter("disk_failures", "Reads and writes of the disk that failed", "operation", "cause")
         self.index_lookups = Counter(
-            "headrace_index_lookups_total", "By outcome: found, nothing, skipped", ["outcome"], registry=registry
+            "headrace_index_lookups_total",
+            "Questions to the index: hit, miss, timeout, error, or skipped while it was given up",
+            ["outcome"],
+            registry=registry,
         )
-        self.index_errors = Counter("headrace_index_errors_total", "Failed calls of the server", registry=registry)
-        self.index_drift = Counter(
-            "headrace_index_drift_total", "Entries that were wrong, and mended", registry=registry
+        self.index_writes = Counter(
+            "headrace_index_writes_total",
+            "Entries told to the index: published, withdrawn, crowded out, or fenced off",
+            ["outcome"],
+            registry=registry,
+        )
+        self.index_incidents = Counter(
+            "headrace_index_incidents_total",
+            "What it took to keep the index true: drift mended, resyncs, overflows, outages, garbage, dead owners' places swept",
+            ["kind"],
+            registry=registry,
         )
         self.index_up = Gauge(
             "headrace_index_up", "1 while the index is asked, 0 while it is given up", registry=registry
         )
         self.index_lag = Gauge("headrace_index_lag_seconds", "Age of the oldest change to tell it", registry=registry)
-        self.index_queue = Gauge("headrace_index_queue", "Changes to tell it", registry=registry)
+        self.index_queue = Gauge("headrace_index_queued_blocks", "Blocks whose changes wait", registry=registry)
+        self.index_entries = Gauge("headrace_index_entries", "Entries of this node's in the index", registry=registry)
 
 
 class RouterMetrics:

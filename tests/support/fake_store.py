@@ -31,7 +31,7 @@ class FakeStore:
     def locate(self, block_hashes: Sequence[BlockHash]) -> bytes:
         return bytes(self._bits(block_hash) for block_hash in block_hashes)
 
-    def pin(self, block_hashes: Sequence[BlockHash], ttl_s: float) -> int:
+    async def pin(self, block_hashes: Sequence[BlockHash], ttl_s: float) -> int:
         here = [block_hash for block_hash in block_hashes if self._bits(block_hash)]
         self.pinned |= dict.fromkeys(here, ttl_s)
         return len(here)
