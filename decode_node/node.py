@@ -12,6 +12,7 @@ from protocol.requests import DecodeAccepted, DecodeRequest
 from protocol.workers import WorkerLoad
 from runtime.node_shell import NodeShell
 from runtime.rpc_server import message_route
+from store_node.node_store import StoreBeside
 
 
 class DecodeNode:
@@ -20,19 +21,21 @@ class DecodeNode:
         shell: NodeShell,
         service: DecodeService,
         exchange: NodeExchange,
+        store: StoreBeside,
         engine_telemetry: EngineTelemetry,
         cluster_key: str | None,
     ) -> None:
         self._shell = shell
         self._service = service
         self._exchange = exchange
+        self._store = store
         self._engine_telemetry = engine_telemetry
         self._cluster_key = cluster_key
 
     def routes(self) -> list[Route]:
         return [
             message_route("/node/v1/decode", DecodeRequest, self._decode, self._cluster_key),
-            *self._exchange.routes(),
+            *self._store.routes(self._exchange),
         ]
 
     def cancel(self, request_ids: Iterable[RequestId]) -> None:
@@ -45,15 +48,19 @@ class DecodeNode:
         return self._engine_telemetry.stuck()
 
     def idle(self) -> bool:
-        return self._engine_telemetry.idle() and self._exchange.idle()
+        return self._engine_telemetry.idle() and self._exchange.idle() and self._store.idle()
 
     async def farewell(self) -> None:
         await self._exchange.exports.stop()
+        await self._store.farewell()
 
     def report(self) -> None:
         self._engine_telemetry.update()
         self._exchange.telemetry.update()
+        self._store.report()
 
     async def _decode(self, request: DecodeRequest) -> DecodeAccepted:
         self._shell.check_admitting()
-        return self._service.decode(request)
+        prepared = await self._store.prepare(request)
+        self._shell.check_admitting()
+        return self._service.decode(prepared)

@@ -9,9 +9,7 @@ from typing import Protocol, TypeVar
 
 import msgspec
 
-from protocol.block_hash import hash_blocks, root_hash
 from protocol.ids import BlockHash, WorkerId
-from protocol.kv_layout import KVLayout
 from protocol.requests import DecodeRequest, PrefillRequest
 from protocol.transfer import KVSource
 
@@ -40,27 +38,15 @@ class NobodyElse:
 class SourceSearch:
     """`num_held(block_hashes)`: how many leading blocks of a chain this node holds itself, by a glance."""
 
-    def __init__(
-        self,
-        finder: SourceFinder,
-        layout: KVLayout,
-        myself: WorkerId,
-        num_held: Callable[[Sequence[BlockHash]], int],
-    ) -> None:
+    def __init__(self, finder: SourceFinder, myself: WorkerId, num_held: Callable[[Sequence[BlockHash]], int]) -> None:
         self._finder = finder
-        self._layout = layout
         self._myself = myself
         self._num_held = num_held
 
-    async def complete(self, request: Request) -> Request:
-        """The request, with the sources that were found among its own. Raises nothing."""
-        token_ids = request.prompt_token_ids + request.emitted_token_ids
-        if isinstance(self._finder, NobodyElse) or len(token_ids) <= MIN_TOKENS:
-            return request
-        root = root_hash(self._layout.identity, request.cache_salt)
-        block_hashes = hash_blocks(token_ids[:-1], self._layout.block_size, root)  # the last token is computed anyway
+    async def complete(self, request: Request, block_hashes: Sequence[BlockHash], block_size: int) -> Request:
+        """The request, with the sources that were found for these first blocks of it among its own. Raises nothing."""
         num_held = self._num_held(block_hashes)
-        if (len(block_hashes) - num_held) * self._layout.block_size < MIN_TOKENS:
+        if (len(block_hashes) - num_held) * block_size < MIN_TOKENS:
             return request
         found = [source for source in await self._finder.find(block_hashes) if source.num_blocks > num_held]
         if not found:
