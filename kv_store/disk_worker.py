@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 
-from kv_store.directory import Entry
+from kv_store.entries import Entry
 from kv_store.finish import finish
 from kv_store.host_tier import HostTier
 from kv_store.observer import Move

@@ -8,8 +8,8 @@ import asyncio
 from collections.abc import Sequence
 
 from kv_store.demotion import Demoter
-from kv_store.directory import Entry
 from kv_store.disk_worker import DiskWorker
+from kv_store.entries import Entry
 from kv_store.host_tier import HostTier
 from kv_store.tiers import StoredBlock
 from protocol.ids import BlockHash
