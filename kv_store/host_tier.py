@@ -69,6 +69,10 @@ class HostTier:
         with self.lock:
             return [self._directory.is_ready(block_hash) for block_hash in block_hashes]
 
+    def are_pinned(self, block_hashes: Sequence[bytes]) -> list[bool]:
+        with self.lock:
+            return [self._directory.is_pinned(block_hash) for block_hash in block_hashes]
+
     def are_here(self, block_hashes: Iterable[bytes]) -> list[bool]:
         """Ready, or on their way."""
         with self.lock:
