@@ -58,9 +58,10 @@ class EngineTelemetry:
         )
 
     def idle(self) -> bool:
-        """Nothing admitted, imported, or held for a reader."""
+        """Nothing admitted, imported, or held for a reader or the store."""
         load = self._engine.load()
-        return load.running + load.waiting + load.num_importing + load.num_held + load.num_pins == 0
+        busy = load.running + load.waiting + load.num_importing
+        return busy + load.num_held + load.num_pins + load.num_offered_blocks == 0
 
     def stuck(self) -> str | None:
         """Why the node should be restarted, None if there is no reason."""
