@@ -291,10 +291,15 @@ class TierDirectory:
             self._pinned[block_hash] = entry
         return self.num_ready(block_hashes)
 
-    def unpin(self, block_hashes: Iterable[bytes]) -> int:
-        """How many of them were pinned."""
+    def is_pinned(self, block_hash: bytes) -> bool:
+        entry = self._pinned.get(block_hash)
+        return entry is not None and entry.pinned_until > self._clock.now()
+
+    def unpin(self, block_hashes: Iterable[bytes] | None = None) -> int:
+        """How many of them, or of all, were pinned."""
         self._drop_old_pins()
-        entries = [entry for block_hash in block_hashes if (entry := self._pinned.pop(block_hash, None)) is not None]
+        chosen = list(self._pinned) if block_hashes is None else block_hashes
+        entries = [entry for block_hash in chosen if (entry := self._pinned.pop(block_hash, None)) is not None]
         for entry in entries:
             entry.pinned_until = 0.0
         return len(entries)

@@ -18,7 +18,8 @@ from kv_store.policy.policy import EvictionPolicy
 from kv_store.quotas import Quotas
 from kv_store.rates import Rates
 from kv_store.stats import Counters
-from kv_store.tiers import BlockDisk, BlockMemory, StoredBlock, TierListener
+from kv_store.tier_events import TierEvents
+from kv_store.tiers import BlockDisk, BlockMemory, StoredBlock
 from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock
 
@@ -36,6 +37,7 @@ class HostTier:
         *,
         clock: Clock,
         admission: Admission,
+        events: TierEvents,
         quotas: Quotas | None = None,
         observer: StoreObserver | None = None,
         disk: BlockDisk | None = None,
@@ -53,11 +55,8 @@ class HostTier:
         self._directory = TierDirectory(
             num_slots, policy, clock=clock, quotas=self.quotas, tier="host", observer=self._observer
         )
-        self._listeners: list[TierListener] = []
+        self._events = events
         self._logged: set[tuple[Move, type[BaseException]]] = set()
-
-    def add_listener(self, listener: TierListener) -> None:
-        self._listeners.append(listener)
 
     # Questions
 
@@ -125,9 +124,7 @@ class HostTier:
         with self.lock:
             self._directory.commit(entries, checksums, held=held)
             self.counters.stored_host += len(entries)
-        stored = [entry.stored("host") for entry in entries]
-        for listener in self._listeners:
-            listener.stored(stored)
+        self._events.stored([entry.stored("host") for entry in entries])
 
     def abort(self, entries: Sequence[Entry]) -> None:
         with self.lock:
@@ -193,7 +190,7 @@ class HostTier:
         with self.lock:
             return self._directory.pin(block_hashes, ttl_s)
 
-    def unpin(self, block_hashes: Sequence[bytes]) -> int:
+    def unpin(self, block_hashes: Sequence[bytes] | None) -> int:
         with self.lock:
             return self._directory.unpin(block_hashes)
 
@@ -242,7 +239,4 @@ class HostTier:
                 self.counters.evicted_unused += 1
 
     def _tell_removed(self, entries: Sequence[Entry]) -> None:
-        if entries:
-            removed = [entry.stored("host") for entry in entries]
-            for listener in self._listeners:
-                listener.removed(removed)
+        self._events.removed([entry.stored("host") for entry in entries])

@@ -7,10 +7,12 @@ is evicted between a read and its use. The disk keeps its copy. Whoever waits ma
 import asyncio
 from collections.abc import Sequence
 
+from kv_store.demotion import Demoter
 from kv_store.directory import Entry
 from kv_store.disk_worker import DiskWorker
 from kv_store.host_tier import HostTier
 from kv_store.tiers import StoredBlock
+from protocol.ids import BlockHash
 
 
 class _Promotion:
@@ -25,14 +27,15 @@ class _Promotion:
 class Promoter:
     """Of one store, on its event loop."""
 
-    def __init__(self, host: HostTier, worker: DiskWorker, batch_blocks: int) -> None:
+    def __init__(self, host: HostTier, worker: DiskWorker, demoter: Demoter, batch_blocks: int) -> None:
         self._host = host
         self._worker = worker
+        self._demoter = demoter
         self._batch_blocks = batch_blocks
         self._under_way: dict[bytes, _Promotion] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def hold(self, block_hashes: Sequence[bytes]) -> list[Entry]:
+    async def hold(self, block_hashes: Sequence[BlockHash]) -> list[Entry]:
         """Some leading blocks, at least one, held; none if the first is in no tier, or cannot be read."""
         entries = self._host.hold(block_hashes)
         if entries or not block_hashes:
@@ -53,7 +56,7 @@ class Promoter:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
-    def _promotion(self, block_hashes: Sequence[bytes]) -> _Promotion | None:
+    def _promotion(self, block_hashes: Sequence[BlockHash]) -> _Promotion | None:
         """The one that brings the first of these, begun now if need be."""
         under_way = self._under_way.get(block_hashes[0])
         if under_way is not None:
@@ -74,7 +77,8 @@ class Promoter:
         entries: Sequence[Entry] = ()
         num_right = 0
         try:
-            entries = self._reserve(run)
+            await self._demoter.make_room([stored.block for stored in run])
+            entries = self._host.reserve([stored.block for stored in run]).entries
             if entries:
                 num_right = await self._worker.read(run[: len(entries)], [entry.slot for entry in entries])
         finally:
@@ -85,10 +89,7 @@ class Promoter:
                 del self._under_way[stored.block.block_hash]
             promotion.done.set()
             self._let_go(promotion)
-
-    def _reserve(self, run: Sequence[StoredBlock]) -> tuple[Entry, ...]:
-        """Slots for the leading blocks of a run."""
-        return self._host.reserve([stored.block for stored in run]).entries
+            self._demoter.keep_ahead()
 
     def _let_go(self, promotion: _Promotion) -> None:
         if promotion.done.is_set() and not promotion.num_waiting:

@@ -11,7 +11,7 @@ def read_stats(host: HostTier, disk: BlockDisk | None, now: float) -> StoreStats
     counters = host.read_counters()
     tiers = [_host_stats(host, counters)]
     if disk is not None:
-        tiers.append(_disk_stats(disk, counters))
+        tiers.append(_disk_stats(disk, counters, host.memory.block_bytes))
     with host.lock:
         second_touch = host.admission.second_touch(now)
     return StoreStats(
@@ -50,12 +50,13 @@ def _host_stats(host: HostTier, counters: Counters) -> TierStats:
     )
 
 
-def _disk_stats(disk: BlockDisk, counters: Counters) -> TierStats:
+def _disk_stats(disk: BlockDisk, counters: Counters, block_bytes: int) -> TierStats:
+    figures = disk.stats()
     demoted, promoted = counters.moves.get("demote"), counters.moves.get("promote")
     return TierStats(
         tier="disk",
-        capacity=disk.capacity_blocks,
-        used=disk.num_blocks,
+        capacity=figures.capacity_bytes // block_bytes,
+        used=figures.num_blocks,
         found=counters.found_disk,
         stored=demoted.blocks if demoted else 0,
         read=promoted.blocks if promoted else 0,

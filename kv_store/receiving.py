@@ -13,9 +13,8 @@ from kv_store.host_tier import HostTier
 from kv_store.mover import Mover
 from protocol.kv_blocks import CachedBlock
 
-Fetch = Callable[[int, Sequence[int]], Awaitable[int]]
-"""`fetch(first, slots)`: bring blocks `first`, `first + 1`, ... of what is put into these slots; how many leading ones are
-right. It raises only when no more bytes can land, or FetchUnsettled."""
+Fetch = Callable[[Sequence[CachedBlock], Sequence[int]], Awaitable[int]]
+"""`fetch(blocks, slots)`: bring these blocks into these slots, one each; how many leading ones are right. It raises only when no more bytes can land, or FetchUnsettled."""
 
 
 class FetchUnsettled(Exception):
@@ -36,8 +35,8 @@ class Receiver:
         self._mover = mover
         self._quarantines: set[asyncio.Task[None]] = set()
 
-    async def receive(self, blocks: Sequence[CachedBlock], first: int, fetch: Fetch) -> int:
-        """How many of these blocks, which stand from `first` on in what is put, are kept. Raises whatever `fetch` does, except
+    async def receive(self, blocks: Sequence[CachedBlock], fetch: Fetch) -> int:
+        """How many of these blocks, none of which is here, are kept. Raises whatever `fetch` does, except
         FetchUnsettled."""
         entries = self._host.reserve(blocks).entries
         if not entries:
@@ -45,7 +44,7 @@ class Receiver:
         num_cancels = _num_cancels()
         begin = time.perf_counter()
         try:
-            num_valid = await fetch(first, [entry.slot for entry in entries])
+            num_valid = await fetch([entry.block for entry in entries], [entry.slot for entry in entries])
         except FetchUnsettled as unsettled:
             num_valid = unsettled.num_valid
             self._quarantine(entries[num_valid:], unsettled.settled)

@@ -13,24 +13,25 @@ It is made on the event loop when the memory is there, and closed before the mem
 
 import asyncio
 import contextlib
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
 
-from kv_store.admission import Admission, AdmissionMode
+from kv_store.admission import Admission
 from kv_store.demotion import Demoter
 from kv_store.directory import Entry
 from kv_store.disk_worker import DiskWorker
 from kv_store.host_tier import HostTier
-from kv_store.load_choice import LoadableBlocks, LoadPlan, LoadPolicy, load_seconds, plan_load
+from kv_store.load_choice import LoadableBlocks, LoadPlan, load_seconds, plan_load
 from kv_store.mover import Mover
 from kv_store.observer import StoreObserver
 from kv_store.policy.policy import EvictionPolicy
 from kv_store.promotion import Promoter
-from kv_store.quotas import Quotas
 from kv_store.readout import read_stats
 from kv_store.receiving import Fetch, Receiver
+from kv_store.settings import StoreSettings
 from kv_store.stats import StoreStats
-from kv_store.tiers import BlockCopier, BlockDisk, BlockMemory, StoredBlock, Tier, TierListener
+from kv_store.tier_events import TierEvents
+from kv_store.tiers import BlockCopier, BlockDisk, BlockMemory, StoredBlock, Tier
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock, MonotonicClock
@@ -42,16 +43,12 @@ enough for a load to wait no longer than a few milliseconds behind a save."""
 
 
 @dataclass(frozen=True, slots=True)
-class StoreSettings:
-    """`block_size`: tokens in a block. `write_through`: save blocks as soon as they are computed. `prefill_tokens_per_s`: how fast
-    this node computes prompts, None while that is not known."""
+class BlockPlaces:
+    """Of one block; `pinned` in host memory."""
 
-    block_size: int
-    write_through: bool = False
-    admission: AdmissionMode = "auto"
-    load: LoadPolicy = "auto"
-    quotas: Quotas = field(default_factory=Quotas)
-    prefill_tokens_per_s: Callable[[], float | None] = lambda: None
+    host: bool
+    disk: bool
+    pinned: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +63,7 @@ class Held:
 
 class KVStore:
     """`memory`: its first `num_slots` blocks are the host tier's alone. `copier` None: of a node without a device. `disk`
-    is the store's from now on, and closed with it."""
+    is the store's from now on, and closed with it; what it evicts it tells to the same `events`."""
 
     def __init__(
         self,
@@ -79,9 +76,12 @@ class KVStore:
         disk: BlockDisk | None = None,
         clock: Clock | None = None,
         observer: StoreObserver | None = None,
+        events: TierEvents | None = None,
     ) -> None:
         self._settings = settings
         self._clock = clock or MonotonicClock()
+        self.events = events or TierEvents()
+        """Where to listen."""
         self._admission = Admission(settings.admission)
         self._host = HostTier(
             memory,
@@ -89,6 +89,7 @@ class KVStore:
             policy,
             clock=self._clock,
             admission=self._admission,
+            events=self.events,
             quotas=settings.quotas,
             observer=observer,
             disk=disk,
@@ -97,9 +98,13 @@ class KVStore:
         self._mover = Mover(memory, copier)
         self._receiver = Receiver(self._host, self._mover)
         self._disk = disk
-        self._worker = DiskWorker(disk, self._host) if disk is not None else None
-        self._demoter = Demoter(self._host, self._worker, self._batch) if self._worker else None
-        self._promoter = Promoter(self._host, self._worker, self._batch) if self._worker else None
+        self._worker: DiskWorker | None = None
+        self._demoter: Demoter | None = None
+        self._promoter: Promoter | None = None
+        if disk is not None:
+            self._worker = DiskWorker(disk, self._host, self.events)
+            self._demoter = Demoter(self._host, self._worker, self._batch)
+            self._promoter = Promoter(self._host, self._worker, self._demoter, self._batch)
         self._closed = False
         self._num_running = 0
         self._idle = asyncio.Event()
@@ -112,10 +117,6 @@ class KVStore:
     @property
     def num_slots(self) -> int:
         return self._host.num_slots
-
-    def add_listener(self, listener: TierListener) -> None:
-        """Before the first block is stored."""
-        self._host.add_listener(listener)
 
     # The engine's questions, from its own thread (an engine.backing.BackingStore)
 
@@ -148,7 +149,7 @@ class KVStore:
         thread, once a request. A request that nobody reports counts when its blocks are loaded."""
         self._host.requested(blocks)
 
-    def match(self, block_hashes: Sequence[bytes]) -> LoadableBlocks:
+    def match(self, block_hashes: Sequence[BlockHash]) -> LoadableBlocks:
         """The leading blocks that are in either tier. From any thread."""
         host = self._host.num_ready(block_hashes)
         if self._disk is None or host == len(block_hashes):
@@ -161,11 +162,11 @@ class KVStore:
             host, disk = host + is_ready, disk + (not is_ready)
         return LoadableBlocks(host, disk)
 
-    def plan(self, block_hashes: Sequence[bytes]) -> LoadPlan:
+    def plan(self, block_hashes: Sequence[BlockHash]) -> LoadPlan:
         """How many blocks to compute while the others are loaded. From any thread."""
         return self._plan(self.match(block_hashes))
 
-    def estimate_load_s(self, block_hashes: Sequence[bytes]) -> float | None:
+    def estimate_load_s(self, block_hashes: Sequence[BlockHash]) -> float | None:
         """How long bringing what is here of this chain to the device takes, as measured; None before it has been."""
         loadable = self.match(block_hashes)
         with self._host.lock:
@@ -184,7 +185,7 @@ class KVStore:
                 kept += await self._save_batch(blocks[batch], block_ids[batch])
         return kept
 
-    async def load(self, block_hashes: Sequence[bytes], block_ids: Sequence[int]) -> int:
+    async def load(self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> int:
         """Leading blocks to the device, verified. How many of `block_ids` hold theirs. Nothing is written any more when this
         returns or raises, and it raises nothing but its own cancel. While one batch is copied the next comes from disk."""
         done = 0
@@ -199,7 +200,7 @@ class KVStore:
                     break
         return done
 
-    async def hold(self, block_hashes: Sequence[bytes]) -> Held:
+    async def hold(self, block_hashes: Sequence[BlockHash]) -> Held:
         """The longest prefix that is here, promoted from disk if need be, for a reader that verifies what it reads."""
         entries: list[Entry] = []
         async with self._running() as open_:
@@ -224,8 +225,8 @@ class KVStore:
         self._host.let_go(held.entries)
 
     async def receive(self, blocks: Sequence[CachedBlock], fetch: Fetch) -> int:
-        """A put from another node. `fetch(first, slots)` brings blocks `first`, `first + 1`, ... into the slots and answers
-        how many leading ones are right; they are the first run of blocks that are not here yet. How many are kept. `fetch`
+        """A put from another node. `fetch(blocks, slots)` brings these blocks into these slots and answers how many
+        leading ones are right; they are the first run of `blocks` that are not here yet. How many are kept. `fetch`
         raises only when no more bytes can land, or FetchUnsettled; what else it raises is raised here."""
         async with self._running() as open_:
             here = self._host.are_here([block.block_hash for block in blocks])
@@ -235,11 +236,17 @@ class KVStore:
             end = here.index(True, first) if True in here[first:] else len(here)
             if self._demoter is not None:
                 await self._demoter.make_room(blocks[first:end])
-            return await self._receiver.receive(blocks[first:end], first, fetch)
+            return await self._receiver.receive(blocks[first:end], fetch)
 
     # Management
 
-    async def pin(self, block_hashes: Sequence[bytes], ttl_s: float) -> int:
+    def locate(self, block_hashes: Sequence[BlockHash]) -> list[BlockPlaces]:
+        """Where each of these is. From any thread."""
+        host, pinned = self._host.are_ready(block_hashes), self._host.are_pinned(block_hashes)
+        disk = [self._disk is not None and block_hash in self._disk for block_hash in block_hashes]
+        return [BlockPlaces(*places) for places in zip(host, disk, pinned, strict=True)]
+
+    async def pin(self, block_hashes: Sequence[BlockHash], ttl_s: float) -> int:
         """Keep the leading blocks in host memory for so long, from disk if need be. How many it is: at most half of the
         tier is pinned."""
         held = await self.hold(block_hashes)
@@ -248,8 +255,8 @@ class KVStore:
         finally:
             self.let_go(held)
 
-    def unpin(self, block_hashes: Sequence[bytes]) -> int:
-        """How many of these were pinned."""
+    def unpin(self, block_hashes: Sequence[BlockHash] | None = None) -> int:
+        """How many of these, or of all, were pinned."""
         return self._host.unpin(block_hashes)
 
     async def clear(self, tier: Tier | None = None, tenant: Tenant | None = None) -> int:
@@ -260,8 +267,8 @@ class KVStore:
             blocks = [stored.block for stored in self._host.snapshot()]
             count += self._host.forget(b.block_hash for b in blocks if tenant is None or b.tenant == tenant)
         if tier != "host" and self._worker is not None:
-            blocks = [stored.block for stored in self._worker.disk.snapshot()]
-            hashes = [block.block_hash for block in blocks if tenant is None or block.tenant == tenant]
+            blocks = [stored.block for stored in self._worker.disk.stored()]
+            hashes = [BlockHash(block.block_hash) for block in blocks if tenant is None or block.tenant == tenant]
             await self._worker.forget(hashes)
             count += len(hashes)
         return count
@@ -277,7 +284,7 @@ class KVStore:
 
     def snapshot(self) -> list[StoredBlock]:
         """All blocks of all tiers; a block that is in two is listed twice. From any thread."""
-        return self._host.snapshot() + (self._disk.snapshot() if self._disk is not None else [])
+        return self._host.snapshot() + (self._disk.stored() if self._disk is not None else [])
 
     def stats(self) -> StoreStats:
         """From any thread."""
@@ -288,7 +295,7 @@ class KVStore:
         a fetch has not settled are left to whoever owns the memory."""
         self._closed = True
         await self._idle.wait()
-        for part in (self._demoter, self._promoter):
+        for part in (self._promoter, self._demoter):
             if part is not None:
                 await part.idle()
         await self._receiver.close()
@@ -336,7 +343,7 @@ class KVStore:
             self._host.drop_damaged(entries[right])
         return right
 
-    async def _held_batches(self, block_hashes: Sequence[bytes]) -> AsyncGenerator[list[Entry], None]:
+    async def _held_batches(self, block_hashes: Sequence[BlockHash]) -> AsyncGenerator[list[Entry], None]:
         """A chain piece by piece, each held while the consumer is at it, and the next on its way."""
         loop = asyncio.get_running_loop()
         done = 0
@@ -361,7 +368,7 @@ class KVStore:
         if not coming.cancelled() and coming.exception() is None:
             self._host.let_go(coming.result())
 
-    async def _hold_some(self, block_hashes: Sequence[bytes]) -> list[Entry]:
+    async def _hold_some(self, block_hashes: Sequence[BlockHash]) -> list[Entry]:
         """Some leading blocks, held; none if there is no first one to be had."""
         if self._promoter is None:
             return self._host.hold(block_hashes)

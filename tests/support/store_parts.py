@@ -83,7 +83,6 @@ class FakeDisk:
     """`failing`: every call that moves bytes raises. `keeps`: how many blocks of a write are kept. `reads`: how many a read
     brings at most. `gate`: while it is not set, whoever reads or writes waits."""
 
-    capacity_blocks: int = 1 << 20
     failing: bool = False
     keeps: int = 1 << 20
     reads: int = 1 << 20
@@ -108,7 +107,7 @@ class FakeDisk:
                 self.num_writes[block.block_hash] = self.num_writes.get(block.block_hash, 0) + 1
         return min(len(blocks), self.keeps)
 
-    def read(self, block_hashes: Sequence[bytes], into: Sequence[memoryview]) -> int:
+    def read(self, block_hashes: Sequence[BlockHash], into: Sequence[memoryview]) -> int:
         self.gate.wait()
         if self.failing:
             raise OSError("input/output error")
@@ -125,16 +124,12 @@ class FakeDisk:
     def flip(self, block_hash: bytes) -> None:
         self._kept[block_hash][1][0] ^= 1
 
-    def find(self, block_hashes: Sequence[bytes]) -> list[StoredBlock]:
+    def find(self, block_hashes: Sequence[BlockHash]) -> list[StoredBlock]:
         with self._lock:
             kept = [self._kept[key] for key in block_hashes[: self._num_held(block_hashes)]]
         return [StoredBlock(block, "disk", 0, value) for block, _, value in kept]
 
-    def num_held(self, block_hashes: Sequence[bytes]) -> int:
-        with self._lock:
-            return self._num_held(block_hashes)
-
-    def _num_held(self, block_hashes: Sequence[bytes]) -> int:
+    def _num_held(self, block_hashes: Sequence[BlockHash]) -> int:
         return next((i for i, key in enumerate(block_hashes) if key not in self._kept), len(block_hashes))
 
     def __contains__(self, block_hash: bytes) -> bool:
@@ -144,11 +139,18 @@ class FakeDisk:
     def num_blocks(self) -> int:
         return len(self._kept)
 
-    def snapshot(self) -> list[StoredBlock]:
+    @property
+    def capacity_bytes(self) -> int:
+        return 1 << 30
+
+    def stats(self) -> "FakeDisk":
+        return self
+
+    def stored(self) -> list[StoredBlock]:
         with self._lock:
             return [StoredBlock(block, "disk", 0, value) for block, _, value in self._kept.values()]
 
-    def forget(self, block_hashes: Sequence[bytes]) -> None:
+    def forget(self, block_hashes: Sequence[BlockHash]) -> None:
         with self._lock:
             for block_hash in block_hashes:
                 self._kept.pop(block_hash, None)
