@@ -304,10 +304,6 @@ class TierDirectory:
             entry.pinned_until = 0.0
         return len(entries)
 
-    def is_pinned(self, block_hash: bytes) -> bool:
-        entry = self._pinned.get(block_hash)
-        return entry is not None and entry.pinned_until > self._clock.now()
-
     def _drop_old_pins(self) -> None:
         now = self._clock.now()
         for block_hash in [key for key, entry in self._pinned.items() if entry.pinned_until <= now]:

@@ -273,15 +273,6 @@ class KVStore:
             count += len(hashes)
         return count
 
-    def locate(self, block_hashes: Sequence[bytes]) -> list[tuple[list[Tier], bool]]:
-        """For each block, the tiers that it can be read from, and whether it is pinned. From any thread."""
-        tiers: list[list[Tier]] = [["host"] if ready else [] for ready in self._host.are_ready(block_hashes)]
-        if self._disk is not None:
-            for block_hash, found in zip(block_hashes, tiers, strict=True):
-                if block_hash in self._disk:
-                    found.append("disk")
-        return list(zip(tiers, self._host.are_pinned(block_hashes), strict=True))
-
     def snapshot(self) -> list[StoredBlock]:
         """All blocks of all tiers; a block that is in two is listed twice. From any thread."""
         return self._host.snapshot() + (self._disk.stored() if self._disk is not None else [])

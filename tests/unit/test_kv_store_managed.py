@@ -142,7 +142,7 @@ async def test_a_report_tells_whose_blocks_they_are() -> None:
         assert [(one.tenant, one.tier, one.used, one.quota) for one in report.tenants] == [
             (OTHER, "host", 4, 4),
             (NO_TENANT, "host", 2, 4),
-            (OTHER, "disk", 1, bench.disk.capacity_blocks),
+            (OTHER, "disk", 1, report.tiers[1].capacity),
         ]
         disk = report.tiers[1]
         assert (disk.tier, disk.evicted, disk.damaged) == ("disk", 3, 2)
