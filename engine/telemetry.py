@@ -20,6 +20,8 @@ class EngineTelemetry:
         self._computed = Total(metrics.computed_prompt_tokens)
         self._cached = Total(metrics.cached_prompt_tokens)
         self._imported = Total(metrics.imported_prompt_tokens)
+        self._loaded = Total(metrics.loaded_prompt_tokens)
+        self._lost = Total(metrics.lost_blocks)
         self._sampled = Total(metrics.generated_tokens)
         self._preemptions = Total(metrics.preemptions)
         self._phases = {phase: Total(metrics.step_seconds.labels(phase)) for phase in StepTimes().by_phase()}
@@ -38,6 +40,9 @@ class EngineTelemetry:
         self._computed.set(load.computed_prompt_tokens)
         self._cached.set(load.cached_prompt_tokens)
         self._imported.set(load.imported_prompt_tokens)
+        self._loaded.set(load.loaded_prompt_tokens)
+        self._lost.set(load.lost_blocks)
+        self._metrics.offered_blocks.set(load.num_offered_blocks)
         self._sampled.set(load.sampled_tokens)
         self._preemptions.set(load.preemptions)
         for phase, seconds in load.times.by_phase().items():

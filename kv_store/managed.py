@@ -64,18 +64,16 @@ class ManagedKVStore:
     def locate(self, block_hashes: Sequence[BlockHash]) -> bytes:
         if self._store is None:
             return b""
-        places = self._store.locate(block_hashes)
-        return bytes(sum(TIER_BITS[tier] for tier in tiers) | PINNED_BIT * pinned for tiers, pinned in places)
+        return bytes(
+            TIER_BITS["host"] * place.host | TIER_BITS["disk"] * place.disk | PINNED_BIT * place.pinned
+            for place in self._store.locate(block_hashes)
+        )
 
     async def pin(self, block_hashes: Sequence[BlockHash], ttl_s: float) -> int:
         return 0 if self._store is None else await self._store.pin(block_hashes, ttl_s)
 
     def unpin(self, block_hashes: Sequence[BlockHash] | None) -> int:
-        if self._store is None:
-            return 0
-        if block_hashes is None:
-            block_hashes = [BlockHash(stored.block.block_hash) for stored in self._store.snapshot()]
-        return self._store.unpin(block_hashes)
+        return 0 if self._store is None else self._store.unpin(block_hashes)
 
     async def clear(self, tier: StorageTier | None, tenant: Tenant | None) -> int:
         """What the device forgets is not counted, because its engine does that when it next comes to it. Raises

@@ -104,17 +104,19 @@ class CacheAdmin:
         return PromptsFound(tuple(found), tuple(silent.values()))
 
     async def pin(self, message: PinPrompt) -> CacheChanged:
-        hashes = _distinct(await self._address(message.prompt))
-        return await self._change("pin", PinBlocks(hashes, message.ttl_s), len(hashes))
+        return await self._change_all(
+            "pin",
+            [PinBlocks(prompt.block_hashes, message.ttl_s) for prompt in await self._address(message.prompt)],
+        )
 
     async def unpin(self, message: UnpinPrompt) -> CacheChanged:
         if message.prompt is None:
-            return await self._change("unpin", UnpinBlocks())
-        hashes = _distinct(await self._address(message.prompt))
-        return await self._change("unpin", UnpinBlocks(hashes), len(hashes))
+            return await self._change_all("unpin", [UnpinBlocks()])
+        prompts = await self._address(message.prompt)
+        return await self._change_all("unpin", [UnpinBlocks(prompt.block_hashes) for prompt in prompts])
 
     async def clear(self, message: ClearCache) -> CacheChanged:
-        return await self._change("clear", ClearStore(message.tier, message.tenant))
+        return await self._change_all("clear", [ClearStore(message.tier, message.tenant)])
 
     # ---- one prompt
 
@@ -194,13 +196,19 @@ class CacheAdmin:
         used = self._cluster.index.num_blocks(worker.incarnation, "device")
         return [TierReport(tier="device", capacity=worker.info.num_blocks, used=used)]
 
-    async def _change(self, what: str, message: object, num_blocks: int = 0) -> CacheChanged:
-        async def tell(worker: Worker) -> BlocksChanged:
-            return await self._client.call(_url(worker, what), message, BlocksChanged, NODE_TIMEOUT_S)
+    async def _change_all(self, what: str, messages: Sequence[PinBlocks | UnpinBlocks | ClearStore]) -> CacheChanged:
+        """Every node is told all of these, one after the other."""
+
+        async def tell(worker: Worker) -> int:
+            num_blocks = 0
+            for message in messages:
+                answer = await self._client.call(_url(worker, what), message, BlocksChanged, NODE_TIMEOUT_S)
+                num_blocks += answer.num_blocks
+            return num_blocks
 
         answers, silent = await self._ask_all(tell)
-        changed = tuple(NodeChanged(worker.worker_id, answer.num_blocks) for worker, answer in answers)
-        return CacheChanged(changed, silent, num_blocks)
+        named = sum(len(one.block_hashes or ()) for one in messages if not isinstance(one, ClearStore))
+        return CacheChanged(tuple(NodeChanged(worker.worker_id, count) for worker, count in answers), silent, named)
 
     async def _ask_all(
         self, ask: Callable[[Worker], Awaitable[T]]
@@ -231,8 +239,3 @@ def _url(worker: Worker, what: str) -> str:
 def _lendable(route: NodeRoute) -> list[int]:
     sources = route.prefill_sources if route.prefill is not None else route.decode_sources
     return [source.num_blocks for source in sources]
-
-
-def _distinct(prompts: Sequence[_Addressed]) -> tuple[BlockHash, ...]:
-    """What several prompts share is pinned once."""
-    return tuple(dict.fromkeys(block_hash for prompt in prompts for block_hash in prompt.block_hashes))

@@ -116,7 +116,22 @@ class EngineMetrics:
             "headrace_prompt_tokens_cached_total", "Prompt tokens found in a cache", registry=registry
         )
         self.imported_prompt_tokens = Counter(
-            "headrace_prompt_tokens_borrowed_total", "Prompt tokens whose KV other nodes lent", registry=registry
+            "headrace_prompt_tokens_borrowed_total",
+            "Prompt tokens whose KV was not computed here but brought",
+            registry=registry,
+        )
+        self.loaded_prompt_tokens = Counter(
+            "headrace_prompt_tokens_loaded_total",
+            "Of the borrowed prompt tokens, those that this node's own store brought back",
+            registry=registry,
+        )
+        self.offered_blocks = Gauge(
+            "headrace_kv_blocks_offered", "KV blocks being saved in the store", registry=registry
+        )
+        self.lost_blocks = Counter(
+            "headrace_kv_blocks_lost_total",
+            "KV blocks that were forgotten before they could be saved",
+            registry=registry,
         )
         self.generated_tokens = Counter("headrace_generated_tokens_total", "Tokens sampled", registry=registry)
         self.preemptions = Counter(
@@ -148,46 +163,39 @@ class TransferMetrics:
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        def per_peer(kind: type[_Metric], name: str, documentation: str) -> _Metric:
+            return kind(name, documentation, PEER_LABELS, registry=registry)
+
         self.moved = LabelledSeries(
             {
-                "bytes": _per_peer(Counter, "headrace_kv_transfer_bytes_total", "KV bytes moved", registry),
-                "blocks": _per_peer(Counter, "headrace_kv_transfer_blocks_total", "KV blocks moved", registry),
-                "descriptors": _per_peer(
+                "bytes": per_peer(Counter, "headrace_kv_transfer_bytes_total", "KV bytes moved"),
+                "blocks": per_peer(Counter, "headrace_kv_transfer_blocks_total", "KV blocks moved"),
+                "descriptors": per_peer(
                     Counter,
                     "headrace_kv_transfer_descriptors_total",
                     "Pieces of memory that transfers were made of, neighbours merged",
-                    registry,
                 ),
-                "transfers": _per_peer(
-                    Counter, "headrace_kv_transfers_total", "Reads and writes that ended well", registry
-                ),
-                "failures": _per_peer(
-                    Counter, "headrace_kv_transfers_failed_total", "Reads and writes that failed", registry
-                ),
-                "seconds": _per_peer(
-                    Counter, "headrace_kv_transfer_seconds_total", "Time spent in reads and writes", registry
-                ),
-                "quarantined": _per_peer(
+                "transfers": per_peer(Counter, "headrace_kv_transfers_total", "Reads and writes that ended well"),
+                "failures": per_peer(Counter, "headrace_kv_transfers_failed_total", "Reads and writes that failed"),
+                "seconds": per_peer(Counter, "headrace_kv_transfer_seconds_total", "Time spent in reads and writes"),
+                "quarantined": per_peer(
                     Gauge,
                     "headrace_kv_transfers_quarantined",
                     "Reads and writes that were given up, whose bytes may still land",
-                    registry,
                 ),
             }
         )
         self.links = LabelledSeries(
             {
-                "latency": _per_peer(
+                "latency": per_peer(
                     Gauge,
                     "headrace_kv_link_latency_seconds",
                     "Of the way that KV takes from a peer: what a transfer costs for itself, when it was chosen",
-                    registry,
                 ),
-                "bandwidth": _per_peer(
+                "bandwidth": per_peer(
                     Gauge,
                     "headrace_kv_link_bytes_per_second",
                     "Of the way that KV takes from a peer, when it was chosen",
-                    registry,
                 ),
             }
         )
@@ -384,7 +392,3 @@ def _phases(registry: CollectorRegistry) -> Histogram:
         registry=registry,
         buckets=_PHASE_BUCKETS_S,
     )
-
-
-def _per_peer(kind: type[_Metric], name: str, documentation: str, registry: CollectorRegistry) -> _Metric:
-    return kind(name, documentation, PEER_LABELS, registry=registry)

@@ -80,6 +80,7 @@ class FakeNode:
         self.refusal: HeadraceError | None = None
         self.failure: HeadraceError | None = None
         self.frozen = False
+        self.num_cached_tokens = NUM_CACHED_TOKENS
         self.stored: tuple[bytes, ...] = ()
         self.store = FakeStore(worker_id)
         self.outbox = TokenOutbox(self._on_lost)
@@ -225,7 +226,7 @@ class FakeNode:
         token = self._token(index, request.sampling)
         messages: list[TokenMessage] = [
             TokenChunk(request.request_id, index, (token,)),
-            PromptComputed(request.request_id, NUM_CACHED_TOKENS, PREFILL_PHASES),
+            PromptComputed(request.request_id, self.num_cached_tokens, PREFILL_PHASES),
         ]
         reason, stop_token_id = self._end(index, token.token_id, request.sampling)
         if reason is not None:
@@ -243,7 +244,7 @@ class FakeNode:
             self.sent.append(token.token_id)
             messages: list[TokenMessage] = [TokenChunk(request.request_id, index, (token,))]
             if request.ticket is None and index == len(request.emitted_token_ids):
-                messages.append(PromptComputed(request.request_id, NUM_CACHED_TOKENS, PREFILL_PHASES))
+                messages.append(PromptComputed(request.request_id, self.num_cached_tokens, PREFILL_PHASES))
             self.outbox.post(messages)
             reason, stop_token_id = self._end(index, token.token_id, request.sampling)
             if reason is not None:
