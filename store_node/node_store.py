@@ -39,6 +39,7 @@ from store_node.membership import StoreDirectory, open_index, source_of
 from store_node.near_store import NearStore
 from store_node.offers import Offers, Receive
 from store_node.put_queue import PutQueue
+from store_node.put_receiver import refuse_puts
 from store_node.served_store import STORE_PREFIX, ServedStore, open_store_wires
 from store_node.store_owner import StoreOwner
 from store_node.tier_log import TierLog
@@ -142,7 +143,7 @@ class NodeStore:
         self._puts = PutQueue(
             client, source_of(info), StoreDirectory(config.store, info, self._index).urls, MonotonicClock()
         )
-        self._listeners: list[TierListener] = [TierLog(engine), self._puts]
+        self._listeners: list[TierListener] = [TierLog(engine.note_stored, engine.note_removed), self._puts]
         index_state = None if self._index is None else self._index.state
         disk_stats = None if disk is None else disk.stats
         self._telemetry = StoreTelemetry(metrics, self.store.stats, disk_stats, index_state)
@@ -187,6 +188,7 @@ class NodeStore:
         return [
             *exchange.routes(lender.lend),
             *self._served.routes(),
+            refuse_puts(self._cluster_key),
             *admin_routes(self._managed, self._cluster_key),
         ]
 

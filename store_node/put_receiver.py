@@ -4,8 +4,7 @@ A put is taken only from who shows the cluster's key (protocol.store says why), 
 put waits for room behind those that came before it; too many at once are refused, and their senders drop them.
 """
 
-import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 
 import msgspec
@@ -28,18 +27,18 @@ MAX_PUTS = 16
 PUT_TIMEOUT_S = 20.0
 RETRY_AFTER_S = 1.0
 
-log = logging.getLogger(__name__)
-
 
 class PutReceiver:
-    """`accepting` is set to False when the store drains."""
+    """`check_admitting` raises once the store drains."""
 
-    def __init__(self, store: KVStore, exchange: KVExchange, myself: WorkerId) -> None:
+    def __init__(
+        self, store: KVStore, exchange: KVExchange, myself: WorkerId, check_admitting: Callable[[], None]
+    ) -> None:
         self._store = store
         self._context = exchange.borrowing
         self._myself = myself
+        self._check_admitting = check_admitting
         self._num_puts = 0
-        self.accepting = True
 
     @property
     def idle(self) -> bool:
@@ -49,11 +48,12 @@ class PutReceiver:
         return message_route(PUT_PATH, StorePut, self.put, cluster_key)
 
     async def put(self, message: StorePut) -> StorePutDone:
-        """Raises InvalidParameter for what is no chain, Overloaded while there is enough to do."""
+        """Raises InvalidParameter for what is no chain, Overloaded while there is enough to do, Draining at the end."""
+        self._check_admitting()
         check_chain(message.blocks)
         if message.source.worker == self._myself:
             raise InvalidParameter("a store does not put to itself", param="source")
-        if not self.accepting or self._num_puts >= MAX_PUTS:
+        if self._num_puts >= MAX_PUTS:
             raise Overloaded(f"{self._num_puts} puts are under way", retry_after_s=RETRY_AFTER_S)
         self._num_puts += 1
         try:
@@ -77,6 +77,15 @@ class PutReceiver:
             return borrowing.num_valid_blocks
 
         return await self._store.receive(run, fetch)
+
+
+def refuse_puts(cluster_key: str | None) -> Route:
+    """Of a node that is no store."""
+
+    async def refuse(_: StorePut) -> StorePutDone:
+        raise InvalidParameter("this node takes no puts: it is no store", param="store.stores")
+
+    return message_route(PUT_PATH, StorePut, refuse, cluster_key)
 
 
 def check_chain(blocks: Sequence[CachedBlock]) -> None:
