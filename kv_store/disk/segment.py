@@ -65,7 +65,8 @@ class SegmentIdentity:
 @dataclass(slots=True)
 class Segment:
     """A segment as the tier knows it. `blocks[i]` is None once it is forgotten; `used_at`: when it was last read or
-    written, on the tier's clock; `marked_at`: when the file's own time last said so."""
+    written, on the tier's clock; `marked_at`: when the file's own time last said so;
+    `being_deleted`: whoever cannot open the file knows why."""
 
     number: int
     blocks: list[CachedBlock | None]
@@ -73,6 +74,7 @@ class Segment:
     file_bytes: int
     used_at: float
     marked_at: float = 0.0
+    being_deleted: bool = False
     num_live: int = field(init=False)
 
     def __post_init__(self) -> None:
