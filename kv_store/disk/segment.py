@@ -76,14 +76,13 @@ class Segment:
     marked_at: float = 0.0
     being_deleted: bool = False
     num_live: int = field(init=False)
+    first_position: int = field(init=False)
+    """Of the blocks that were live at first, the place nearest to the start of its chain."""
 
     def __post_init__(self) -> None:
-        self.num_live = sum(block is not None for block in self.blocks)
-
-    @property
-    def first_position(self) -> int:
-        """Of the live blocks, the place nearest to the start of its chain."""
-        return min((block.position for block in self.blocks if block is not None), default=0)
+        positions = [block.position for block in self.blocks if block is not None]
+        self.num_live = len(positions)
+        self.first_position = min(positions, default=0)
 
 
 def encode_header(identity: SegmentIdentity, blocks: Sequence[CachedBlock | None], checksums: Sequence[int]) -> bytes:
@@ -128,6 +127,7 @@ def decode_header(
 def _decode_entries(entries: bytes) -> tuple[list[CachedBlock | None], list[int]]:
     blocks: list[CachedBlock | None] = []
     checksums: list[int] = []
+    before = b""
     tenants: dict[bytes, Tenant] = {}  # one string for all blocks of a tenant: a store keeps millions of them
     for address, parent, position, tenant_bytes, block_checksum in _ENTRY.iter_unpack(entries):
         checksums.append(block_checksum)
@@ -142,7 +142,10 @@ def _decode_entries(entries: bytes) -> tuple[list[CachedBlock | None], list[int]
             tenant = tenants[tenant_bytes] = Tenant(text[1].decode())
         if position > _MAX_POSITION or block_checksum > _MAX_CHECKSUM:
             raise MalformedMessage("an entry out of bounds")
+        if parent == before:
+            parent = before  # the same object: half of the memory that addresses take
         blocks.append(CachedBlock(address, parent, position, tenant))
+        before = address
     addresses = [block.block_hash for block in blocks if block is not None]
     if len(set(addresses)) != len(addresses):
         raise MalformedMessage("a block twice in one segment")
