@@ -2,6 +2,7 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -25,6 +26,14 @@ from runtime.metrics import StoreMetrics, render
 HOST, DISK = TIER_BITS["host"], TIER_BITS["disk"]
 NOWHERE = BlockHash(b"x" * 16)
 OTHER = Tenant("b0b0b0b0b0b0")
+
+
+@dataclass(frozen=True)
+class Puts:
+    num_put: int
+    num_refused: int
+    num_dropped: int
+    num_waiting: int
 
 
 class Bench:
@@ -56,7 +65,10 @@ class Bench:
             clock=self.clock,
             observer=StoreHistograms(metrics),
         )
-        self.telemetry = StoreTelemetry(metrics, self.store.stats, lambda: self.disk_stats, lambda: self.index)
+        self.puts = Puts(num_put=6, num_refused=1, num_dropped=2, num_waiting=3)
+        self.telemetry = StoreTelemetry(
+            metrics, self.store.stats, lambda: self.disk_stats, lambda: self.index, lambda: self.puts
+        )
         self.device_cleared = 0
         self.managed = ManagedKVStore(
             WorkerId("p0"),
@@ -183,6 +195,8 @@ async def test_every_figure_becomes_a_metric() -> None:
         assert found["store_checksum_failures_total disk"] == 2
         assert found["store_disk_failures_total input/output error read"] == 1
         assert found["store_disk_paused_seconds"] == 4
+        assert found["store_put_blocks_total kept"] == 6
+        assert found["store_put_waiting_blocks"] == 3
         assert found["index_up"] == 0
         assert found["index_lag_seconds"] == 1.5
         assert found["index_incidents_total drift"] == 5
