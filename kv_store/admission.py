@@ -11,12 +11,8 @@ from protocol.kv_blocks import CachedBlock
 
 AdmissionMode = Literal["auto", "all", "second-touch"]
 
-REMEMBERED = 1 << 16
-"""Addresses in each of a filter's two generations."""
-
-BITS_PER_ADDRESS = 16
-NUM_PROBES = 4
-"""With 16 bits an address, a full generation says of one address in 400 that it has been seen when it has not."""
+REMEMBERED = 1 << 15
+"""Addresses in each of a memory's two generations; 3 MiB when it is full."""
 
 HORIZON_S = 1800.0
 """A generation's age at which it goes: of real reuses, 99 in 100 come sooner."""
@@ -30,50 +26,36 @@ QUIET_S = 60.0
 """Without any eviction there is no pressure."""
 
 
-class SeenFilter:
-    """Which addresses came before, of about the last 64 k to 128 k different ones, and of the last half to whole hour. Two Bloom
-    filters (Bloom, 1970) that take turns: the older is emptied when the younger is full, or old. 256 KiB. It may be wrong
-    about an address that is new, never about one that it still remembers."""
+class TouchCounts:
+    """How often addresses came, of the last 32 k to 64 k different ones and of the last half to whole hour. Two generations take
+    turns: when the younger is full, or old, the older goes; what comes again moves to the younger."""
 
     def __init__(self, remembered: int = REMEMBERED, horizon_s: float = HORIZON_S) -> None:
         self._remembered = remembered
         self._horizon_s = horizon_s
-        self._num_bits = remembered * BITS_PER_ADDRESS
-        self._young = bytearray(self._num_bits // 8)
-        self._old = bytearray(self._num_bits // 8)
-        self._num_young = 0
+        self._young: dict[bytes, int] = {}
+        self._old: dict[bytes, int] = {}
         self._since = 0.0
 
-    def __contains__(self, block_hash: bytes) -> bool:
-        bits = self._bits(block_hash)
-        return _all_set(self._young, bits) or _all_set(self._old, bits)
+    def __len__(self) -> int:
+        return len(self._young) + len(self._old)
 
-    def touch(self, block_hash: bytes, now: float) -> bool:
-        """Whether it came before. From now on it has."""
-        if self._num_young >= self._remembered or now - self._since >= self._horizon_s:
+    def count(self, block_hash: bytes) -> int:
+        """0 for what has never come, or has been forgotten."""
+        return self._young.get(block_hash) or self._old.get(block_hash, 0)
+
+    def touch(self, block_hash: bytes, now: float) -> int:
+        """It has come once more. How often it had before."""
+        if len(self._young) >= self._remembered or now - self._since >= self._horizon_s:
             self._turn(now)
-        bits = self._bits(block_hash)
-        if _all_set(self._young, bits):
-            return True
-        for bit in bits:
-            self._young[bit >> 3] |= 1 << (bit & 7)
-        self._num_young += 1
-        return _all_set(self._old, bits)
+        before = self.count(block_hash)
+        self._young[block_hash] = before + 1
+        return before
 
     def _turn(self, now: float) -> None:
-        self._old, self._young = self._young, bytearray(self._num_bits // 8)
-        if now - self._since >= 2 * self._horizon_s:
-            self._old = bytearray(self._num_bits // 8)
-        self._num_young = 0
+        self._old = self._young if now - self._since < 2 * self._horizon_s else {}
+        self._young = {}
         self._since = now
-
-    def _bits(self, block_hash: bytes) -> list[int]:
-        """An address is a cryptographic hash: any four bytes of it are as good as a hash function of their own."""
-        return [int.from_bytes(block_hash[i : i + 4], "little") % self._num_bits for i in range(0, 4 * NUM_PROBES, 4)]
-
-
-def _all_set(bits: bytearray, indices: Sequence[int]) -> bool:
-    return all(bits[index >> 3] >> (index & 7) & 1 for index in indices)
 
 
 class Pressure:
@@ -110,9 +92,8 @@ class Admission:
     def __init__(self, mode: AdmissionMode = "auto") -> None:
         self._mode = mode
         self._pressure = Pressure()
-        self._wanted_once = SeenFilter()
-        self._wanted_twice = SeenFilter()
-        self._offered = SeenFilter()
+        self._requested = TouchCounts()
+        self._offered = TouchCounts()
 
     def second_touch(self, now: float) -> bool:
         """Whether only blocks that were wanted twice get in."""
@@ -123,15 +104,14 @@ class Admission:
         if self._mode == "all":
             return
         for block in blocks:
-            if self._wanted_once.touch(block.block_hash, now):
-                self._wanted_twice.touch(block.block_hash, now)
+            self._requested.touch(block.block_hash, now)
 
     def admits(self, block: CachedBlock, now: float) -> bool:
         """Whether to keep a block that is offered."""
         if self._mode == "all":
             return True
-        offered_before = self._offered.touch(block.block_hash, now)
-        return not self.second_touch(now) or offered_before or block.block_hash in self._wanted_twice
+        offered_before = self._offered.touch(block.block_hash, now) > 0
+        return not self.second_touch(now) or offered_before or self._requested.count(block.block_hash) > 1
 
     def evicted(self, used: bool, now: float) -> None:
         """The host tier has given up a block, which had been of use here or had not."""

@@ -8,8 +8,8 @@ that the disk is slower than blocks are evicted, and they are dropped and counte
 import asyncio
 from collections.abc import Sequence
 
-from kv_store.directory import Entry
 from kv_store.disk_worker import DiskWorker
+from kv_store.entries import Entry
 from kv_store.host_tier import HostTier
 from protocol.kv_blocks import CachedBlock
 

@@ -10,80 +10,18 @@ is not evicted. Book-keeping only: no bytes, no locks, no time of its own. It li
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 
+from kv_store.entries import Entry, Occupancy, Reservation
 from kv_store.observer import NoObserver, StoreObserver
 from kv_store.policy.policy import EvictionPolicy
 from kv_store.quotas import Quotas
-from kv_store.tiers import StoredBlock, Tier
+from kv_store.tiers import Tier
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock
 
 MAX_PINNED_SHARE = 1 / 2
 """Of a tier: whatever is pinned, as much again is left for everybody else."""
-
-
-class Entry:
-    """One block in a slot, from `reserve` until the slot is free again. Only the directory changes it."""
-
-    __slots__ = (
-        "block",
-        "checksum",
-        "doomed",
-        "heard",
-        "leaving",
-        "num_readers",
-        "num_uses",
-        "pinned_until",
-        "ready",
-        "slot",
-        "stored_at",
-        "used_at",
-    )
-
-    def __init__(self, block: CachedBlock, slot: int) -> None:
-        self.block = block
-        self.slot = slot
-        self.checksum = 0
-        self.ready = False
-        self.leaving = False
-        self.doomed = False
-        self.heard = False
-        """The policy knows of the use that is about to come."""
-        self.num_readers = 0
-        self.num_uses = 0
-        self.pinned_until = 0.0
-        self.stored_at = 0.0
-        self.used_at = 0.0
-
-    def stored(self, tier: Tier) -> StoredBlock:
-        return StoredBlock(self.block, tier, self.slot, self.checksum)
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """`entries`: to be written and then committed or aborted, in the order of the blocks that were asked for. `evicted`: what
-    had to go for them. The other blocks: already here or on their way, beyond the tenant's quota, or without room."""
-
-    entries: tuple[Entry, ...]
-    evicted: tuple[Entry, ...]
-    num_duplicates: int
-    num_over_quota: int
-    num_without_room: int
-
-
-@dataclass(frozen=True, slots=True)
-class Occupancy:
-    """Slots by state; `held`, `pinned` and `leaving` are ready ones."""
-
-    free: int
-    writing: int
-    ready: int
-    doomed: int
-    held: int
-    pinned: int
-    leaving: int
 
 
 class TierDirectory:
@@ -140,7 +78,7 @@ class TierDirectory:
         return len(self._leaving)
 
     def slots_by_tenant(self) -> dict[Tenant, int]:
-        return {tenant: count for tenant, count in self._slots_of.items() if count}
+        return dict(self._slots_of)
 
     def occupancy(self) -> Occupancy:
         self._drop_old_pins()
@@ -316,8 +254,9 @@ class TierDirectory:
         return [block for block in unique.values() if block.block_hash not in self._entries]
 
     def _over(self, tenant: Tenant, count: int) -> int:
-        """How many blocks beyond its quota a tenant would be with `count` more."""
-        return self._slots_of.get(tenant, 0) + count - self._quotas.limit(tenant, self.num_slots)
+        """How many blocks beyond its quota a tenant would be with `count` more. A quota of the whole tier is none."""
+        limit = self._quotas.limit(tenant, self.num_slots)
+        return self._slots_of.get(tenant, 0) + count - limit if limit < self.num_slots else 0
 
     def _within_quotas(self, new: Sequence[CachedBlock], evicted: list[Entry]) -> list[CachedBlock]:
         room: dict[str, int] = {}
@@ -382,7 +321,10 @@ class TierDirectory:
 
     def _give_back(self, entry: Entry) -> None:
         self._free.append(entry.slot)
-        self._slots_of[Tenant(entry.block.tenant)] -= 1
+        tenant = Tenant(entry.block.tenant)
+        self._slots_of[tenant] -= 1
+        if not self._slots_of[tenant]:
+            del self._slots_of[tenant]
 
 
 def _may_go(entry: Entry, now: float) -> bool:

@@ -11,7 +11,8 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from kv_store.admission import Admission
-from kv_store.directory import Entry, Occupancy, Reservation, TierDirectory
+from kv_store.directory import TierDirectory
+from kv_store.entries import Entry, Occupancy, Reservation
 from kv_store.load_choice import LoadableBlocks
 from kv_store.observer import Move, NoObserver, StoreObserver
 from kv_store.policy.policy import EvictionPolicy
@@ -113,8 +114,7 @@ class HostTier:
             if reservation.num_over_quota:
                 given = {entry.block.block_hash for entry in reservation.entries}
                 tenant = next(Tenant(block.tenant) for block in blocks if block.block_hash not in given)
-                refused = self.counters.refused_by_quota
-                refused[tenant] = refused.get(tenant, 0) + reservation.num_over_quota
+                self.counters.over_quota(tenant, reservation.num_over_quota)
         self._tell_removed(reservation.evicted)
         return reservation
 

@@ -8,7 +8,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 
-from kv_store.directory import Entry
+from kv_store.entries import Entry
 from kv_store.host_tier import HostTier
 from kv_store.mover import Mover
 from protocol.kv_blocks import CachedBlock

@@ -7,6 +7,9 @@ from kv_store.observer import Move
 from kv_store.tiers import Tier
 from protocol.kv_blocks import Tenant
 
+MAX_NAMED_TENANTS = 1024
+OTHER_TENANTS = Tenant("others")
+
 
 @dataclass(frozen=True, slots=True)
 class TierStats:
@@ -88,6 +91,12 @@ class Counters:
     quarantined: int = 0
     refused_by_quota: dict[Tenant, int] = field(default_factory=dict)
     moves: dict[Move, MoveStats] = field(default_factory=dict)
+
+    def over_quota(self, tenant: Tenant, num_blocks: int) -> None:
+        """Of one tenant, as long as few enough were refused to name them all: salts are the clients' to make up."""
+        known = tenant in self.refused_by_quota or len(self.refused_by_quota) < MAX_NAMED_TENANTS
+        name = tenant if known else OTHER_TENANTS
+        self.refused_by_quota[name] = self.refused_by_quota.get(name, 0) + num_blocks
 
     def moved(self, move: Move, blocks: int, num_bytes: int, seconds: float) -> None:
         old = self.moves.get(move, MoveStats())

@@ -8,18 +8,19 @@ event loop, with copies and files on threads of the store's own. Bytes are moved
 ready, and then listeners hear of it, in this order. Every read is verified; what cannot be read, kept or moved is a miss,
 counted, and no reason to fail.
 
-It is made on the event loop when the memory is there, and closed before the memory goes.
+It is made when the memory is there, and closed before the memory goes. Used as `async with`.
 """
 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 from kv_store.admission import Admission
 from kv_store.demotion import Demoter
-from kv_store.directory import Entry
 from kv_store.disk_worker import DiskWorker
+from kv_store.entries import Entry
 from kv_store.host_tier import HostTier
 from kv_store.load_choice import LoadableBlocks, LoadPlan, load_seconds, plan_load
 from kv_store.mover import Mover
@@ -109,6 +110,12 @@ class KVStore:
         self._num_running = 0
         self._idle = asyncio.Event()
         self._idle.set()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
 
     @property
     def block_bytes(self) -> int:

@@ -6,14 +6,13 @@ of the bytes: one disk is slow, the next is a tmpfs, and a start must not wait f
 """
 
 import errno
-import mmap
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 from kv_store.disk.segment import PAGE_BYTES
-from kv_store.disk.segment_files import SegmentFiles, read_all, write_all
+from kv_store.disk.segment_files import SegmentFiles, page_aligned, read_all, write_all
 
 PIECE_BYTES = 1 << 20
 MAX_PIECES = 4
@@ -80,25 +79,29 @@ def _measure_direct(files: SegmentFiles) -> Rates | None:
 
 
 def _measure(files: SegmentFiles, direct: bool) -> Rates:
-    with files.scratch(direct) as fd, mmap.mmap(-1, PIECE_BYTES) as piece:
-        piece[:] = os.urandom(PAGE_BYTES) * (PIECE_BYTES // PAGE_BYTES)  # a disk that compresses finds little to gain
-        with memoryview(piece) as view:
-            start = time.perf_counter()
-            num_pieces = _repeat(lambda index: write_all(fd, [view], index * PIECE_BYTES), MAX_PIECES)
-            os.fdatasync(fd)  # otherwise the page cache has only promised
-            written = time.perf_counter()
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-            begin = time.perf_counter()
-            num_read = _repeat(lambda index: read_all(fd, [view], index * PIECE_BYTES), num_pieces)
-            end = time.perf_counter()
+    piece = page_aligned(os.urandom(PAGE_BYTES) * (PIECE_BYTES // PAGE_BYTES))  # little to gain by compressing it
+    with files.scratch(direct) as fd:
+        start = time.perf_counter()
+        num_pieces = _repeat(lambda index: write_all(fd, [piece], index * PIECE_BYTES), MAX_PIECES)
+        os.fdatasync(fd)  # otherwise the page cache has only promised
+        written = time.perf_counter()
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        begin = time.perf_counter()
+        num_read = _repeat(lambda index: read_all(fd, [piece], index * PIECE_BYTES), num_pieces)
+        end = time.perf_counter()
     return Rates(num_pieces * PIECE_BYTES / (written - start), num_read * PIECE_BYTES / (end - begin))
 
 
 def _repeat(step: Callable[[int], object], at_most: int) -> int:
-    """How many steps were taken in MEASURE_S: one at least."""
+    """How many steps were taken in MEASURE_S, or until the disk was full: one at least. Raises OSError if not even one was."""
     start = time.perf_counter()
     for index in range(at_most):
-        step(index)
+        try:
+            step(index)
+        except OSError:
+            if not index:
+                raise
+            return index
         if time.perf_counter() - start >= MEASURE_S:
             return index + 1
     return at_most

@@ -148,7 +148,12 @@ class SegmentKeeper:
 
     def _drop(self, segment: Segment) -> None:
         """The file, then the books. Raises OSError, and has changed nothing then."""
-        self._files.delete(segment.number)
+        segment.being_deleted = True
+        try:
+            self._files.delete(segment.number)
+        except OSError:
+            segment.being_deleted = False
+            raise
         with self._lock:
             self._books.remove(segment)
 

@@ -65,7 +65,8 @@ class SegmentIdentity:
 @dataclass(slots=True)
 class Segment:
     """A segment as the tier knows it. `blocks[i]` is None once it is forgotten; `used_at`: when it was last read or
-    written, on the tier's clock; `marked_at`: when the file's own time last said so."""
+    written, on the tier's clock; `marked_at`: when the file's own time last said so;
+    `being_deleted`: whoever cannot open the file knows why."""
 
     number: int
     blocks: list[CachedBlock | None]
@@ -73,15 +74,15 @@ class Segment:
     file_bytes: int
     used_at: float
     marked_at: float = 0.0
+    being_deleted: bool = False
     num_live: int = field(init=False)
+    first_position: int = field(init=False)
+    """Of the blocks that were live at first, the place nearest to the start of its chain."""
 
     def __post_init__(self) -> None:
-        self.num_live = sum(block is not None for block in self.blocks)
-
-    @property
-    def first_position(self) -> int:
-        """Of the live blocks, the place nearest to the start of its chain."""
-        return min((block.position for block in self.blocks if block is not None), default=0)
+        positions = [block.position for block in self.blocks if block is not None]
+        self.num_live = len(positions)
+        self.first_position = min(positions, default=0)
 
 
 def encode_header(identity: SegmentIdentity, blocks: Sequence[CachedBlock | None], checksums: Sequence[int]) -> bytes:
@@ -126,6 +127,7 @@ def decode_header(
 def _decode_entries(entries: bytes) -> tuple[list[CachedBlock | None], list[int]]:
     blocks: list[CachedBlock | None] = []
     checksums: list[int] = []
+    before = b""
     tenants: dict[bytes, Tenant] = {}  # one string for all blocks of a tenant: a store keeps millions of them
     for address, parent, position, tenant_bytes, block_checksum in _ENTRY.iter_unpack(entries):
         checksums.append(block_checksum)
@@ -140,7 +142,10 @@ def _decode_entries(entries: bytes) -> tuple[list[CachedBlock | None], list[int]
             tenant = tenants[tenant_bytes] = Tenant(text[1].decode())
         if position > _MAX_POSITION or block_checksum > _MAX_CHECKSUM:
             raise MalformedMessage("an entry out of bounds")
+        if parent == before:
+            parent = before  # the same object: half of the memory that addresses take
         blocks.append(CachedBlock(address, parent, position, tenant))
+        before = address
     addresses = [block.block_hash for block in blocks if block is not None]
     if len(set(addresses)) != len(addresses):
         raise MalformedMessage("a block twice in one segment")

@@ -98,10 +98,7 @@ class SegmentFiles:
         fd = os.open(temporary, flags, _FILE_MODE, dir_fd=self._fd)
         try:
             try:
-                with mmap.mmap(-1, len(header)) as page_aligned:
-                    page_aligned[:] = header
-                    with memoryview(page_aligned) as view:
-                        write_all(fd, [view, *data], 0)
+                write_all(fd, [page_aligned(header), *data], 0)
             finally:
                 os.close(fd)
             os.rename(temporary, _name(number), src_dir_fd=self._fd, dst_dir_fd=self._fd)
@@ -177,6 +174,13 @@ class SegmentFiles:
 def is_out_of_files(error: OSError) -> bool:
     """This process may open no more files: nothing is wrong with the file."""
     return error.errno in _OUT_OF_FILES
+
+
+def page_aligned(data: bytes) -> memoryview:
+    """A copy of these bytes where O_DIRECT takes them from. The memory goes with its last view."""
+    pages = mmap.mmap(-1, len(data))
+    pages[:] = data
+    return memoryview(pages)
 
 
 def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:

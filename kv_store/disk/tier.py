@@ -59,7 +59,8 @@ class DiskTier:
     """`fingerprint`: of the KVLayout; `size_bytes`: of all files, those of other layouts in the same folder included.
 
     `removed` hears of every block that is gone, for whatever reason, before the call that it went by returns; from that
-    call's thread, which holds no lock of the tier then. It must neither block nor raise.
+    call's thread, which holds no lock of the tier then. It must neither block nor raise. What one call of `write` keeps and gives
+    up again for the rest of it is among them.
 
     Raises ConfigError when the folder cannot be had, or not one block fits.
     """
@@ -283,9 +284,11 @@ class DiskTier:
             log.warning("dropping %d damaged blocks of segment %x of the disk tier", num_forgotten, run.segment.number)
 
     def _read_failed(self, run: Run, error: OSError) -> None:
-        """Blocks that are gone because they were evicted meanwhile are no failure."""
+        """Blocks that are evicted meanwhile are no failure."""
         cause = cause_of(error)
         with self._lock:
+            if run.segment.being_deleted:
+                return
             if not is_out_of_files(error) and not self._books.forget_run(run):
                 return
             self._read_failures[cause] += 1
