@@ -83,7 +83,9 @@ class KVEventLog:
 
     def _remove(self, tier: StorageTier, block_hashes: Sequence[BlockHash]) -> None:
         known = self._known[tier]
-        gone = [block_hash for block_hash in block_hashes if known.pop(block_hash, False) is None]  # False: was not there
+        gone = [
+            block_hash for block_hash in block_hashes if known.pop(block_hash, False) is None
+        ]  # False: was not there
         self._note(BlocksRemoved, tier, gone)
 
     def _note(self, kind: _Kind, tier: StorageTier, block_hashes: Sequence[BlockHash]) -> None:
