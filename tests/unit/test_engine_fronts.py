@@ -236,6 +236,7 @@ def test_tokens_are_those_of_an_undisturbed_run(
     load = bench.core.load()
     assert (bench.busy_blocks, load.num_importing, load.num_offered_blocks, load.waiting_tokens) == (0, 0, 0, 0)
     store.kept.clear()
+    bench.runner.fault = None
     assert bench.generate(request("again", PROMPT)).tokens == continuation(PROMPT, 4), "what is cached is right"
 
 
