@@ -16,9 +16,10 @@ from kv_store.managed import ManagedKVStore
 from kv_store.quotas import Quotas
 from kv_store.store import KVStore, StoreSettings
 from kv_store.telemetry import MAX_TENANTS, StoreHistograms, StoreTelemetry
+from protocol.block_hash import hash_blocks, root_hash
 from protocol.errors import InvalidParameter
 from protocol.ids import BlockHash, WorkerId
-from protocol.kv_blocks import NO_TENANT, Tenant
+from protocol.kv_blocks import NO_TENANT, CachedBlock, Tenant, chain, tenant_of
 from protocol.store_admin import PINNED_BIT, TIER_BITS
 from runtime.clock import ManualClock
 from runtime.metrics import StoreMetrics, render
@@ -214,3 +215,27 @@ async def test_series_of_tenants_are_bounded() -> None:
         for number in range(MAX_TENANTS + 5):
             await bench.save("a", 1 + number % 2, Tenant(f"t{number}"))
         assert sum(name.startswith("store_tenant_blocks") for name in bench.samples()) == MAX_TENANTS
+
+
+async def test_the_same_prompt_under_another_salt_touches_nothing() -> None:
+    """Not even what eviction goes by: an age that a stranger could change would tell him that the blocks are there."""
+
+    def chain_under(salt: str | None) -> list[CachedBlock]:
+        root = root_hash("layout", salt)
+        return chain(root, hash_blocks(range(64), 16, root), tenant_of(salt))
+
+    async with opened(Bench(num_slots=8)) as bench:
+        mine, others = chain_under("mine"), chain_under("another")
+        bench.device.fill(range(4), mine)
+        assert await bench.store.save(mine, range(4)) == 4
+        before = bench.store.stats().tiers
+        assert bench.managed.locate(hashes_of(others)) == bytes(4)
+        assert bench.store.num_loadable(hashes_of(others)) == 0
+        assert await bench.store.load(hashes_of(others), range(10, 14)) == 0
+        bench.store.requested(others)
+        assert await bench.managed.pin(hashes_of(others), 60) == 0
+        assert await bench.managed.clear(None, tenant_of("another")) == 0
+        assert bench.store.stats().tiers == before
+        samples = bench.samples()
+        assert "store_reuse_gap_seconds_count host" not in samples
+        assert bench.managed.locate(hashes_of(mine)) == bytes([HOST] * 4)
