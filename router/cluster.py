@@ -19,7 +19,7 @@ from protocol.workers import Heartbeat, HeartbeatReply, Leave, Registered, Worke
 from router.config import RouterConfig
 from router.in_flight import InFlight
 from router.node_link import NodeLink
-from router.policy import ClusterView, DecodeCandidate, PrefillCandidate, Prompt, RouteDecision, decide
+from router.policy import ClusterView, DecodeCandidate, PrefillCandidate, Prompt, RouteDecision, StoreCandidate, decide
 from router.prefix_index import PrefixIndex
 from router.prompts import Limits
 from router.workers import Worker, WorkerRegistry
@@ -195,8 +195,10 @@ class Cluster:
         return [] if self.num_ready("decode") else ["decode node"]
 
     def limits(self, max_model_len: int, vocab_size: int) -> Limits:
-        """What every registered worker can take, at most what the model can."""
+        """What every registered worker that computes can take, at most what the model can."""
         for worker in self.workers:
+            if worker.role == "store":
+                continue
             info = worker.info
             max_model_len = min(max_model_len, info.max_model_len, info.num_blocks * info.layout.block_size)
             vocab_size = min(vocab_size, info.vocab_size)
@@ -244,6 +246,7 @@ class Cluster:
         """`matched`: leading blocks of the prompt that each node holds."""
         prefill: list[PrefillCandidate] = []
         decode: list[DecodeCandidate] = []
+        stores: list[StoreCandidate] = []
         for worker in self.workers:
             if not self.is_ready(worker):
                 continue
@@ -251,10 +254,12 @@ class Cluster:
             cached_tokens = min(matched.get(node, 0) * block_size, num_tokens - 1)
             if worker.role == "prefill":
                 prefill.append(PrefillCandidate(node, self.in_flight.prefill_tokens(node), cached_tokens))
+            elif worker.role == "store":
+                stores.append(StoreCandidate(node, cached_tokens))
             else:
                 sequences = self.in_flight.sequences(node)
                 decode.append(DecodeCandidate(node, sequences, worker.load.free_blocks, cached_tokens))
-        return ClusterView(tuple(prefill), tuple(decode))
+        return ClusterView(tuple(prefill), tuple(decode), tuple(stores))
 
     def _to_route(
         self,
