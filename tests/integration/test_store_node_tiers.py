@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from store_cluster import BLOCK_SIZE, NUM_BLOCKS, running_stores
+from store_cluster import BLOCK_SIZE, running_stores
 from tiny_models import make_model
 
 PROMPT_BLOCKS = 20
