@@ -38,6 +38,7 @@ class Membership:
         self._clock = clock
         self._counters = counters
         self._by_life: dict[int, Member] = {}
+        self._owners: dict[int, Owner] = {}
         self._dead: dict[int, Owner] = {}
         self._dead_since: dict[int, float] = {}
 
@@ -47,6 +48,10 @@ class Membership:
 
     def members(self) -> tuple[Member, ...]:
         return tuple(sorted(self._by_life.values(), key=lambda member: member.worker_id))
+
+    def owner(self, life: int) -> Owner | None:
+        """Whose life this is, or was."""
+        return self._owners.get(life)
 
     @property
     def num_dead(self) -> int:
@@ -65,7 +70,7 @@ class Membership:
     async def refresh(self, server: RedisServer) -> None:
         """Raises like RedisServer.run."""
         (reply,) = await server.run([LIVES.call([self._keys.lives], [MAX_LIVES, MAX_OWNER_BYTES])])
-        owners = self._owners(reply)
+        owners = self._read(reply)
         workers = sorted({owner.worker_id for owner in owners.values()})
         records: dict[str, bytes] = {}
         if workers:
@@ -75,7 +80,7 @@ class Membership:
                 records = dict(zip(workers, values, strict=False))
         self._take(owners, records)
 
-    def _owners(self, reply: Reply) -> dict[int, Owner]:
+    def _read(self, reply: Reply) -> dict[int, Owner]:
         owners: dict[int, Owner] = {}
         for item in reply if isinstance(reply, list) else ():
             try:
@@ -93,7 +98,7 @@ class Membership:
                 alive[life] = _member(life, owner, now[len(start) :])
             else:
                 dead[life] = owner
-        self._by_life, self._dead = alive, dead
+        self._by_life, self._dead, self._owners = alive, dead, dict(owners)
         self._dead_since = {life: self._dead_since.get(life, self._clock.now()) for life in dead}
 
 
