@@ -132,7 +132,7 @@ class Engine:
 
     def proceed(self, request_id: RequestId, num_tokens: int) -> None:
         """Before the answer to Reserved with `prefix`: its first `num_tokens` tokens, whole blocks, are not brought but computed
-        here, while those behind them are brought. At most once; `resume` is to follow. No-op for a request that has ended."""
+        here, while those behind them are brought. At most once; `resume` is to follow, also if the request has ended meanwhile."""
         self._post(lambda: self._core.proceed(request_id, num_tokens))
 
     def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:

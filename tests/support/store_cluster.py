@@ -32,7 +32,7 @@ from store_node.beside_engine import build_node
 from store_node.build import reserve_host_tier
 from tests.support.router_process import running_router
 
-NUM_BLOCKS = 48
+NUM_BLOCKS = 320
 BLOCK_SIZE = 16
 MODULES = (prefill_node.main, decode_node.main, store_node.main)
 
@@ -73,7 +73,7 @@ class StoreCluster:
             model=ModelOptions(model=str(self.folder), runner="simulated"),
             cache=CacheOptions(num_blocks=num_blocks, block_size=BLOCK_SIZE),
             transfer=TransferOptions(transport="tcp"),
-            store=StoreOptions(**({"host_memory": "1MiB", "admission": "all", "load": "always"} | store)),
+            store=StoreOptions(**({"host_memory": "4MiB", "admission": "all", "load": "always"} | store)),
         )
         life, incarnation = ProcessLife(), new_incarnation()
         for module in MODULES:
@@ -100,8 +100,9 @@ class StoreCluster:
         return await complete(self.session, self.url, prompt, num_tokens, **options)
 
     async def tier(self, name: str, tier: str = "host") -> TierReport:
-        report = await self.client.get(f"{self.nodes[name].url}{PATH}/stats", StoreReport, 5.0)
-        return next(each for each in report.tiers if each.tier == tier)
+        found = [each for each in await self._tiers(name) if each.tier == tier]
+        assert found, f"{name} has no {tier} tier"
+        return found[0]
 
     async def until_stored(self, name: str, num_blocks: int, tier: str = "host") -> None:
         async with asyncio.timeout(10):
@@ -114,8 +115,11 @@ class StoreCluster:
             for node in self.nodes.values():
                 while node.engine is not None and node.engine.load().free_blocks != NUM_BLOCKS:
                     await asyncio.sleep(0.02)
-                while not node.task.done() and (await self.tier(node.name)).held:
+                while any(tier.held for tier in await self._tiers(node.name)):
                     await asyncio.sleep(0.02)
+
+    async def _tiers(self, name: str) -> tuple[TierReport, ...]:
+        return (await self.client.get(f"{self.nodes[name].url}{PATH}/stats", StoreReport, 5.0)).tiers
 
     async def _ready(self, node: RunningNode) -> None:
         async with asyncio.timeout(20):

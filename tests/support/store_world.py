@@ -10,6 +10,7 @@ import random
 from collections.abc import Sequence
 
 from kv_store.host_copier import HostCopier
+from kv_store.policy.factory import POLICY_NAMES, make_policy
 from kv_store.quotas import Quotas
 from kv_store.receiving import FetchUnsettled
 from kv_store.settings import StoreSettings
@@ -17,7 +18,7 @@ from kv_store.store import KVStore
 from kv_store.tiers import StoredBlock
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock, Tenant
-from tests.support.store_parts import FakeDisk, PlainMemory, TailsFirst, blocks_of, bytes_of, hashes_of
+from tests.support.store_parts import FakeDisk, PlainMemory, blocks_of, bytes_of, hashes_of
 
 NUM_SLOTS = 12
 CHAIN_BLOCKS = 10
@@ -49,7 +50,10 @@ class Ledger:
 
     def removed(self, blocks: Sequence[StoredBlock]) -> None:
         for stored in blocks:
-            assert self.host.pop(stored.block.block_hash) == stored.place
+            if stored.tier == "host":
+                assert self.host.pop(stored.block.block_hash) == stored.place
+            else:
+                self.disk.discard(stored.block.block_hash)
 
 
 class FailingCopier(HostCopier):
@@ -87,8 +91,9 @@ class StoreWorld:
         self.ledger = Ledger()
         copier = FailingCopier(self.device, self.slab, rng, rng.choice((0.0, 0.2)))
         settings = StoreSettings(16, load="always", quotas=Quotas(rng.choice((1.0, 0.5))))
+        policy = make_policy(rng.choice(POLICY_NAMES), NUM_SLOTS)
         self.store = KVStore(
-            self.slab, NUM_SLOTS, TailsFirst(), settings, copier=copier, disk=self.disk, clock=LoopClock(loop)
+            self.slab, NUM_SLOTS, policy, settings, copier=copier, disk=self.disk, clock=LoopClock(loop)
         )
         self.store.events.add(self.ledger)
         self.chains = [

@@ -162,14 +162,35 @@ def test_a_front_is_not_preempted_while_others_write_into_its_blocks() -> None:
     bench.proceed("r", NUM_FULL * BLOCK_SIZE)
     old = list(range(100, 110))
     bench.submit(request("decode", old, max_tokens=30))
-    for _ in range(30):
-        bench.step()
-    assert bench.core.load().preemptions == 0 or bench.heard["r"].awaiting
-    assert not bench.heard["r"].over
+    bench.run()
+    assert not bench.heard["decode"].over
+    assert bench.core.load().preemptions > 0, "of the decode itself"
+    assert bench.heard["r"].awaiting
     bench.resume("r", 0)
     bench.run()
     assert bench.heard["r"].tokens == continuation(PROMPT, 4)
     assert bench.heard["decode"].tokens == continuation(old, 30)
+
+
+def test_a_front_whose_rest_has_come_may_be_preempted_and_starts_over() -> None:
+    bench = Bench(14, store=store_of(PROMPT), max_num_batched_tokens=2)
+    old = list(range(100, 110))
+    bench.submit(request("old", old, max_tokens=30))
+    for _ in range(8):
+        bench.step()
+    bench.submit(request("r", PROMPT))
+    bench.step()
+    bench.proceed("r", 7 * BLOCK_SIZE)
+    bring(bench, "r", NUM_FULL)
+    bench.resume("r", NUM_FULL * BLOCK_SIZE)
+    assert bench.store is not None
+    bench.store.kept.clear()
+    bench.run()
+    assert bench.core.load().preemptions == 1
+    assert bench.heard["r"].reserved is not None
+    assert bench.heard["old"].tokens == continuation(old, 30)
+    assert bench.heard["r"].tokens == continuation(PROMPT, 4)
+    assert bench.core.load().imported_prompt_tokens == 0, "what had come is not where it was"
 
 
 @given(
