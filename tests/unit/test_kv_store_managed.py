@@ -190,6 +190,7 @@ async def test_every_figure_becomes_a_metric() -> None:
         assert found["store_move_seconds_count load"] == 3, "in batches of a quarter of the tier"
         assert found["store_reuse_gap_seconds_sum host"] == 30, "three blocks, ten seconds after they were stored"
         assert found["store_evicted_blocks_total used host"] == 3
+        assert found["store_evicted_blocks_total file disk"] == 3
         assert found["store_idle_before_eviction_seconds_sum host"] == 15
         assert found["store_block_lifetime_seconds_sum host"] == 45
         assert found[f"store_tenant_blocks {OTHER} host"] == 4
