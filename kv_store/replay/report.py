@@ -6,12 +6,12 @@ from dataclasses import dataclass
 import msgspec
 
 from kv_store.admission import AdmissionMode
+from kv_store.policy.factory import POLICY_NAMES, PolicyName
 from kv_store.replay.clairvoyant import clairvoyant_hit_rate
 from kv_store.replay.one_tier import OneTierResult, replay_one_tier
 from kv_store.replay.reuse import QUANTILES, ReuseSummary, summarize_reuse
 from kv_store.replay.trace import TraceRequest
 from kv_store.replay.two_tiers import TwoTiers, TwoTiersResult, WriteMode, replay_two_tiers
-from kv_store.policy.factory import POLICY_NAMES, PolicyName
 
 WAYS_TO_WRITE: tuple[tuple[WriteMode, AdmissionMode], ...] = (
     ("through", "all"),
