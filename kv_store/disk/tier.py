@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kv_store.disk.books import DiskBooks, Run
-from kv_store.disk.folder import DiskFolder
+from kv_store.disk.folder import DiskFolder, usable
 from kv_store.disk.io_choice import measure_io
 from kv_store.disk.keeper import SegmentKeeper
 from kv_store.disk.scan import scan
@@ -101,7 +101,7 @@ class DiskTier:
         self._closed = False
         self._books = DiskBooks()
         self._read_failures: Counter[str] = Counter()
-        with contextlib.ExitStack() as opened:
+        with usable(path), contextlib.ExitStack() as opened:
             folder = DiskFolder(path)
             opened.callback(folder.close)
             self._files = folder.layout(fingerprint, block_bytes)
@@ -109,6 +109,7 @@ class DiskTier:
             self._scan = scan(self._files, self._books, self._clock.now())
             self.io = measure_io(self._files, block_bytes)
             self._keeper = SegmentKeeper(folder, self._files, self._books, self._lock, size_bytes, quotas, self._clock)
+            self._keeper.settle()
             self._keeper.fit()
             self._books.take_gone()  # of an earlier life: nobody has heard of them in this one
             self._open_files = opened.pop_all()
