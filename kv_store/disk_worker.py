@@ -12,6 +12,7 @@ from kv_store.host_tier import HostTier
 from kv_store.observer import Move
 from kv_store.tier_events import TierEvents
 from kv_store.tiers import BlockDisk, StoredBlock
+from protocol.checksum import checksum
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
 
@@ -26,22 +27,26 @@ class DiskWorker:
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="headrace-kv-disk-read")
         self._writer = ThreadPoolExecutor(1, thread_name_prefix="headrace-kv-disk-write")
 
-    async def write(self, entries: Sequence[Entry]) -> int:
-        """Held or leaving blocks, to disk; how many are kept there."""
-        blocks = [entry.block for entry in entries]
-        data = [self._host.memory.block(entry.slot) for entry in entries]
-        checksums = [entry.checksum for entry in entries]
+    async def write(self, entries: Sequence[Entry]) -> None:
+        """Held or leaving blocks, to disk, as far as it keeps them. What has changed in memory is dropped."""
 
         def write() -> int:
-            count = self.disk.write(blocks, data, checksums)
+            right = [entry for entry in entries if checksum(self._host.memory.block(entry.slot)) == entry.checksum]
+            damaged.extend(entry for entry in entries if entry not in right)
+            blocks = [entry.block for entry in right]
+            data = [self._host.memory.block(entry.slot) for entry in right]
+            count = self.disk.write(blocks, data, [entry.checksum for entry in right])
             self._events.stored(self._kept(blocks))
             return count
 
-        return await self._run(self._writer, "demote", write)
+        damaged: list[Entry] = []
+        await self._run(self._writer, "demote", write)
+        for entry in damaged:
+            self._host.drop_damaged(entry)
 
-    async def read(self, stored: Sequence[StoredBlock], slots: Sequence[int]) -> int:
+    async def read(self, blocks: Sequence[CachedBlock], slots: Sequence[int]) -> int:
         """Blocks of the disk into slots; how many leading ones are right."""
-        hashes = [BlockHash(block.block.block_hash) for block in stored]
+        hashes = [BlockHash(block.block_hash) for block in blocks]
         into = [self._host.memory.block(slot) for slot in slots]
         return await self._run(self._reader, "promote", lambda: self.disk.read(hashes, into))
 

@@ -62,7 +62,10 @@ class Promoter:
         if under_way is not None:
             return under_way
         run = self._worker.disk.find(block_hashes[: self._batch_blocks])
-        here = self._host.are_here([stored.block.block_hash for stored in run])
+        hashes = [stored.block.block_hash for stored in run]
+        here = [
+            is_here or key in self._under_way for is_here, key in zip(self._host.are_here(hashes), hashes, strict=True)
+        ]
         run = run[: here.index(True) if True in here else len(run)]
         if not run:
             return None
@@ -80,11 +83,14 @@ class Promoter:
             await self._demoter.make_room([stored.block for stored in run])
             entries = self._host.reserve([stored.block for stored in run]).entries
             if entries:
-                num_right = await self._worker.read(run[: len(entries)], [entry.slot for entry in entries])
+                num_right = await self._worker.read([entry.block for entry in entries], [e.slot for e in entries])
         finally:
             self._host.abort(entries[num_right:])
             promotion.entries = list(entries[:num_right])
-            self._host.commit(promotion.entries, [stored.checksum for stored in run[:num_right]], held=True)
+            checksum_of = {stored.block.block_hash: stored.checksum for stored in run}
+            self._host.commit(
+                promotion.entries, [checksum_of[e.block.block_hash] for e in promotion.entries], held=True
+            )
             for stored in run:
                 del self._under_way[stored.block.block_hash]
             promotion.done.set()

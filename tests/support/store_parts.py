@@ -38,23 +38,26 @@ def bytes_of(block: CachedBlock, block_bytes: int = BLOCK_BYTES) -> bytes:
 
 class TailsFirst:
     def __init__(self) -> None:
-        self._blocks: dict[bytes, tuple[float, int]] = {}
+        self._blocks: dict[bytes, tuple[int, int]] = {}
+        self._num_calls = 0
 
     def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> None:
+        self._num_calls += 1
         for block in blocks[:num_held]:
-            self._blocks[block.block_hash] = (now, block.position)
+            self._blocks[block.block_hash] = (self._num_calls, -block.position)
 
     def added(self, blocks: Sequence[CachedBlock], now: float) -> None:
+        self._num_calls += 1
         for block in blocks:
             assert block.block_hash not in self._blocks, "added twice"
-            self._blocks[block.block_hash] = (now, block.position)
+            self._blocks[block.block_hash] = (self._num_calls, -block.position)
 
     def removed(self, block_hashes: Sequence[BlockHash]) -> None:
         for block_hash in block_hashes:
             del self._blocks[block_hash]
 
     def victims(self, count: int, now: float, may_evict: Callable[[BlockHash], bool]) -> list[BlockHash]:
-        order = sorted(self._blocks, key=lambda key: (self._blocks[key][0], -self._blocks[key][1]))
+        order = sorted(self._blocks, key=lambda key: self._blocks[key])
         return [BlockHash(key) for key in order if may_evict(BlockHash(key))][:count]
 
 
