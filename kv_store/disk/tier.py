@@ -153,10 +153,8 @@ class DiskTier:
         What the rest of `into` holds means nothing."""
         if len(block_hashes) != len(into) or any(len(view) != self.block_bytes for view in into):
             raise ValueError(f"{len(block_hashes)} blocks need as many views of {self.block_bytes} bytes")
-        num_read, now = (
-            0,
-            self._clock.now(),
-        )  # one time for a whole chain, so that its tail does not seem newer than its head
+        now = self._clock.now()  # one time for a whole chain, so that its tail does not seem newer than its head
+        num_read = 0
         with self._kept_open() as is_open:
             if not is_open:
                 return 0
@@ -228,10 +226,15 @@ class DiskTier:
 
     @property
     def capacity_bytes(self) -> int:
-        """What the tier may grow to, and the disk has room for as it is now."""
+        """What the tier may grow to, and the disk has room for as it is now; what it has, if the disk does not tell."""
         with self._kept_open() as is_open:
-            room = self._keeper.used_bytes + self._files.free_bytes() if is_open else self._size_bytes
-        return min(self._size_bytes, room)
+            if not is_open:
+                return self._size_bytes
+            used_bytes = self._keeper.used_bytes
+            try:
+                return min(self._size_bytes, used_bytes + self._files.free_bytes())
+            except OSError:
+                return used_bytes
 
     def stats(self) -> DiskStats:
         capacity_bytes = self.capacity_bytes
