@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.request import Mode
 from engine.runner import StepPlan, StepResult
-from protocol.errors import Cancelled, DeadlineExceeded, InternalError, PeerLost
+from protocol.errors import Cancelled, DeadlineExceeded, Draining, InternalError, PeerLost
 
 PROMPT = list(range(3, 37))  # 34 tokens: eight full blocks and a half
 NUM_FULL = 8
@@ -155,6 +155,20 @@ def test_blocks_stay_until_the_transfer_and_the_steps_have_ended(
     assert bench.core.take_departed() == ["r"]
     bench.store.kept.clear()  # type: ignore[union-attr]
     assert bench.generate(request("again", PROMPT)).tokens == continuation(PROMPT, 4)
+
+
+@pytest.mark.parametrize("async_scheduling", SWITCH)
+def test_a_stop_frees_all_blocks_of_fronts_and_transfers(async_scheduling: str) -> None:
+    bench = waiting(async_scheduling)
+    bench.proceed("r", 6 * BLOCK_SIZE)
+    bench.step()
+    bench.core.close(Draining("stopping"))
+    bench.listen()
+    assert isinstance(bench.heard["r"].error, Draining)
+    assert (bench.busy_blocks, bench.core.load().num_importing) == (0, 0)
+    bench.proceed("r", 6 * BLOCK_SIZE)
+    bench.resume("r", NUM_FULL * BLOCK_SIZE)
+    assert bench.busy_blocks == 0
 
 
 def test_a_front_is_not_preempted_while_others_write_into_its_blocks() -> None:
