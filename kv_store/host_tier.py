@@ -97,13 +97,15 @@ class HostTier:
 
     def snapshot(self) -> list[StoredBlock]:
         with self.lock:
-            return [entry.stored("host") for entry in self._directory.snapshot()]
+            entries = self._directory.snapshot()
+        return [entry.stored("host") for entry in entries]
 
     # Writing
 
     def requested(self, blocks: Sequence[CachedBlock]) -> int:
         with self.lock:
             self.admission.requested(blocks, self._clock.now())
+        with self.lock:
             return self._directory.requested(blocks)
 
     def reserve(self, blocks: Sequence[CachedBlock]) -> Reservation:
