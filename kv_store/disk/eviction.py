@@ -4,7 +4,7 @@
 
 The chance that something comes back soon falls about as 1 / the time it has been away, and what a file brings for its room is
 that chance times its live share. Of equal ones, the one that lies farther down its chain goes: a tail without its head is
-worth nothing, and a read uses all segments of a chain at once, so they are often equal.
+worth nothing. The segments of a chain are written and read together, so they often are.
 """
 
 from collections.abc import Iterable

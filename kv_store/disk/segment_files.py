@@ -79,7 +79,9 @@ class SegmentFiles:
         finally:
             os.close(fd)
         blocks, checksums = decode_header(start, status.st_size, self._identity(int(name[:16], 16)))
-        used_at = now - max(0.0, wall_now - status.st_mtime)
+        used_at = now - max(
+            0.0, wall_now - int(status.st_mtime)
+        )  # of one chain, segments are a little apart: not for whole seconds
         return Segment(int(name[:16], 16), blocks, checksums, status.st_size, used_at, used_at)
 
     def write(

@@ -30,11 +30,12 @@ from kv_store.disk.segment import MAX_SEGMENT_BLOCKS, MAX_SEGMENT_BYTES, segment
 from kv_store.disk.segment_files import is_out_of_files
 from kv_store.disk.stats import DiskStats
 from kv_store.disk.write_pause import cause_of
+from kv_store.quotas import Quotas
 from kv_store.tiers import StoredBlock
 from protocol.checksum import checksum
 from protocol.errors import ConfigError
 from protocol.ids import BlockHash
-from protocol.kv_blocks import CachedBlock
+from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock, MonotonicClock
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,12 @@ READ_PIECE_BYTES = 8 << 20
 """Read at once, then verified while it is still in the processor's cache, before more is read."""
 MIN_SEGMENTS = 16
 """That fit in the tier: what is evicted at once is a sixteenth of it at most."""
+MIN_FILES_OF_TENANT = 4
+"""Into which a tenant's blocks go that has as much as it may have."""
 MARK_EVERY_S = 60.0
 """How often a file that is read gets a new time, by which the next start knows for how long it has not been used."""
+
+NO_QUOTAS = Quotas()
 
 Removed = Callable[[Sequence[StoredBlock]], None]
 
@@ -56,7 +61,8 @@ def blocks_per_segment(block_bytes: int, size_bytes: int) -> int:
 
 
 class DiskTier:
-    """`fingerprint`: of the KVLayout; `size_bytes`: of all files, those of other layouts in the same folder included.
+    """`fingerprint`: of the KVLayout; `size_bytes`: of all files, those of other layouts in the same folder included. A tenant that
+    has as many blocks as `quotas` lets it gives up its own for new ones.
 
     `removed` hears of every block that is gone, for whatever reason, before the call that it went by returns; from that
     call's thread, which holds no lock of the tier then. It must neither block nor raise. What one call of `write` keeps and gives
@@ -72,6 +78,7 @@ class DiskTier:
         block_bytes: int,
         size_bytes: int,
         *,
+        quotas: Quotas = NO_QUOTAS,
         removed: Removed = lambda _blocks: None,
         clock: Clock | None = None,
     ) -> None:
@@ -101,7 +108,7 @@ class DiskTier:
             opened.callback(self._files.close)
             self._scan = scan(self._files, self._books, self._clock.now())
             self.io = measure_io(self._files, block_bytes)
-            self._keeper = SegmentKeeper(folder, self._files, self._books, self._lock, size_bytes, self._clock)
+            self._keeper = SegmentKeeper(folder, self._files, self._books, self._lock, size_bytes, quotas, self._clock)
             self._keeper.fit()
             self._books.take_gone()  # of an earlier life: nobody has heard of them in this one
             self._open_files = opened.pop_all()
@@ -145,14 +152,17 @@ class DiskTier:
         What the rest of `into` holds means nothing."""
         if len(block_hashes) != len(into) or any(len(view) != self.block_bytes for view in into):
             raise ValueError(f"{len(block_hashes)} blocks need as many views of {self.block_bytes} bytes")
-        num_read = 0
+        num_read, now = (
+            0,
+            self._clock.now(),
+        )  # one time for a whole chain, so that its tail does not seem newer than its head
         with self._kept_open() as is_open:
             if not is_open:
                 return 0
             with self._lock:
                 runs = self._books.runs(block_hashes, max(1, READ_PIECE_BYTES // self.block_bytes))
             for run in runs:
-                num_valid = self._read_run(run, into[num_read : num_read + run.count])
+                num_valid = self._read_run(run, into[num_read : num_read + run.count], now)
                 num_read += num_valid
                 if num_valid < run.count:
                     break
@@ -168,6 +178,7 @@ class DiskTier:
         if not len(blocks) == len(data) == len(checksums) or any(len(view) != self.block_bytes for view in data):
             raise ValueError(f"{len(blocks)} blocks need as many checksums and views of {self.block_bytes} bytes")
         with self._writing:
+            now = self._clock.now()
             if not self._closed:
                 self._keeper.settle()
                 for indices in self._batches(blocks):
@@ -176,6 +187,7 @@ class DiskTier:
                         [data[index] for index in indices],
                         [checksums[index] for index in indices],
                         self.io.direct_writes,
+                        now,
                     ):
                         break
         with self._lock:
@@ -253,9 +265,9 @@ class DiskTier:
                 self._num_readers -= is_open
                 self._lock.notify_all()
 
-    def _read_run(self, run: Run, into: Sequence[memoryview]) -> int:
+    def _read_run(self, run: Run, into: Sequence[memoryview], now: float) -> int:
         """How many leading ones arrived and are right. The first that is not is forgotten."""
-        segment, now = run.segment, self._clock.now()
+        segment = run.segment
         mark = now - segment.marked_at >= MARK_EVERY_S
         try:
             num_bytes = self._files.read(
@@ -297,7 +309,8 @@ class DiskTier:
             log.warning("the disk tier cannot read segment %x: %s", run.segment.number, cause)
 
     def _batches(self, blocks: Sequence[CachedBlock]) -> Iterator[list[int]]:
-        """What goes into one file each, of blocks that are not held: those of one tenant, in their order."""
+        """What goes into one file each, of blocks that are not held: those of one tenant, in their order, the first of them where
+        it may not have all. A tenant with a small limit gets small files, to give up a few blocks at a time."""
         with self._lock:
             lacking = {
                 block.block_hash: index for index, block in enumerate(blocks) if block.block_hash not in self._books
@@ -305,9 +318,11 @@ class DiskTier:
         by_tenant: dict[str, list[int]] = {}
         for index in lacking.values():
             by_tenant.setdefault(blocks[index].tenant, []).append(index)
-        for indices in by_tenant.values():
-            for start in range(0, len(indices), self.segment_blocks):
-                yield indices[start : start + self.segment_blocks]
+        for tenant, indices in by_tenant.items():
+            limit = self._keeper.limit(Tenant(tenant))
+            step = max(1, min(self.segment_blocks, limit // MIN_FILES_OF_TENANT))
+            for start in range(0, min(limit, len(indices)), step):
+                yield indices[start : min(start + step, limit)]
 
     def _tell(self) -> None:
         with self._lock:

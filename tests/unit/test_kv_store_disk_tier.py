@@ -10,6 +10,7 @@ import pytest
 
 from kv_store.disk.segment import segment_bytes
 from kv_store.disk.tier import DiskTier
+from kv_store.quotas import Quotas
 from kv_store.tiers import StoredBlock
 from protocol.errors import ConfigError
 from protocol.kv_blocks import Tenant
@@ -198,6 +199,23 @@ def test_tenants_do_not_share_files(tmp_path: Path) -> None:
         assert len(files_in(tmp_path)) == 1
     with open_tier(tmp_path) as tier:
         assert tier.stats().tenants == {"yours": 4}
+
+
+def test_a_tenant_over_its_quota_gives_up_its_own(tmp_path: Path) -> None:
+    quotas = Quotas(blocks_by_tenant={Tenant("greedy"): 8})
+    tier = DiskTier(tmp_path, FINGERPRINT, 1000, 1 << 20, quotas=quotas)
+    put(tier, some_blocks(20))
+    first = some_blocks(6, seed=1, tenant=Tenant("greedy"))
+    assert put(tier, first) == 6
+    more = some_blocks(30, seed=2, tenant=Tenant("greedy"))
+    assert put(tier, more) == served(tier, more) == 8
+    assert served(tier, first) == 0
+    assert tier.stats().counts.blocks_refused == 22
+    assert put(tier, first[:2]) == 2  # in the place of the chain's tail
+    assert tier.stats().tenants == {"none": 20, "greedy": 8}
+    assert served(tier, more) == 6
+    assert served(tier, some_blocks(20)) == 20
+    tier.close()
 
 
 def test_a_folder_has_one_process(tmp_path: Path) -> None:
