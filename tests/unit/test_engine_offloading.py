@@ -206,6 +206,29 @@ def test_what_there_is_no_room_for_is_offered_to_an_eager_store_when_there_is() 
     assert len(store.asked) == 10
 
 
+def test_a_block_whose_turn_has_not_come_is_not_offered_for_both_reasons() -> None:
+    tokens = prompt(1, 15 * BLOCK_SIZE)
+    store = BenchStore(eager=True)
+    source = Bench(256, store=store)
+    source.generate(request("source", tokens, max_tokens=1))
+    source.save()
+    last = hashes_of(tokens)[-1]
+    del store.kept[last]
+    store.asked.clear()
+    bench = Bench(16, store=store)
+    bench.submit(request("r", tokens, max_tokens=1))
+    bench.run()
+    load(bench, "r", 0)
+    bench.run()
+    (offer,) = bench.offers.values()
+    assert [block.block_hash for block in offer.blocks] == [last]
+    bench.save()
+    for _ in range(20):
+        bench.step()
+    assert len(store.asked) == len({block.block_hash for block in store.asked})
+    assert bench.busy_blocks == 0
+
+
 # What comes back.
 
 
