@@ -146,7 +146,7 @@ class NodeStore:
         self._listeners: list[TierListener] = [TierLog(engine.note_stored, engine.note_removed), self._puts]
         index_state = None if self._index is None else self._index.state
         disk_stats = None if disk is None else disk.stats
-        self._telemetry = StoreTelemetry(metrics, self.store.stats, disk_stats, index_state)
+        self._telemetry = StoreTelemetry(metrics, self.store.stats, disk_stats, index_state, self._puts.stats)
         self._managed = ManagedKVStore(
             WorkerId(info.worker_id),
             self.store,
