@@ -119,8 +119,8 @@ class KVStore:
         await self.close()
 
     @property
-    def num_slots(self) -> int:
-        return self._host.num_slots
+    def block_bytes(self) -> int:
+        return self._host.memory.block_bytes
 
     # The engine's questions, from its own thread (an engine.backing.BackingStore)
 
