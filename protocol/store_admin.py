@@ -110,14 +110,14 @@ class PinBlocks(msgspec.Struct, frozen=True):
 class UnpinBlocks(msgspec.Struct, frozen=True):
     """None: every block that is pinned."""
 
-    block_hashes: ChainHashes | None = None
+    block_hashes: ChainHashes | None
 
 
 class ClearStore(msgspec.Struct, frozen=True):
     """Forget what nobody reads at this moment: of one tier or all, of one tenant or all."""
 
-    tier: StorageTier | None = None
-    tenant: TenantText | None = None
+    tier: StorageTier | None
+    tenant: TenantText | None
 
 
 class BlocksChanged(msgspec.Struct, frozen=True):

@@ -138,7 +138,7 @@ class NodeStore:
         wires = open_store_wires(config, Incarnation(info.incarnation), info.control_url, slab, owner)
         self._served = ServedStore(config, info, wires, owner, client, TransferMetrics(new_registry()), STORE_PREFIX)
         self._index = open_index(config.store, info, self.store)
-        self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id), self._num_held)
+        self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id), engine.num_held)
         self._offers = Offers(self.store, engine)
         self._puts = PutQueue(
             client, source_of(info), StoreDirectory(config.store, info, self._index).urls, MonotonicClock()
