@@ -69,12 +69,10 @@ class Offloading:
         token of the context is left to compute."""
         if self._backing is None:
             return 0
-        first, end = (
-            sequence.num_computed // self._tables.block_size,
-            (sequence.context_end - 1) // self._tables.block_size,
-        )
+        block_size = self._tables.block_size
+        first, end = sequence.num_computed // block_size, (sequence.context_end - 1) // block_size
         num_loadable = self._backing.num_loadable(sequence.block_hashes[first:end])
-        return (first + num_loadable) * self._tables.block_size if num_loadable else 0
+        return (first + num_loadable) * block_size if num_loadable else 0
 
     # What it may keep.
 
