@@ -4,8 +4,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kv_store.load_choice import LOAD_OVERHEAD_S, NOTHING, LoadableBlocks, LoadPlan, load_seconds, plan_load
-from kv_store.rates import Rates
+from kv_store.load_choice import (
+    LOAD_OVERHEAD_S,
+    NOTHING,
+    PROBE_BLOCKS,
+    LoadableBlocks,
+    LoadPlan,
+    load_seconds,
+    plan_load,
+)
+from kv_store.rates import STALE_AFTER_S, Rates
 
 COSTS = st.floats(1e-6, 1.0)
 
@@ -50,11 +58,21 @@ def test_a_plan_covers_all_and_is_never_slower_than_computing(
 def test_rates_follow_what_is_measured() -> None:
     rates = Rates()
     assert rates.seconds_per_block("load") is None
-    rates.note("load", 0, 5.0)
+    rates.note("load", 0, 5.0, 1.0)
     assert rates.seconds_per_block("load") is None
-    rates.note("load", 10, 1.0)
+    rates.note("load", 10, 1.0, 1.0)
     assert rates.seconds_per_block("load") == pytest.approx(0.1)
     for _ in range(50):
-        rates.note("load", 10, 2.0)
+        rates.note("load", 10, 2.0, 1.0)
     assert rates.seconds_per_block("load") == pytest.approx(0.2, rel=0.01)
     assert rates.seconds_per_block("save") is None
+
+
+def test_what_was_slow_is_tried_again_after_a_while() -> None:
+    rates = Rates()
+    assert not rates.is_stale("load", 1e6), "never measured is not stale"
+    rates.note("load", 10, 1.0, 5.0)
+    assert not rates.is_stale("load", 5.0)
+    assert rates.is_stale("load", 5.0 + STALE_AFTER_S)
+    slow = plan_load(LoadableBlocks(100, 0), load_s=1.0, promote_s=None, compute_s=0.1, stale=True)
+    assert slow == LoadPlan(0, PROBE_BLOCKS)
