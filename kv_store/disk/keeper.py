@@ -23,6 +23,9 @@ from runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
+FILES_PER_VICTIM = 256
+"""One is chosen in advance for each."""
+
 
 class SegmentKeeper:
     """`lock` guards `books`; `size_bytes` is of all files in the folder, `quotas` of the blocks that fit there."""
@@ -45,6 +48,7 @@ class SegmentKeeper:
         self._quotas = quotas
         self._clock = clock
         self._pause = WritePause()
+        self._victims: list[tuple[Segment, float]] = []
         self._numbers = itertools.count(max(books.segments, default=-1) + 1)
         self._strangers = folder.strangers(files.fingerprint)
         self.stranger_bytes = sum(stranger.file_bytes for stranger in self._strangers)
@@ -133,11 +137,11 @@ class SegmentKeeper:
             own = (
                 segment for segment in self._books.segments.values() if segment.tenant == tenant and segment.num_live
             )
-            segment = least_valuable(own, self._clock.now())
-            if segment is None:
+            victims = least_valuable(own, self._clock.now())
+            if not victims:
                 return
-            excess -= segment.num_live
-            self._evict_segment(segment)
+            excess -= victims[0].num_live
+            self._evict_segment(victims[0])
 
     def _make_room(self, num_bytes: int) -> None:
         """Evict until so many fit: into the tier, and on the disk, which others fill as well. For the disk's sake no more than
@@ -152,11 +156,24 @@ class SegmentKeeper:
         """The least valuable file, layouts that nobody serves any more first: how many bytes it had; 0 if there is none."""
         if self._strangers:
             return self._evict_stranger()
-        segment = least_valuable(self._books.segments.values(), self._clock.now())
+        segment = self._next_victim()
         if segment is None:
             return 0
         self._evict_segment(segment)
         return segment.file_bytes
+
+    def _next_victim(self) -> Segment | None:
+        """Of many files, some are chosen at once, so that a choice does not cost more than the write that it makes room for. One
+        that was used since it was chosen stays."""
+        segments = self._books.segments
+        while self._victims:
+            segment, used_at = self._victims.pop()
+            if segment.used_at == used_at and segments.get(segment.number) is segment:
+                return segment
+        count = 1 + len(segments) // FILES_PER_VICTIM
+        chosen = least_valuable(segments.values(), self._clock.now(), count)
+        self._victims = [(segment, segment.used_at) for segment in reversed(chosen[1:])]
+        return chosen[0] if chosen else None
 
     def _evict_segment(self, segment: Segment) -> None:
         num_live = segment.num_live

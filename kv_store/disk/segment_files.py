@@ -190,6 +190,8 @@ def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
     pending = list(views)
     while pending:
         num_bytes = os.pwritev(fd, pending, offset)
+        if not num_bytes:
+            raise OSError(errno.EIO, "nothing was written")
         offset += num_bytes
         pending = _rest(pending, num_bytes)
 

@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kv_store.disk.books import DiskBooks, Run
-from kv_store.disk.folder import DiskFolder
+from kv_store.disk.folder import DiskFolder, usable
 from kv_store.disk.io_choice import measure_io
 from kv_store.disk.keeper import SegmentKeeper
 from kv_store.disk.scan import scan
@@ -101,7 +101,7 @@ class DiskTier:
         self._closed = False
         self._books = DiskBooks()
         self._read_failures: Counter[str] = Counter()
-        with contextlib.ExitStack() as opened:
+        with usable(path), contextlib.ExitStack() as opened:
             folder = DiskFolder(path)
             opened.callback(folder.close)
             self._files = folder.layout(fingerprint, block_bytes)
@@ -109,6 +109,7 @@ class DiskTier:
             self._scan = scan(self._files, self._books, self._clock.now())
             self.io = measure_io(self._files, block_bytes)
             self._keeper = SegmentKeeper(folder, self._files, self._books, self._lock, size_bytes, quotas, self._clock)
+            self._keeper.settle()
             self._keeper.fit()
             self._books.take_gone()  # of an earlier life: nobody has heard of them in this one
             self._open_files = opened.pop_all()
@@ -152,10 +153,8 @@ class DiskTier:
         What the rest of `into` holds means nothing."""
         if len(block_hashes) != len(into) or any(len(view) != self.block_bytes for view in into):
             raise ValueError(f"{len(block_hashes)} blocks need as many views of {self.block_bytes} bytes")
-        num_read, now = (
-            0,
-            self._clock.now(),
-        )  # one time for a whole chain, so that its tail does not seem newer than its head
+        now = self._clock.now()  # one time for a whole chain, so that its tail does not seem newer than its head
+        num_read = 0
         with self._kept_open() as is_open:
             if not is_open:
                 return 0
@@ -227,10 +226,15 @@ class DiskTier:
 
     @property
     def capacity_bytes(self) -> int:
-        """What the tier may grow to, and the disk has room for as it is now."""
+        """What the tier may grow to, and the disk has room for as it is now; what it has, if the disk does not tell."""
         with self._kept_open() as is_open:
-            room = self._keeper.used_bytes + self._files.free_bytes() if is_open else self._size_bytes
-        return min(self._size_bytes, room)
+            if not is_open:
+                return self._size_bytes
+            used_bytes = self._keeper.used_bytes
+            try:
+                return min(self._size_bytes, used_bytes + self._files.free_bytes())
+            except OSError:
+                return used_bytes
 
     def stats(self) -> DiskStats:
         capacity_bytes = self.capacity_bytes

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kv_store.disk.keeper import FILES_PER_VICTIM
 from kv_store.disk.segment import segment_bytes
 from kv_store.disk.tier import DiskTier
 from kv_store.quotas import Quotas
@@ -131,6 +132,20 @@ def test_the_least_recently_used_file_goes_and_its_owner_is_told(tmp_path: Path)
     assert stats.counts.blocks_evicted == len(gone) == 20 - stats.num_blocks > 0
     assert [stored.block for stored in gone] == [some_blocks(1, seed=seed)[0] for seed in range(1, 1 + len(gone))]
     assert len(files_in(tmp_path)) == stats.num_files
+    tier.close()
+
+
+def test_a_file_that_is_used_after_it_was_chosen_to_go_stays(tmp_path: Path) -> None:
+    clock = ManualClock()
+    num_files = 3 * FILES_PER_VICTIM
+    tier = DiskTier(tmp_path, FINGERPRINT, 4000, num_files * segment_bytes(1, 4000), clock=clock)
+    for seed in range(num_files + 1):  # the last one chooses four to go, and needs one
+        clock.advance(1.0)
+        put(tier, some_blocks(1, seed=seed))
+    assert served(tier, some_blocks(1, seed=1)) == 1
+    for seed in range(num_files + 1, num_files + 5):
+        put(tier, some_blocks(1, seed=seed))
+    assert [served(tier, some_blocks(1, seed=seed)) for seed in range(8)] == [0, 1, 0, 0, 0, 0, 1, 1]
     tier.close()
 
 
