@@ -46,7 +46,7 @@ def main() -> int:
     say("# Eviction policies\n")
     say(f"`python -m benchmarks.bench_cache_policy --trace {options.trace.name}` on {machine()}.\n")
     started = time.perf_counter()
-    report = replay(requests, ReplayOptions(two_tiers=((1_000, 4_000), (1_000, 10_000), (5_000, 20_000))), say)
+    report = replay(requests, ReplayOptions(two_tiers=((1_000, 4_000),)), say)
     say("\nTwo tiers: hits in either, and blocks written to the host tier (w) for each block wanted.\n")
     passed = _verdicts(report, say)
     say("\n## What is not luck\n")
