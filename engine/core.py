@@ -119,9 +119,10 @@ class EngineCore:
 
     def proceed(self, request_id: RequestId, num_tokens: int) -> None:
         """While the beginning of a request is brought, compute the first `num_tokens` of it here: whole blocks, of those
-        that were reserved. Once, before `resume`. A request that has ended stays so."""
-        sequence = self._sequences.get(request_id)
-        if sequence is None or sequence.state is not State.IMPORTING:
+        that were reserved. Once, before `resume`. Nothing more is computed of a request that has ended, but it is known that
+        nobody brings these."""
+        sequence = self._import(request_id)
+        if sequence is None:
             return
         assert not sequence.computes_nothing, f"{request_id} computes nothing here"
         assert not sequence.front_end, f"{request_id} was told before how far to go"
@@ -275,7 +276,7 @@ class EngineCore:
     def _import(self, request_id: RequestId) -> Sequence | None:
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.state not in (State.IMPORTING, State.ORPHANED):
-            log.warning("%s: an import ended that is not under way", request_id)
+            log.warning("%s: no import is under way", request_id)
             return None
         return sequence
 

@@ -132,7 +132,7 @@ class Engine:
 
     def proceed(self, request_id: RequestId, num_tokens: int) -> None:
         """Before the answer to Reserved with `prefix`: its first `num_tokens` tokens, whole blocks, are not brought but computed
-        here, while those behind them are brought. At most once; `resume` is to follow. No-op for a request that has ended."""
+        here, while those behind them are brought. At most once; `resume` is to follow, also if the request has ended meanwhile."""
         self._post(lambda: self._core.proceed(request_id, num_tokens))
 
     def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:
@@ -208,6 +208,10 @@ class Engine:
     def kv_snapshot(self) -> KVEventBatch:
         """All that is cached, for a reader that has missed events."""
         return self._kv_events.snapshot()
+
+    def num_held(self, block_hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of this chain this process holds, on the device or in another tier; a glance."""
+        return self._kv_events.num_held(block_hashes)
 
     def note_stored(self, block_hashes: Sequence[BlockHash], tier: StorageTier) -> None:
         """Another tier of this process holds these from now on: to be told to whoever takes events."""

@@ -1,7 +1,7 @@
 """Offloading: the engine's side of the store that keeps blocks when the device forgets them (engine.backing).
 
     computed ──▶ offered, where the store is eager ──▶ saved: given back as any other
-    about to be forgotten ──▶ offered, where the store lacks them ──▶ saved: given back to be forgotten
+    about to be forgotten ──▶ offered, where the store wants them ──▶ saved: given back to be forgotten
 
 About to be forgotten is what WINDOW of the pool holds that is handed out next. The store is asked about it, once, when half
 of that is left that can be forgotten without loss, so that blocks leave many at a time. Offered blocks are held,
@@ -9,7 +9,8 @@ MAX_OFFERED of the pool at once; whoever needs them waits, since they come back 
 it can be saved is counted.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import compress
 from math import ceil
@@ -25,6 +26,8 @@ WINDOW = 1 / 8
 MAX_OFFERED = 1 / 16
 MAX_BATCH = 64
 """Blocks of one offer."""
+MAX_CONSIDERED = 256
+"""Blocks that the store is asked about between two steps, for each reason: they cost four microseconds each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,7 +50,8 @@ class Offloading:
         self._backing: BackingStore | None = None
         self._offers: dict[PinId, _Offer] = {}
         self._num_offers = 0
-        self._entered: dict[int, None] = {}
+        self._entered: OrderedDict[int, None] = OrderedDict()
+        """Blocks that an eager store has not been asked about."""
         self._overlooked: list[CachedBlock] = []
         self.num_offered = 0
         self.num_lost = 0
@@ -65,12 +69,10 @@ class Offloading:
         token of the context is left to compute."""
         if self._backing is None:
             return 0
-        first, end = (
-            sequence.num_computed // self._tables.block_size,
-            (sequence.context_end - 1) // self._tables.block_size,
-        )
+        block_size = self._tables.block_size
+        first, end = sequence.num_computed // block_size, (sequence.context_end - 1) // block_size
         num_loadable = self._backing.num_loadable(sequence.block_hashes[first:end])
-        return (first + num_loadable) * self._tables.block_size if num_loadable else 0
+        return (first + num_loadable) * block_size if num_loadable else 0
 
     # What it may keep.
 
@@ -116,37 +118,52 @@ class Offloading:
         return self._max_offered - self.num_offered
 
     def _just_computed(self) -> list[int]:
-        """Blocks that are in the prefix cache since the last call, as many as there is room for. The others have their
-        chance when they are about to be forgotten."""
-        block_ids = [block_id for block_id in self._entered if self._tables.describe(block_id) is not None]
-        self._entered.clear()
-        return block_ids[: self._room]
+        """The next blocks that have entered the prefix cache, as many as there is room for."""
+        block_ids: list[int] = []
+        while self._entered and len(block_ids) < min(self._room, MAX_CONSIDERED):
+            block_id, _ = self._entered.popitem(last=False)
+            if self._tables.describe(block_id) is not None:  # it may have been forgotten since
+                block_ids.append(block_id)
+        return block_ids
 
     def _next_to_go(self) -> list[int]:
-        """Blocks to look at now, parents before children."""
+        """Blocks to look at now."""
         pool = self._pool
         num_ready = pool.num_empty + pool.num_surveyed + self.num_offered
         if num_ready > self._window // 2:
             return []
-        block_ids = pool.survey(min(self._window - num_ready, self._room))
-        block_ids.reverse()  # of one chain, the tail is the colder end
-        return block_ids
+        return pool.survey(min(self._window - num_ready, self._room, MAX_CONSIDERED))
 
     def _offer(self, block_ids: Sequence[int], *, cold: bool) -> Iterator[BlocksOffered]:
         """Hold what the store wants of these, which have addresses."""
-        assert self._backing is not None
-        blocks = [block for block_id in block_ids if (block := self._tables.describe(block_id)) is not None]
-        assert len(blocks) == len(block_ids), "a block without an address"
-        if not blocks:
+        if not block_ids:
             return
-        wanted = self._backing.wanted(blocks)
-        chosen = [*compress(zip(blocks, block_ids, strict=True), wanted)]
+        assert self._backing is not None
+        for block_id in block_ids:
+            self._entered.pop(block_id, None)
+        held = _by_chain(
+            (block, block_id) for block_id in block_ids if (block := self._tables.describe(block_id)) is not None
+        )
+        chosen = [*compress(held, self._backing.wanted([block for block, _ in held]))]
         for start in range(0, len(chosen), MAX_BATCH):
-            batch = chosen[start : start + MAX_BATCH]
+            blocks, ids = zip(*chosen[start : start + MAX_BATCH], strict=True)
             pin_id = PinId(f"offer-{self._num_offers}")
             self._num_offers += 1
-            offer = _Offer(tuple(block_id for _, block_id in batch), cold)
-            self._pool.share(offer.block_ids)
-            self._offers[pin_id] = offer
-            self.num_offered += len(batch)
-            yield BlocksOffered(pin_id, tuple(block for block, _ in batch), tuple(offer.block_ids))
+            self._pool.share(ids)
+            self._offers[pin_id] = _Offer(ids, cold)
+            self.num_offered += len(ids)
+            yield BlocksOffered(pin_id, blocks, ids)
+
+
+def _by_chain(held: Iterable[tuple[CachedBlock, int]]) -> list[tuple[CachedBlock, int]]:
+    """Blocks that continue each other together, parents before children."""
+    chains: list[list[tuple[CachedBlock, int]]] = []
+    chain_of: dict[bytes, list[tuple[CachedBlock, int]]] = {}
+    for each in sorted(held, key=lambda each: each[0].position):
+        chain = chain_of.get(each[0].parent)
+        if chain is None:
+            chain = []
+            chains.append(chain)
+        chain.append(each)
+        chain_of[each[0].block_hash] = chain
+    return [each for chain in chains for each in chain]

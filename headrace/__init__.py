@@ -15,6 +15,7 @@ cache        `headrace cache`: what the caches of a running cluster hold, and wh
 cache_tables     what it prints
 cache_warm       `headrace cache warm`: prompts computed ahead of time
 cache_watch      `headrace cache watch`: stats that refresh
+index_watch      `headrace cache watch --events`: what nodes tell the index
 doctor       `headrace doctor`: is this machine fit to run it
 probe        checks that need their own process, because they import much or may crash
 

@@ -49,6 +49,7 @@ examples:
   headrace cache warm prompts.jsonl                   compute prompts before anybody asks for them
   headrace cache clear --tier host --tenant 3f9a0c21b7de
   headrace cache watch                                stats that refresh, with rates
+  headrace cache watch --events --redis redis://10.0.0.9:6379    what nodes tell the index, as they do
 
 The cluster is named by its router's control URL: --cluster, by default http://127.0.0.1:8001. `headrace up` takes a
 free control port unless it is told one: headrace up --set router.control_port=8001

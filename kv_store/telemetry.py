@@ -1,6 +1,7 @@
 """StoreTelemetry: brings the store's metrics up to date with what a store, its disk and its index have counted."""
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 from prometheus_client import Counter
 
@@ -14,6 +15,22 @@ from runtime.metrics import StoreMetrics
 
 MAX_TENANTS = 20
 """That have series of their own, the largest first: every series costs memory here and in every scraper."""
+
+
+class PutCounts(Protocol):
+    """Blocks on their way to store nodes (now waiting), and what became of the others."""
+
+    @property
+    def num_put(self) -> int: ...
+
+    @property
+    def num_refused(self) -> int: ...
+
+    @property
+    def num_dropped(self) -> int: ...
+
+    @property
+    def num_waiting(self) -> int: ...
 
 
 class StoreHistograms:
@@ -34,7 +51,8 @@ class StoreHistograms:
 
 
 class StoreTelemetry:
-    """`stats` is KVStore.stats, `disk` DiskTier.stats, `index` RedisIndex.state, where there are such."""
+    """`stats` is KVStore.stats, `disk` DiskTier.stats, `index` RedisIndex.state, where there are such; `puts` counts what goes to
+    store nodes."""
 
     def __init__(
         self,
@@ -42,11 +60,13 @@ class StoreTelemetry:
         stats: Callable[[], StoreStats],
         disk: Callable[[], DiskStats] | None = None,
         index: Callable[[], IndexState] | None = None,
+        puts: Callable[[], PutCounts] | None = None,
     ) -> None:
         self._metrics = metrics
         self._stats = stats
         self._disk = disk
         self._index = index
+        self._puts = puts
         self._totals: dict[tuple[str, ...], Total] = {}
 
     def update(self) -> None:
@@ -59,13 +79,16 @@ class StoreTelemetry:
             self._show_disk(disk)
         if self._index is not None:
             self._show_index(self._index())
+        if self._puts is not None:
+            self._show_puts(self._puts())
 
     def _show_tiers(self, stats: StoreStats, disk: DiskStats | None) -> None:
         metrics = self._metrics
         metrics.tiers.set({(tier.tier,): _tier_values(tier, disk) for tier in stats.tiers})
         for tier in stats.tiers:
-            self._count(metrics.evicted, tier.evicted_used, tier.tier, "used")
-            self._count(metrics.evicted, tier.evicted_unused, tier.tier, "unused")
+            if tier.tier == "host":
+                self._count(metrics.evicted, tier.evicted_used, tier.tier, "used")
+                self._count(metrics.evicted, tier.evicted_unused, tier.tier, "unused")
         largest = sorted(stats.tenants, key=lambda tenant: -tenant.used)[:MAX_TENANTS]
         metrics.tenants.set({(one.tenant, "host"): {"used": one.used, "quota": one.quota} for one in largest})
 
@@ -87,6 +110,7 @@ class StoreTelemetry:
 
     def _show_disk(self, disk: DiskStats) -> None:
         self._metrics.disk_paused.set(disk.paused_s)
+        self._count(self._metrics.evicted, disk.counts.blocks_evicted, "disk", "file")
         failures: Mapping[str, Mapping[str, int]] = {"read": disk.read_failures, "write": disk.write_failures}
         for operation, by_cause in failures.items():
             for cause, count in by_cause.items():
@@ -104,6 +128,11 @@ class StoreTelemetry:
             self._count(metrics.index_writes, getattr(counters, outcome), outcome)
         for kind, field in _INCIDENTS.items():
             self._count(metrics.index_incidents, getattr(counters, field), kind)
+
+    def _show_puts(self, puts: PutCounts) -> None:
+        self._metrics.put_waiting.set(puts.num_waiting)
+        for outcome, count in (("kept", puts.num_put), ("refused", puts.num_refused), ("dropped", puts.num_dropped)):
+            self._count(self._metrics.put_blocks, count, outcome)
 
     def _count(self, counter: Counter, total: float, *labels: str) -> None:
         key = (str(id(counter)), *labels)

@@ -270,7 +270,7 @@ class StoreMetrics:
                 "damaged": counter("checksum_failures", "Blocks whose bytes had changed; dropped", "tier"),
             }
         )
-        self.evicted = counter("evicted_blocks", "Blocks given up, by whether they were ever read", "tier", "reason")
+        self.evicted = counter("evicted_blocks", "Blocks given up: used, unused, or with a file", "tier", "reason")
         self.tenants = LabelledSeries(
             {
                 "used": gauge("tenant_blocks", "Blocks of the largest tenants", "tenant", "tier"),
@@ -297,6 +297,8 @@ class StoreMetrics:
         self.reuse_gap = histogram("reuse_gap", "Since a block that is read was stored or last read")
         self.lifetime = histogram("block_lifetime", "From a block's storing to its eviction")
         self.idle = histogram("idle_before_eviction", "From a block's last use to its eviction")
+        self.put_blocks = counter("put_blocks", "Blocks for store nodes: kept there, refused, dropped", "outcome")
+        self.put_waiting = gauge("put_waiting_blocks", "Blocks on their way to a store node")
         self.disk_paused = gauge("disk_paused_seconds", "For how long the disk tier writes nothing, having failed")
         self.disk_failures = counter("disk_failures", "Reads and writes of the disk that failed", "operation", "cause")
         self.index_lookups = Counter(

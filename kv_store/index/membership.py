@@ -4,6 +4,7 @@ An owner is alive while its record names its life. Everything read is a claim of
 be an Owner is counted and left out, control URLs are of the form that all of ours are.
 """
 
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -18,6 +19,9 @@ from runtime.clock import Clock
 
 MAX_LIVES = 4096
 MAX_RECORD_BYTES = 256
+RECORD = re.compile(rb"\d{1,10} ([A-Za-z0-9._:-]{1,128})\n\d{1,12}")
+"""Whole: life, incarnation, blocks in use."""
+
 _decode_owner = msgspec.msgpack.Decoder(Owner).decode
 
 
@@ -38,6 +42,7 @@ class Membership:
         self._clock = clock
         self._counters = counters
         self._by_life: dict[int, Member] = {}
+        self._owners: dict[int, Owner] = {}
         self._dead: dict[int, Owner] = {}
         self._dead_since: dict[int, float] = {}
 
@@ -47,6 +52,10 @@ class Membership:
 
     def members(self) -> tuple[Member, ...]:
         return tuple(sorted(self._by_life.values(), key=lambda member: member.worker_id))
+
+    def owner(self, life: int) -> Owner | None:
+        """Whose life this is, or was."""
+        return self._owners.get(life)
 
     @property
     def num_dead(self) -> int:
@@ -65,7 +74,7 @@ class Membership:
     async def refresh(self, server: RedisServer) -> None:
         """Raises like RedisServer.run."""
         (reply,) = await server.run([LIVES.call([self._keys.lives], [MAX_LIVES, MAX_OWNER_BYTES])])
-        owners = self._owners(reply)
+        owners = self._read(reply)
         workers = sorted({owner.worker_id for owner in owners.values()})
         records: dict[str, bytes] = {}
         if workers:
@@ -75,7 +84,7 @@ class Membership:
                 records = dict(zip(workers, values, strict=False))
         self._take(owners, records)
 
-    def _owners(self, reply: Reply) -> dict[int, Owner]:
+    def _read(self, reply: Reply) -> dict[int, Owner]:
         owners: dict[int, Owner] = {}
         for item in reply if isinstance(reply, list) else ():
             try:
@@ -93,7 +102,7 @@ class Membership:
                 alive[life] = _member(life, owner, now[len(start) :])
             else:
                 dead[life] = owner
-        self._by_life, self._dead = alive, dead
+        self._by_life, self._dead, self._owners = alive, dead, dict(owners)
         self._dead_since = {life: self._dead_since.get(life, self._clock.now()) for life in dead}
 
 

@@ -17,7 +17,7 @@ from runtime.node_config import StoreOptions
 
 SCHEMES = ("unix", "redis", "rediss", "redis+cluster", "rediss+cluster")
 _SETTING = "store.redis"
-_USER_INFO = re.compile(r"//[^/]*@")
+_USER_INFO = re.compile(r"//.*@")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,7 +42,8 @@ class IndexSettings:
             parts = urlsplit(self.url)
             port = parts.port
         except ValueError as error:
-            raise ConfigError(f"{_SETTING}: not a URL: {error}", param=_SETTING) from error
+            why = "is not a URL; characters of a password other than letters and digits are written as %XX"
+            raise ConfigError(f"{_SETTING}: {self.shown_url!r} {why}", param=_SETTING) from error
         if parts.scheme not in SCHEMES:
             raise ConfigError(
                 f"{_SETTING}: {self.shown_url!r} must begin with one of {', '.join(f'{s}://' for s in SCHEMES)}",

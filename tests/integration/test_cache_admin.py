@@ -210,7 +210,7 @@ async def test_a_warming_that_cannot_go_on_says_where_to_begin_again(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("headrace.cache_warm.FIRST_PAUSE_S", 0.001)
+    monkeypatch.setattr("headrace.cache_warm.MAX_PAUSE_S", 0.001)
     path = tmp_path / "prompts.jsonl"
     path.write_text('{"prompt": "a b c"}\n{"prompt": "d e f"}\n')
     assert await asyncio.to_thread(main, ["cache", "warm", str(path), "--api", router.url, "--start", "2"]) == 1

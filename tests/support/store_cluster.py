@@ -20,6 +20,7 @@ import store_node.main
 from engine.build import plan_engine
 from engine.engine import Engine
 from kv_store.admin import PATH
+from kv_transfer.memory.arena import HostArena
 from protocol.ids import new_incarnation
 from protocol.store_admin import StoreReport, TierReport
 from router.config import RouterConfig
@@ -61,6 +62,8 @@ class StoreCluster:
     client: RpcClient
     session: aiohttp.ClientSession
     nodes: dict[str, RunningNode] = field(default_factory=dict)
+    arenas: list[HostArena] = field(default_factory=list)
+    """In production they end with the process."""
 
     async def start(self, role: str, name: str, *, num_blocks: int = NUM_BLOCKS, **store: Any) -> RunningNode:
         with contextlib.closing(bind_socket("127.0.0.1", 0)) as probe:
@@ -83,10 +86,12 @@ class StoreCluster:
             plan = plan_engine(config)
             slab = reserve_host_tier(config.store, plan.layout.block_bytes, None)
             assert slab is not None
+            self.arenas.append(slab)
             serving = store_node.main._serve(config, incarnation, plan, slab)
         else:
             built = build_node(config, incarnation)
             engine = built.built.engine
+            self.arenas += [arena for arena in (built.memory, built.slab) if isinstance(arena, HostArena)]
             module = prefill_node.main if role == "prefill" else decode_node.main
             serving = module._serve(config, incarnation, built)
         node = self.nodes[name] = RunningNode(name, url, life, asyncio.create_task(serving, name=name), engine)
@@ -148,3 +153,5 @@ async def running_stores(folder: Path, patch: pytest.MonkeyPatch, **router: Any)
             for node in cluster.nodes.values():
                 if not node.task.done():
                     await node.stop()
+            for arena in cluster.arenas:
+                arena.close()

@@ -2,11 +2,12 @@
 
 import contextlib
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
-from store_parts import FakeDisk, PlainMemory, TailsFirst, blocks_of, hashes_of
+from store_parts import BLOCK_BYTES, FakeDisk, PlainMemory, TailsFirst, blocks_of, hashes_of
 
 from kv_store.disk.stats import DiskCounts, DiskScan, DiskStats
 from kv_store.host_copier import HostCopier
@@ -15,9 +16,10 @@ from kv_store.managed import ManagedKVStore
 from kv_store.quotas import Quotas
 from kv_store.store import KVStore, StoreSettings
 from kv_store.telemetry import MAX_TENANTS, StoreHistograms, StoreTelemetry
+from protocol.block_hash import hash_blocks, root_hash
 from protocol.errors import InvalidParameter
 from protocol.ids import BlockHash, WorkerId
-from protocol.kv_blocks import NO_TENANT, Tenant
+from protocol.kv_blocks import NO_TENANT, CachedBlock, Tenant, chain, tenant_of
 from protocol.store_admin import PINNED_BIT, TIER_BITS
 from runtime.clock import ManualClock
 from runtime.metrics import StoreMetrics, render
@@ -25,6 +27,14 @@ from runtime.metrics import StoreMetrics, render
 HOST, DISK = TIER_BITS["host"], TIER_BITS["disk"]
 NOWHERE = BlockHash(b"x" * 16)
 OTHER = Tenant("b0b0b0b0b0b0")
+
+
+@dataclass(frozen=True)
+class Puts:
+    num_put: int
+    num_refused: int
+    num_dropped: int
+    num_waiting: int
 
 
 class Bench:
@@ -56,7 +66,10 @@ class Bench:
             clock=self.clock,
             observer=StoreHistograms(metrics),
         )
-        self.telemetry = StoreTelemetry(metrics, self.store.stats, lambda: self.disk_stats, lambda: self.index)
+        self.puts = Puts(num_put=6, num_refused=1, num_dropped=2, num_waiting=3)
+        self.telemetry = StoreTelemetry(
+            metrics, self.store.stats, lambda: self.disk_stats, lambda: self.index, lambda: self.puts
+        )
         self.device_cleared = 0
         self.managed = ManagedKVStore(
             WorkerId("p0"),
@@ -173,16 +186,19 @@ async def test_every_figure_becomes_a_metric() -> None:
         assert found["store_missed_blocks_total"] == 2
         assert found["store_capacity_blocks host"] == 4
         assert found["store_moved_blocks_total save"] == 7
-        assert found["store_moved_bytes_total load"] == 3 * bench.store.block_bytes
+        assert found["store_moved_bytes_total load"] == 3 * BLOCK_BYTES
         assert found["store_move_seconds_count load"] == 3, "in batches of a quarter of the tier"
         assert found["store_reuse_gap_seconds_sum host"] == 30, "three blocks, ten seconds after they were stored"
         assert found["store_evicted_blocks_total used host"] == 3
+        assert found["store_evicted_blocks_total file disk"] == 3
         assert found["store_idle_before_eviction_seconds_sum host"] == 15
         assert found["store_block_lifetime_seconds_sum host"] == 45
         assert found[f"store_tenant_blocks {OTHER} host"] == 4
         assert found["store_checksum_failures_total disk"] == 2
         assert found["store_disk_failures_total input/output error read"] == 1
         assert found["store_disk_paused_seconds"] == 4
+        assert found["store_put_blocks_total kept"] == 6
+        assert found["store_put_waiting_blocks"] == 3
         assert found["index_up"] == 0
         assert found["index_lag_seconds"] == 1.5
         assert found["index_incidents_total drift"] == 5
@@ -200,3 +216,27 @@ async def test_series_of_tenants_are_bounded() -> None:
         for number in range(MAX_TENANTS + 5):
             await bench.save("a", 1 + number % 2, Tenant(f"t{number}"))
         assert sum(name.startswith("store_tenant_blocks") for name in bench.samples()) == MAX_TENANTS
+
+
+async def test_the_same_prompt_under_another_salt_touches_nothing() -> None:
+    """Not even what eviction goes by: an age that a stranger could change would tell him that the blocks are there."""
+
+    def chain_under(salt: str | None) -> list[CachedBlock]:
+        root = root_hash("layout", salt)
+        return chain(root, hash_blocks(range(64), 16, root), tenant_of(salt))
+
+    async with opened(Bench(num_slots=8)) as bench:
+        mine, others = chain_under("mine"), chain_under("another")
+        bench.device.fill(range(4), mine)
+        assert await bench.store.save(mine, range(4)) == 4
+        before = bench.store.stats().tiers
+        assert bench.managed.locate(hashes_of(others)) == bytes(4)
+        assert bench.store.num_loadable(hashes_of(others)) == 0
+        assert await bench.store.load(hashes_of(others), range(10, 14)) == 0
+        bench.store.requested(others)
+        assert await bench.managed.pin(hashes_of(others), 60) == 0
+        assert await bench.managed.clear(None, tenant_of("another")) == 0
+        assert bench.store.stats().tiers == before
+        samples = bench.samples()
+        assert "store_reuse_gap_seconds_count host" not in samples
+        assert bench.managed.locate(hashes_of(mine)) == bytes([HOST] * 4)
