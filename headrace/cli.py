@@ -19,6 +19,7 @@ examples:
   headrace model owner/name                download a model before it is needed
   headrace doctor                          is this machine fit to run it?
   headrace bench transfer --quick          how fast do KV blocks move here?
+  headrace bench cache --trace FILE        which blocks of my requests would a store keep?
 """
 
 
