@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench bench-engine bench-block-pool bench-cache bench-disaggregation bench-handoff bench-interference bench-transfer bench-quantization bench-speculation clean
+.PHONY: help serve test check bench bench-engine bench-block-pool bench-cache bench-disaggregation bench-handoff bench-interference bench-kv-index bench-transfer bench-quantization bench-speculation clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -54,6 +54,9 @@ bench-handoff: $(VENV)/.installed-test ## measure the exposed hand-off of eight 
 
 bench-interference: $(VENV)/.installed-test ## measure what long prompts do to streams, by token budget
 	$(BIN)/python -m benchmarks.bench_interference $(ARGS)
+
+bench-kv-index: $(VENV)/.installed ## measure the Redis index beside a raw MGET: lookups, writes, memory; ARGS="--entries 10000000" for more
+	$(BIN)/python -m benchmarks.bench_kv_index $(ARGS)
 
 bench-transfer: $(VENV)/.installed ## measure every transport beside memcpy, raw sockets and raw NIXL
 	$(BIN)/headrace bench transfer $(ARGS)
