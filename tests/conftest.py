@@ -1,12 +1,11 @@
 """For all tests: one compute thread, and a guard that fails a test which leaves something behind.
 
-The guard counts before and after each test: processes, threads, open files and mapped KV arenas of this process, and shared
-memory with our name. Fixtures of a wider scope that are already there are part of the count before; one process or thread that replaces
+The guard counts before and after each test: processes, threads and open files of this process, and shared memory with our
+name. Fixtures of a wider scope that are already there are part of the count before; one process or thread that replaces
 another (a restarted node) does not change it. What takes a moment to go away is given that moment. A test that must leave
 files open says why: `@pytest.mark.keeps_files("reason")`.
 """
 
-import gc
 import os
 import threading
 import time
@@ -16,8 +15,6 @@ from pathlib import Path
 
 import psutil
 import pytest
-
-from tests.support.mapped_memory import num_mapped_arenas
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch is imported; child processes inherit it
 if not Path("/dev/nvidiactl").exists():
@@ -39,7 +36,6 @@ class Held:
     processes: int
     threads: int
     files: int
-    arenas: int
     shared_memory: frozenset[str]
 
     def excess(self, before: "Held", keeps_files: bool) -> list[str]:
@@ -51,8 +47,6 @@ class Held:
             found.append(f"{self.threads - before.threads} threads: {[thread.name for thread in _threads()]}")
         if self.files > before.files + MAX_NEW_FILES and not keeps_files:
             found.append(f"{self.files - before.files} open files: {_open_files()}")
-        if self.arenas > before.arenas:
-            found.append(f"{self.arenas - before.arenas} mapped arenas")
         if self.shared_memory - before.shared_memory:
             found.append(f"shared memory: {sorted(self.shared_memory - before.shared_memory)}")
         return found
@@ -65,7 +59,6 @@ def nothing_is_left_behind(request: pytest.FixtureRequest) -> Iterator[None]:
     yield
     deadline = time.monotonic() + GRACE_S
     while (excess := _held().excess(before, keeps_files)) and time.monotonic() < deadline:
-        gc.collect()  # a failure that was caught refers to frames, and they to what they worked on
         time.sleep(0.02)
     if excess:
         pytest.fail("the test has left behind " + "; ".join(excess), pytrace=False)
@@ -76,7 +69,6 @@ def _held() -> Held:
         processes=len(_children()),
         threads=len(_threads()),
         files=len(os.listdir("/proc/self/fd")),  # noqa: PTH208 - Path.iterdir opens one more, at some other moment
-        arenas=num_mapped_arenas(),
         shared_memory=frozenset(entry.name for entry in Path("/dev/shm").iterdir() if "headrace" in entry.name),  # noqa: S108
     )
 

@@ -23,6 +23,7 @@ from protocol.ids import TicketId
 from protocol.wire import decode, encode
 from tests.support.kv_owner import NUM_BLOCKS, NUM_SCRATCH_BLOCKS, Owner, running_owner
 from tests.support.kv_reader import ReaderNode, running_reader
+from tests.support.signals import send_signal
 
 installed = pytest.mark.skipif(importlib.util.find_spec("ucxx") is None, reason="needs the extra `ucx`")
 
@@ -108,7 +109,7 @@ async def test_a_helper_that_died_is_replaced_on_either_side(owner: Owner, reade
 @installed
 async def test_a_read_given_up_keeps_its_blocks_until_the_peer_goes_on(owner: Owner, reader: ReaderNode) -> None:
     link = await works_again(owner, reader)
-    os.kill(helper_pid(owner), signal.SIGSTOP)
+    send_signal(helper_pid(owner), signal.SIGSTOP)
     with pytest.raises(TransferAbandoned) as given_up:
         await link.read(TicketId("anybody"), [NUM_BLOCKS], [NUM_BLOCKS], 0.2)
     assert reader.transport.stats().num_quarantined == 1
@@ -126,7 +127,7 @@ async def test_a_peer_that_never_goes_on_is_fenced_off(owner: Owner, reader: Rea
     ucx(reader).fence_after_s = 0.3
     link = await works_again(owner, reader)
     stopped, ours = helper_pid(owner), helper_pid(reader)
-    os.kill(stopped, signal.SIGSTOP)
+    send_signal(stopped, signal.SIGSTOP)
     try:
         with pytest.raises(TransferAbandoned) as given_up:
             await link.read(TicketId("anybody"), [NUM_BLOCKS], [NUM_BLOCKS], 0.2)

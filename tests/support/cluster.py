@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from tests.support.signals import send_signal
+
 START_TIMEOUT_S = 90
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -56,7 +58,7 @@ class Process:
         return "\n".join(self.log.read_text().splitlines()[-lines:])
 
     def signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
+        send_signal(self.process.pid, number)
 
     def kill(self) -> None:
         self.process.kill()

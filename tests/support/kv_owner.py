@@ -37,6 +37,7 @@ from protocol.transfer import Introduction, KVSource, TransferTicket, TransportK
 from runtime.clock import Clock, MonotonicClock
 from runtime.node_config import TransferOptions
 from tests.support.kv_lender import CachedBlocks
+from tests.support.signals import send_signal
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.support.kv_owner"])
@@ -235,7 +236,7 @@ class OwnerProcess:
         return self._reply()
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        send_signal(self.pid, number)
 
     def stop(self) -> None:
         if self.process.is_alive():

@@ -17,6 +17,7 @@ from kv_transfer.transports.factory import make_transport
 from protocol.ids import Incarnation, TicketId, WorkerId, new_incarnation
 from protocol.transfer import Introduction, TransportKind
 from tests.support.kv_owner import LAYOUT, NUM_BLOCKS, NUM_SCRATCH_BLOCKS, _processes, fill
+from tests.support.signals import send_signal
 
 TICKET = TicketId("any-ticket")
 
@@ -80,7 +81,7 @@ class PeerProcess:
         return await asyncio.to_thread(self.ask, method, *arguments)
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        send_signal(self.pid, number)
 
     def _reply(self) -> Any:
         if not self._pipe.poll(30):

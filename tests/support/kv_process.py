@@ -21,6 +21,7 @@ from typing import Any
 from protocol.transfer import TransferTicket
 from tests.support.kv_commands import NodeSpec, Outcome, Resources, serve_commands
 from tests.support.network import enter_namespace
+from tests.support.signals import send_signal
 
 _processes = multiprocessing.get_context("forkserver")
 _processes.set_forkserver_preload(["tests.support.kv_owner", "tests.support.kv_commands"])
@@ -71,7 +72,7 @@ class NodeProcess:
             self._answers.pop(serial, None)
 
     def signal(self, number: int) -> None:
-        os.kill(self.pid, number)
+        send_signal(self.pid, number)
 
     def freeze(self) -> None:
         self.signal(signal.SIGSTOP)
