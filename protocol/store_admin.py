@@ -17,7 +17,7 @@ MAX_CHAIN_BLOCKS = 1 << 17
 """A prompt of a million tokens in the smallest blocks."""
 
 MAX_TTL_S = 30 * 86_400.0
-MAX_TENANTS = 1 << 12
+MAX_TENANTS = 512
 
 ChainHashes = Annotated[tuple[HashBytes, ...], msgspec.Meta(max_length=MAX_CHAIN_BLOCKS)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
