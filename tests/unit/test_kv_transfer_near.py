@@ -153,7 +153,7 @@ async def test_nobody_is_asked_for_what_is_here_or_too_short(num_blocks: int, nu
         trace_id=TraceId("t"),
         router_id=RouterId("o"),
         prompt_token_ids=(1,),
-        sampling=SamplingParams(max_tokens=1),
+        sampling=SamplingParams(max_tokens=1, seed=0),
         deadline_s=1.0,
     )
     completed = await search.complete(request, HASHES[:num_blocks], 16)
