@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
 
 Tier = Literal["host", "disk"]
@@ -51,6 +52,44 @@ class StoredBlock:
     tier: Tier
     place: int
     checksum: int
+
+
+class DiskFigures(Protocol):
+    @property
+    def num_blocks(self) -> int: ...
+
+    @property
+    def capacity_bytes(self) -> int: ...
+
+
+class BlockDisk(Protocol):
+    """A disk tier, as a store uses it: blocking and thread-safe, read and written from threads of the store's own. Questions
+    (`in`, `find`) are answered from memory, from any thread. It evicts on its own and tells itself who hears of that.
+    Nothing here raises because a disk is full or broken."""
+
+    def write(self, blocks: Sequence[CachedBlock], data: Sequence[memoryview], checksums: Sequence[int]) -> int:
+        """How many of them it holds now. Nothing of `data` is read any more when it returns."""
+        ...
+
+    def read(self, block_hashes: Sequence[BlockHash], into: Sequence[memoryview]) -> int:
+        """How many leading blocks have been read and are right. Nothing is written any more when it returns or raises."""
+        ...
+
+    def find(self, block_hashes: Sequence[BlockHash]) -> list[StoredBlock]:
+        """The leading blocks that it holds."""
+        ...
+
+    def __contains__(self, block_hash: bytes) -> bool: ...
+
+    def stored(self) -> list[StoredBlock]:
+        """All blocks."""
+        ...
+
+    def forget(self, block_hashes: Sequence[BlockHash]) -> None: ...
+
+    def stats(self) -> DiskFigures: ...
+
+    def close(self) -> None: ...
 
 
 class TierListener(Protocol):

@@ -1,0 +1,171 @@
+"""SegmentKeeper: makes, changes and deletes the segments of a tier, within its size and what the disk has room for.
+
+One thread at a time, the one that holds the tier's lock for writing. The books it shares with the threads that read, so it
+takes their lock around each change of them, and never while it touches a file.
+"""
+
+import itertools
+import logging
+import threading
+from array import array
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
+from kv_store.disk.books import DiskBooks
+from kv_store.disk.eviction import least_valuable
+from kv_store.disk.folder import DiskFolder
+from kv_store.disk.segment import Segment, segment_bytes
+from kv_store.disk.segment_files import SegmentFiles
+from kv_store.disk.write_pause import WritePause, cause_of
+from protocol.kv_blocks import CachedBlock
+from runtime.clock import Clock
+
+log = logging.getLogger(__name__)
+
+
+class SegmentKeeper:
+    """`lock` guards `books`; `size_bytes` is of all files in the folder."""
+
+    def __init__(
+        self,
+        folder: DiskFolder,
+        files: SegmentFiles,
+        books: DiskBooks,
+        lock: threading.Condition,
+        size_bytes: int,
+        clock: Clock,
+    ) -> None:
+        self._folder = folder
+        self._files = files
+        self._books = books
+        self._lock = lock
+        self._size_bytes = size_bytes
+        self._clock = clock
+        self._pause = WritePause()
+        self._numbers = itertools.count(max(books.segments, default=-1) + 1)
+        self._strangers = folder.strangers(files.fingerprint)
+        self.stranger_bytes = sum(stranger.file_bytes for stranger in self._strangers)
+
+    @property
+    def used_bytes(self) -> int:
+        return self._books.used_bytes + self.stranger_bytes
+
+    @property
+    def failures(self) -> Mapping[str, int]:
+        """Of writes, by cause."""
+        return Counter(self._pause.failures)
+
+    @property
+    def paused_s(self) -> float:
+        return self._pause.remaining_s(self._clock.now())
+
+    def fit(self) -> None:
+        """Evict what is more than the tier may have."""
+        try:
+            self._make_room(0)
+        except OSError as error:
+            self._failed(error)
+
+    def write(
+        self, blocks: Sequence[CachedBlock], data: Sequence[memoryview], checksums: Sequence[int], direct: bool
+    ) -> bool:
+        """One more segment, unless the disk refuses, or has refused a short while ago."""
+        if self.paused_s:
+            return False
+        number = next(self._numbers)
+        size = segment_bytes(len(blocks), self._files.block_bytes)
+        try:
+            self._make_room(size)
+            self._files.write(number, blocks, checksums, data, direct)
+        except OSError as error:
+            self._failed(error)
+            return False
+        self._pause.succeeded()
+        now = self._clock.now()
+        with self._lock:
+            self._books.add(Segment(number, list(blocks), array("Q", checksums), size, now, now))
+            self._books.counts.blocks_written += len(blocks)
+            self._books.counts.bytes_written += size
+        return True
+
+    def settle(self) -> None:
+        """Tell files which of their blocks are dead, and delete those with nothing else."""
+        with self._lock:
+            stale = self._books.take_stale()
+        for segment in stale:
+            try:
+                if segment.num_live:
+                    self._files.rewrite_header(segment)
+                else:
+                    self._drop(segment)
+            except OSError as error:
+                self._unsettled(segment, error)
+
+    def clear(self) -> None:
+        """All files, those of other layouts as well. What cannot be deleted is not served any more, in this life."""
+        while self._strangers:
+            self._evict_stranger()
+        for segment in list(self._books.segments.values()):
+            try:
+                self._drop(segment)
+            except OSError as error:
+                self._failed(error)
+                with self._lock:
+                    self._books.remove(segment)
+
+    def _make_room(self, num_bytes: int) -> None:
+        """Evict until so many fit: into the tier, and on the disk, which others fill as well. For the disk's sake no more than
+        twice of it goes: some filesystems give room back late. Raises OSError."""
+        freed = 0
+        while self.used_bytes + num_bytes > self._size_bytes:
+            freed += self._evict()
+        while freed < 2 * num_bytes and self._files.free_bytes() < num_bytes and (evicted := self._evict()):
+            freed += evicted
+
+    def _evict(self) -> int:
+        """The least valuable file, layouts that nobody serves any more first: how many bytes it had; 0 if there is none."""
+        if self._strangers:
+            return self._evict_stranger()
+        segment = least_valuable(self._books.segments.values(), self._clock.now())
+        if segment is None:
+            return 0
+        num_live = segment.num_live
+        self._drop(segment)
+        with self._lock:
+            self._books.counts.files_evicted += 1
+            self._books.counts.blocks_evicted += num_live
+        return segment.file_bytes
+
+    def _evict_stranger(self) -> int:
+        """One that cannot be deleted does not count any more: waiting for it would end all writing."""
+        stranger = self._strangers.popleft()
+        self.stranger_bytes -= stranger.file_bytes
+        try:
+            self._folder.delete(stranger)
+        except OSError as error:
+            log.warning("%s/%s stays in the disk tier's folder: %s", stranger.folder, stranger.name, cause_of(error))
+        return stranger.file_bytes
+
+    def _drop(self, segment: Segment) -> None:
+        """The file, then the books. Raises OSError, and has changed nothing then."""
+        segment.being_deleted = True
+        try:
+            self._files.delete(segment.number)
+        except OSError:
+            segment.being_deleted = False
+            raise
+        with self._lock:
+            self._books.remove(segment)
+
+    def _unsettled(self, segment: Segment, error: OSError) -> None:
+        """A file that cannot be told goes as a whole."""
+        log.warning("dropping segment %x of the disk tier, it cannot be changed: %s", segment.number, cause_of(error))
+        try:
+            self._drop(segment)
+        except OSError as last:
+            self._failed(last)
+
+    def _failed(self, error: OSError) -> None:
+        cause = cause_of(error)
+        if self._pause.failed(cause, self._clock.now()):
+            log.warning("the disk tier cannot write and rests for %.0f s: %s", self.paused_s, cause)

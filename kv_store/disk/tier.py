@@ -1,0 +1,316 @@
+"""DiskTier: KV blocks in files of several, for as long as there is room, across restarts.
+
+    tier = DiskTier(path, fingerprint, block_bytes, size_bytes)     locks the folder, finds what earlier lives left, measures
+    tier.write(blocks, data, checksums)                             host slots to new files
+    tier.read(block_hashes, into)                                   files to host slots, every block verified
+    tier.close()
+
+Blocking and thread-safe: reads run beside each other and beside one write. Files are made, changed and deleted under one lock,
+the books are looked at under another, which nobody holds while a file is touched; so the questions (`num_held`, `in`, `find`)
+take microseconds at any time. A read that meets an eviction finds the file open or gone, and gone is a miss.
+
+No call raises for what a disk can do: what cannot be written is not kept, what cannot be read or is damaged is forgotten, and
+both are counted. After a failed write the tier writes nothing for a while (WritePause), and is read all the same.
+"""
+
+import contextlib
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kv_store.disk.books import DiskBooks, Run
+from kv_store.disk.folder import DiskFolder
+from kv_store.disk.io_choice import measure_io
+from kv_store.disk.keeper import SegmentKeeper
+from kv_store.disk.scan import scan
+from kv_store.disk.segment import MAX_SEGMENT_BLOCKS, MAX_SEGMENT_BYTES, segment_bytes
+from kv_store.disk.segment_files import is_out_of_files
+from kv_store.disk.stats import DiskStats
+from kv_store.disk.write_pause import cause_of
+from kv_store.tiers import StoredBlock
+from protocol.checksum import checksum
+from protocol.errors import ConfigError
+from protocol.ids import BlockHash
+from protocol.kv_blocks import CachedBlock
+from runtime.clock import Clock, MonotonicClock
+
+log = logging.getLogger(__name__)
+
+READ_PIECE_BYTES = 8 << 20
+"""Read at once, then verified while it is still in the processor's cache, before more is read."""
+MIN_SEGMENTS = 16
+"""That fit in the tier: what is evicted at once is a sixteenth of it at most."""
+MARK_EVERY_S = 60.0
+"""How often a file that is read gets a new time, by which the next start knows for how long it has not been used."""
+
+Removed = Callable[[Sequence[StoredBlock]], None]
+
+
+def blocks_per_segment(block_bytes: int, size_bytes: int) -> int:
+    """In a tier of that size: one at least."""
+    room = min(MAX_SEGMENT_BYTES, size_bytes // MIN_SEGMENTS)
+    return max(1, min(MAX_SEGMENT_BLOCKS, room // block_bytes))
+
+
+class DiskTier:
+    """`fingerprint`: of the KVLayout; `size_bytes`: of all files, those of other layouts in the same folder included.
+
+    `removed` hears of every block that is gone, for whatever reason, before the call that it went by returns; from that
+    call's thread, which holds no lock of the tier then. It must neither block nor raise. What one call of `write` keeps and gives
+    up again for the rest of it is among them.
+
+    Raises ConfigError when the folder cannot be had, or not one block fits.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        fingerprint: str,
+        block_bytes: int,
+        size_bytes: int,
+        *,
+        removed: Removed = lambda _blocks: None,
+        clock: Clock | None = None,
+    ) -> None:
+        if size_bytes < segment_bytes(1, block_bytes):
+            raise ConfigError(
+                f"a disk tier of {size_bytes} bytes holds no block of {block_bytes}; make store.disk_size larger",
+                param="store.disk_size",
+            )
+        self.block_bytes = block_bytes
+        self.segment_blocks = blocks_per_segment(block_bytes, size_bytes)
+        """How many blocks one file takes: what is offered in such batches is written best."""
+        self._size_bytes = size_bytes
+        self._removed = removed
+        self._clock = clock or MonotonicClock()
+        self._writing = threading.Lock()
+        """Held while files are made, changed and deleted; taken before `_lock`, never within it."""
+        self._lock = threading.Condition()
+        """Guards the books and what says whether the tier is open."""
+        self._num_readers = 0
+        self._closed = False
+        self._books = DiskBooks()
+        self._read_failures: Counter[str] = Counter()
+        with contextlib.ExitStack() as opened:
+            folder = DiskFolder(path)
+            opened.callback(folder.close)
+            self._files = folder.layout(fingerprint, block_bytes)
+            opened.callback(self._files.close)
+            self._scan = scan(self._files, self._books, self._clock.now())
+            self._io = measure_io(self._files, block_bytes)
+            self._keeper = SegmentKeeper(folder, self._files, self._books, self._lock, size_bytes, self._clock)
+            self._keeper.fit()
+            self._books.take_gone()  # of an earlier life: nobody has heard of them in this one
+            self._open_files = opened.pop_all()
+        self._report(path)
+
+    def _report(self, path: Path) -> None:
+        if self.capacity_bytes < self._size_bytes:
+            log.warning(
+                "%s has room for %d MiB of KV blocks, not for %d",
+                path,
+                self.capacity_bytes >> 20,
+                self._size_bytes >> 20,
+            )
+        log.info(
+            "disk tier in %s: %d blocks in %d files from before, found in %.2f s; %s",
+            *(path, self._books.num_blocks, len(self._books.segments), self._scan.seconds, self._io),
+        )
+
+    def __contains__(self, block_hash: bytes) -> bool:
+        with self._lock:
+            return block_hash in self._books
+
+    def num_held(self, block_hashes: Sequence[BlockHash]) -> int:
+        """How many leading ones."""
+        with self._lock:
+            return self._books.num_held(block_hashes)
+
+    def find(self, block_hashes: Sequence[BlockHash]) -> list[StoredBlock]:
+        """The leading ones, with what is known of them."""
+        with self._lock:
+            held = block_hashes[: self._books.num_held(block_hashes)]
+            return [stored for block_hash in held if (stored := self._books.find(block_hash)) is not None]
+
+    def stored(self) -> list[StoredBlock]:
+        """All blocks."""
+        with self._lock:
+            return self._books.stored()
+
+    def read(self, block_hashes: Sequence[BlockHash], into: Sequence[memoryview]) -> int:
+        """How many leading blocks are now in the memory of `into`, one of `block_bytes` in each, and are what was written.
+        What the rest of `into` holds means nothing."""
+        if len(block_hashes) != len(into) or any(len(view) != self.block_bytes for view in into):
+            raise ValueError(f"{len(block_hashes)} blocks need as many views of {self.block_bytes} bytes")
+        num_read = 0
+        with self._kept_open() as is_open:
+            if not is_open:
+                return 0
+            with self._lock:
+                runs = self._books.runs(block_hashes, max(1, READ_PIECE_BYTES // self.block_bytes))
+            for run in runs:
+                num_valid = self._read_run(run, into[num_read : num_read + run.count])
+                num_read += num_valid
+                if num_valid < run.count:
+                    break
+        with self._lock:
+            self._books.counts.blocks_read += num_read
+            self._books.counts.bytes_read += num_read * self.block_bytes
+        self._tell()
+        return num_read
+
+    def write(self, blocks: Sequence[CachedBlock], data: Sequence[memoryview], checksums: Sequence[int]) -> int:
+        """How many of these blocks the tier holds now, those included that it had before. `data[i]` are the bytes of `blocks[i]`,
+        which must not change meanwhile, `checksums[i]` their checksum. Blocks of one call lie side by side, in their order."""
+        if not len(blocks) == len(data) == len(checksums) or any(len(view) != self.block_bytes for view in data):
+            raise ValueError(f"{len(blocks)} blocks need as many checksums and views of {self.block_bytes} bytes")
+        with self._writing:
+            if not self._closed:
+                self._keeper.settle()
+                for indices in self._batches(blocks):
+                    if not self._keeper.write(
+                        [blocks[index] for index in indices],
+                        [data[index] for index in indices],
+                        [checksums[index] for index in indices],
+                        self._io.direct_writes,
+                    ):
+                        break
+        with self._lock:
+            num_held = sum(block.block_hash in self._books for block in blocks)
+            self._books.counts.blocks_refused += len(blocks) - num_held
+        self._tell()
+        return num_held
+
+    def forget(self, block_hashes: Sequence[BlockHash]) -> None:
+        """These are not served any more, after a restart either. Their room comes back when the whole file goes."""
+        with self._writing:
+            with self._lock:
+                for block_hash in block_hashes:
+                    self._books.forget(block_hash)
+            if not self._closed:
+                self._keeper.settle()
+        self._tell()
+
+    def clear(self) -> None:
+        """Nothing is served any more, and all files go, those of other layouts as well."""
+        with self._writing:
+            if not self._closed:
+                self._keeper.clear()
+        self._tell()
+
+    def close(self) -> None:
+        """Waits for calls that are under way; later ones find nothing and keep nothing. The files stay."""
+        with self._writing:
+            with self._lock:
+                if self._closed:
+                    return
+                self._closed = True
+                self._lock.wait_for(lambda: not self._num_readers)
+            self._keeper.settle()
+            self._open_files.close()
+        self._tell()
+
+    @property
+    def capacity_bytes(self) -> int:
+        """What the tier may grow to, and the disk has room for as it is now."""
+        with self._kept_open() as is_open:
+            room = self._keeper.used_bytes + self._files.free_bytes() if is_open else self._size_bytes
+        return min(self._size_bytes, room)
+
+    def stats(self) -> DiskStats:
+        capacity_bytes = self.capacity_bytes
+        with self._lock:
+            segments = self._books.segments.values()
+            return DiskStats(
+                capacity_bytes=capacity_bytes,
+                used_bytes=self._keeper.used_bytes,
+                stranger_bytes=self._keeper.stranger_bytes,
+                num_files=len(segments),
+                num_blocks=self._books.num_blocks,
+                dead_blocks=sum(len(segment.blocks) for segment in segments) - self._books.num_blocks,
+                tenants=dict(self._books.tenants),
+                counts=replace(self._books.counts),
+                read_failures=dict(self._read_failures),
+                write_failures=self._keeper.failures,
+                paused_s=self._keeper.paused_s,
+                scan=self._scan,
+                io=str(self._io),
+            )
+
+    @contextlib.contextmanager
+    def _kept_open(self) -> Iterator[bool]:
+        """Whether the tier is open: if so, it stays open within."""
+        with self._lock:
+            is_open = not self._closed
+            self._num_readers += is_open
+        try:
+            yield is_open
+        finally:
+            with self._lock:
+                self._num_readers -= is_open
+                self._lock.notify_all()
+
+    def _read_run(self, run: Run, into: Sequence[memoryview]) -> int:
+        """How many leading ones arrived and are right. The first that is not is forgotten."""
+        segment, now = run.segment, self._clock.now()
+        mark = now - segment.marked_at >= MARK_EVERY_S
+        try:
+            num_bytes = self._files.read(
+                segment.number, run.first, len(segment.blocks), into, self._io.direct_reads, mark
+            )
+        except OSError as error:
+            self._read_failed(run, error)
+            return 0
+        segment.used_at = now
+        if mark:
+            segment.marked_at = now
+        num_blocks = num_bytes // self.block_bytes
+        for index, (view, expected) in enumerate(zip(into[:num_blocks], run.checksums, strict=False)):
+            if checksum(view) != expected:
+                self._damaged(Run(segment, run.first + index, 1))
+                return index
+        if num_blocks < run.count:
+            self._damaged(Run(segment, run.first + num_blocks, run.count - num_blocks))
+        return num_blocks
+
+    def _damaged(self, run: Run) -> None:
+        with self._lock:
+            num_forgotten = self._books.forget_run(run)
+            self._books.counts.checksum_failures += num_forgotten
+        if num_forgotten:
+            log.warning("dropping %d damaged blocks of segment %x of the disk tier", num_forgotten, run.segment.number)
+
+    def _read_failed(self, run: Run, error: OSError) -> None:
+        """Blocks that are evicted meanwhile are no failure."""
+        cause = cause_of(error)
+        with self._lock:
+            if run.segment.being_deleted:
+                return
+            if not is_out_of_files(error) and not self._books.forget_run(run):
+                return
+            self._read_failures[cause] += 1
+            is_new = self._read_failures[cause] == 1
+        if is_new:
+            log.warning("the disk tier cannot read segment %x: %s", run.segment.number, cause)
+
+    def _batches(self, blocks: Sequence[CachedBlock]) -> Iterator[list[int]]:
+        """What goes into one file each, of blocks that are not held: those of one tenant, in their order."""
+        with self._lock:
+            lacking = {
+                block.block_hash: index for index, block in enumerate(blocks) if block.block_hash not in self._books
+            }
+        by_tenant: dict[str, list[int]] = {}
+        for index in lacking.values():
+            by_tenant.setdefault(blocks[index].tenant, []).append(index)
+        for indices in by_tenant.values():
+            for start in range(0, len(indices), self.segment_blocks):
+                yield indices[start : start + self.segment_blocks]
+
+    def _tell(self) -> None:
+        with self._lock:
+            gone = self._books.take_gone()
+        if gone:
+            self._removed(gone)

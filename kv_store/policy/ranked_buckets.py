@@ -1,0 +1,84 @@
+"""RankedBuckets: stretches with blocks to give, by class and bin of age; the bucket whose room is worth least comes first.
+
+A stretch grows older by moving to the next bin when that is due. Every stretch of a bucket is worth the same; where
+room becomes more valuable with age the youngest goes first, else the oldest.
+"""
+
+import heapq
+from itertools import count
+
+import numpy as np
+
+from kv_store.policy.reuse_model import NUM_AGES, ReuseModel
+from kv_store.policy.stretches import NUM_CLASSES, Stretch
+
+
+class RankedBuckets:
+    def __init__(self, model: ReuseModel) -> None:
+        self._model = model
+        self._buckets: list[dict[Stretch, None]] = [{} for _ in range(NUM_CLASSES * NUM_AGES)]
+        self._num_stretches = 0
+        self._due: list[tuple[float, int, Stretch]] = []
+        self._order = count()
+        self._by_rank: list[int] = []
+        self._rank_of: list[int] = []
+        self._is_rising: list[bool] = []
+        self._ranks: list[int] = []
+        self._is_queued: list[bool] = []
+        self.rank()
+
+    def rank(self) -> None:
+        """Order the buckets by the model's index, as it is now."""
+        index = self._model.index
+        self._by_rank = np.argsort(index.ravel(), kind="stable").tolist()
+        self._rank_of = [0] * len(self._by_rank)
+        for rank, bucket in enumerate(self._by_rank):
+            self._rank_of[bucket] = rank
+        rising = np.zeros_like(index, dtype=bool)
+        rising[:, :-1] = index[:, 1:] > index[:, :-1]
+        self._is_rising = rising.ravel().tolist()
+        self._is_queued = [bool(members) for members in self._buckets]
+        self._ranks = sorted(self._rank_of[bucket] for bucket, members in enumerate(self._buckets) if members)
+
+    def place(self, stretch: Stretch, now: float) -> None:
+        """Into the bucket of its class and age, out of any other."""
+        self.take_out(stretch)
+        age_bin = self._model.bin_of(now - stretch.last_wanted)
+        self._put(stretch, stretch.class_id * NUM_AGES + age_bin)
+        if age_bin + 1 < NUM_AGES:
+            stretch.due = stretch.last_wanted + self._model.edges[age_bin + 1]
+            heapq.heappush(self._due, (stretch.due, next(self._order), stretch))
+            if len(self._due) > 64 + 4 * self._num_stretches:
+                self._due = [item for item in self._due if item[2].bucket >= 0 and item[0] == item[2].due]
+                heapq.heapify(self._due)
+
+    def take_out(self, stretch: Stretch) -> None:
+        if stretch.bucket >= 0:
+            del self._buckets[stretch.bucket][stretch]
+            stretch.bucket = -1
+            self._num_stretches -= 1
+
+    def grow_older(self, now: float) -> None:
+        while self._due and self._due[0][0] <= now:
+            due, _, stretch = heapq.heappop(self._due)
+            if stretch.bucket >= 0 and stretch.due == due:
+                self.place(stretch, now)
+
+    def first(self) -> Stretch | None:
+        """The stretch whose room is worth least."""
+        while self._ranks:
+            bucket = self._by_rank[self._ranks[0]]
+            members = self._buckets[bucket]
+            if members:
+                return next(reversed(members)) if self._is_rising[bucket] else next(iter(members))
+            heapq.heappop(self._ranks)
+            self._is_queued[bucket] = False
+        return None
+
+    def _put(self, stretch: Stretch, bucket: int) -> None:
+        if not self._is_queued[bucket]:
+            heapq.heappush(self._ranks, self._rank_of[bucket])
+            self._is_queued[bucket] = True
+        self._buckets[bucket][stretch] = None
+        stretch.bucket = bucket
+        self._num_stretches += 1

@@ -1,0 +1,111 @@
+"""ReuseModel: how soon blocks of a kind are wanted again, learnt while it goes; and what their room is worth, by their age.
+
+For every class of blocks it keeps two histograms over age, the time since they were last wanted: how many came back at that
+age, and how long they were watched there. Their quotient is the hazard h(a), the rate of return. What is still
+waiting counts as watched so far, so that slow returns are not taken for none. Room is then worth its Gittins index,
+
+    index(a) = max over T of  P(back within T | not back before age a) / E[time until it is back or T has passed | same]
+
+in hits per block and second: the best rate that any patience T can get out of it (Gittins 1979; ranking what is cached by
+hits per room and time is due to Beckmann, Chen and Cidon, "LHD", NSDI 2018, which takes an average where this takes the best
+T). Giving up the least index is best as long as room has one price. A return ends the count: what comes
+back is in the tier or is computed again, and starts a new life in either case.
+
+Few observations are shrunk: a class to all classes (times one factor of its own), those to "the older, the less".
+"""
+
+from bisect import bisect_right
+from itertools import pairwise
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+
+FIRST_EDGE_S = 1.0
+EDGE_GROWTH = 1.3
+NUM_AGES = 36
+"""Age bins: 0 to 1 s, then each 1.3 times as long as all before it let on; the last one has no end."""
+
+CLASS_STRENGTH = 8.0
+"""Returns that a class must show before its own hazard weighs as much as what its neighbours suggest."""
+
+PRIOR_STRENGTH = 1.0
+PRIOR_SHAPE = 0.5
+"""Before anything is seen: hazard PRIOR_SHAPE / age, weighing as much as one return in each bin. It ranks as LRU does."""
+
+MEMORY_ENDS = 32_768
+"""Lives after whose end old observations are halved, so that the model follows its load."""
+
+_SMOOTHING = np.array([0.25, 0.5, 0.25])
+
+
+class ReuseModel:
+    def __init__(self, num_classes: int) -> None:
+        edges = [0.0, *(FIRST_EDGE_S * EDGE_GROWTH**i for i in range(NUM_AGES))]
+        self.edges: list[float] = edges[:-1]
+        """Where each bin of ages begins, in seconds."""
+        self._starts: Floats = np.array(edges[:-1])
+        self._widths: Floats = np.array([b - a for a, b in pairwise(edges)])
+        self._returns: Floats = np.zeros((num_classes, NUM_AGES))
+        self._watched_s: Floats = np.zeros((num_classes, NUM_AGES))
+        self._num_ends = 0
+        self._prior: Floats = PRIOR_SHAPE / (self._starts + 0.5 * self._widths)
+        self.index: Floats = np.tile(gittins_index(self._prior[None], self._widths), (num_classes, 1))
+        """[class, bin of age]: hits per block and second."""
+
+    def bin_of(self, age_s: float) -> int:
+        return max(bisect_right(self.edges, age_s) - 1, 0)
+
+    def ended(self, class_id: int, age_s: float, *, returned: bool) -> None:
+        """A life ended at that age: wanted again, or forgotten without."""
+        self._watched_s[class_id] += self._time_in_bins(np.array([age_s]))[0]
+        if returned:
+            self._returns[class_id, self.bin_of(age_s)] += 1
+        self._num_ends += 1
+        if self._num_ends >= MEMORY_ENDS:
+            self._num_ends //= 2
+            self._returns *= 0.5
+            self._watched_s *= 0.5
+
+    def fit(self, waiting_class: NDArray[np.int64], waiting_age_s: Floats) -> None:
+        """Work the index out anew; given what still waits. Linear in its number."""
+        watched = self._watched_s.copy()
+        np.add.at(watched, waiting_class, self._time_in_bins(waiting_age_s))
+        returns = _smooth(self._returns)
+        watched = _smooth(watched)
+        all_returns = returns.sum(axis=0) + PRIOR_STRENGTH
+        pooled = all_returns / (watched.sum(axis=0) + PRIOR_STRENGTH / self._prior)
+        expected = (watched * pooled).sum(axis=1)
+        factor = (returns.sum(axis=1) + CLASS_STRENGTH) / (expected + CLASS_STRENGTH)
+        base = pooled[None] * factor[:, None]
+        hazard = (returns + CLASS_STRENGTH) / (watched + CLASS_STRENGTH / base)
+        self.index = gittins_index(hazard, self._widths)
+
+    def _time_in_bins(self, age_s: Floats) -> Floats:
+        """[number of ages, bins]"""
+        inside: Floats = np.clip(age_s[:, None] - self._starts, 0.0, self._widths)
+        return inside
+
+
+def gittins_index(hazard: Floats, widths: Floats) -> Floats:
+    """The best of hits per second, from the beginning of each bin on. `hazard`: [classes, bins], above 0, constant within a
+    bin; so the best patience ends with a bin."""
+    returns = -np.expm1(-hazard * widths)
+    waits = returns / hazard
+    best: Floats = np.zeros_like(hazard)
+    alive, hits, time = np.ones_like(hazard), np.zeros_like(hazard), np.zeros_like(hazard)
+    for ahead in range(hazard.shape[1]):
+        rest = hazard.shape[1] - ahead
+        hits[:, :rest] += alive[:, :rest] * returns[:, ahead:]
+        time[:, :rest] += alive[:, :rest] * waits[:, ahead:]
+        alive[:, :rest] *= 1.0 - returns[:, ahead:]
+        best[:, :rest] = np.maximum(best[:, :rest], hits[:, :rest] / time[:, :rest])
+    return best
+
+
+def _smooth(counts: Floats) -> Floats:
+    """Each bin with its neighbours, total kept: bins are finer than what a few hundred observations can tell apart."""
+    padded = np.pad(counts, ((0, 0), (1, 1)), mode="edge")
+    smoothed: Floats = _SMOOTHING[0] * padded[:, :-2] + _SMOOTHING[1] * padded[:, 1:-1] + _SMOOTHING[2] * padded[:, 2:]
+    return smoothed

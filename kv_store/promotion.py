@@ -1,0 +1,103 @@
+"""Promotion: blocks that are on disk come back to host slots, where loads for the device and readers elsewhere find them.
+
+A block is read once, however many wait for it. What has been read is held until all of them have taken hold of it, so nothing
+is evicted between a read and its use. The disk keeps its copy. Whoever waits may be cancelled at any time: the read goes on.
+"""
+
+import asyncio
+from collections.abc import Sequence
+
+from kv_store.demotion import Demoter
+from kv_store.disk_worker import DiskWorker
+from kv_store.entries import Entry
+from kv_store.host_tier import HostTier
+from kv_store.tiers import StoredBlock
+from protocol.ids import BlockHash
+
+
+class _Promotion:
+    """One read of a few blocks. `entries` are held by it until the last of its waiters has left."""
+
+    def __init__(self) -> None:
+        self.done: asyncio.Event = asyncio.Event()
+        self.entries: list[Entry] = []
+        self.num_waiting = 0
+
+
+class Promoter:
+    """Of one store, on its event loop."""
+
+    def __init__(self, host: HostTier, worker: DiskWorker, demoter: Demoter, batch_blocks: int) -> None:
+        self._host = host
+        self._worker = worker
+        self._demoter = demoter
+        self._batch_blocks = batch_blocks
+        self._under_way: dict[bytes, _Promotion] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    async def hold(self, block_hashes: Sequence[BlockHash]) -> list[Entry]:
+        """Some leading blocks, at least one, held; none if the first is in no tier, or cannot be read."""
+        entries = self._host.hold(block_hashes)
+        if entries or not block_hashes:
+            return entries
+        promotion = self._promotion(block_hashes)
+        if promotion is None:
+            return []
+        promotion.num_waiting += 1
+        try:
+            await promotion.done.wait()
+            return self._host.hold(block_hashes)
+        finally:
+            promotion.num_waiting -= 1
+            self._let_go(promotion)
+
+    async def idle(self) -> None:
+        """Waits for what is under way."""
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    def _promotion(self, block_hashes: Sequence[BlockHash]) -> _Promotion | None:
+        """The one that brings the first of these, begun now if need be."""
+        under_way = self._under_way.get(block_hashes[0])
+        if under_way is not None:
+            return under_way
+        run = self._worker.disk.find(block_hashes[: self._batch_blocks])
+        hashes = [stored.block.block_hash for stored in run]
+        here = [
+            is_here or key in self._under_way for is_here, key in zip(self._host.are_here(hashes), hashes, strict=True)
+        ]
+        run = run[: here.index(True) if True in here else len(run)]
+        if not run:
+            return None
+        promotion = _Promotion()
+        self._under_way |= {stored.block.block_hash: promotion for stored in run}
+        task = asyncio.get_running_loop().create_task(self._read(promotion, run))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return promotion
+
+    async def _read(self, promotion: _Promotion, run: Sequence[StoredBlock]) -> None:
+        entries: Sequence[Entry] = ()
+        num_right = 0
+        try:
+            await self._demoter.make_room([stored.block for stored in run])
+            entries = self._host.reserve([stored.block for stored in run]).entries
+            if entries:
+                num_right = await self._worker.read([entry.block for entry in entries], [e.slot for e in entries])
+        finally:
+            self._host.abort(entries[num_right:])
+            promotion.entries = list(entries[:num_right])
+            checksum_of = {stored.block.block_hash: stored.checksum for stored in run}
+            self._host.commit(
+                promotion.entries, [checksum_of[e.block.block_hash] for e in promotion.entries], held=True
+            )
+            for stored in run:
+                del self._under_way[stored.block.block_hash]
+            promotion.done.set()
+            self._let_go(promotion)
+            self._demoter.keep_ahead()
+
+    def _let_go(self, promotion: _Promotion) -> None:
+        if promotion.done.is_set() and not promotion.num_waiting:
+            self._host.let_go(promotion.entries)
+            promotion.entries = []

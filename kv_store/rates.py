@@ -1,0 +1,23 @@
+"""Rates: what moving a block costs here, by kind of move. Measured, and None until it has been."""
+
+from kv_store.observer import Move
+
+DECAY = 0.8
+"""By batch: the last five weigh two thirds."""
+
+
+class Rates:
+    """Decaying averages over whole batches, each with all of its blocks and all of its time. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[Move, float] = {}
+        self._seconds: dict[Move, float] = {}
+
+    def note(self, move: Move, num_blocks: int, seconds: float) -> None:
+        if num_blocks:
+            self._blocks[move] = self._blocks.get(move, 0.0) * DECAY + num_blocks
+            self._seconds[move] = self._seconds.get(move, 0.0) * DECAY + seconds
+
+    def seconds_per_block(self, move: Move) -> float | None:
+        blocks = self._blocks.get(move)
+        return self._seconds[move] / blocks if blocks else None

@@ -1,0 +1,231 @@
+"""TierDirectory: conservation under anything, and who may be evicted when."""
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from kv_store.directory import TierDirectory
+from kv_store.entries import Entry
+from kv_store.quotas import Quotas
+from protocol.kv_blocks import CachedBlock, Tenant
+from runtime.clock import ManualClock
+from tests.support.store_parts import TailsFirst, blocks_of, hashes_of
+
+ALICE, BOB = Tenant("alice"), Tenant("bob")
+
+
+def directory(num_slots: int = 8, quotas: Quotas | None = None) -> tuple[TierDirectory, ManualClock]:
+    clock = ManualClock()
+    return TierDirectory(num_slots, TailsFirst(), clock=clock, quotas=quotas), clock
+
+
+def store(tier: TierDirectory, blocks: list[CachedBlock]) -> list[CachedBlock]:
+    """What had to go for them."""
+    reservation = tier.reserve(blocks)
+    tier.commit(reservation.entries, [1] * len(reservation.entries))
+    return [entry.block for entry in reservation.evicted]
+
+
+def test_a_block_is_found_when_it_is_committed_and_not_before() -> None:
+    tier, _ = directory()
+    blocks = blocks_of("a", 3)
+    reservation = tier.reserve(blocks)
+    assert len({entry.slot for entry in reservation.entries}) == 3
+    assert tier.num_ready(hashes_of(blocks)) == 0
+    assert all(block_hash in tier for block_hash in hashes_of(blocks)), "they are on their way"
+    tier.commit(reservation.entries[:2], [11, 12])
+    tier.abort(reservation.entries[2:])
+    assert tier.num_ready(hashes_of(blocks)) == 2
+    assert [(entry.slot, entry.checksum) for entry in tier.hold(hashes_of(blocks))] == [
+        (reservation.entries[0].slot, 11),
+        (reservation.entries[1].slot, 12),
+    ]
+
+
+def test_what_is_here_or_on_its_way_is_not_written_twice() -> None:
+    tier, _ = directory()
+    blocks = blocks_of("a", 4)
+    store(tier, blocks[:1])
+    first = tier.reserve(blocks[:3])
+    second = tier.reserve([*blocks, blocks[3]])
+    assert [entry.block for entry in first.entries] == blocks[1:3]
+    assert [entry.block for entry in second.entries] == blocks[3:]
+    assert (first.num_duplicates, second.num_duplicates) == (1, 4)
+
+
+def test_what_is_read_stays_and_what_lacks_room_is_refused_from_the_tail() -> None:
+    tier, _ = directory(4)
+    old = blocks_of("old", 4)
+    store(tier, old)
+    held = tier.hold(hashes_of(old[:3]))
+    reservation = tier.reserve(blocks_of("new", 3))
+    assert [entry.block for entry in reservation.evicted] == old[3:]
+    assert [entry.block.position for entry in reservation.entries] == [0]
+    assert reservation.num_without_room == 2
+    tier.let_go(held)
+    assert tier.reserve(blocks_of("new", 3)).num_without_room == 0
+
+
+def test_a_block_that_is_forgotten_while_it_is_read_keeps_its_slot() -> None:
+    tier, _ = directory(2)
+    block = blocks_of("a", 1)
+    store(tier, block)
+    held = tier.hold(hashes_of(block))
+    assert tier.forget([*hashes_of(block), *hashes_of(block)]) == held
+    assert tier.num_ready(hashes_of(block)) == 0
+    again = tier.reserve(block).entries
+    assert again[0].slot != held[0].slot
+    assert tier.reserve(blocks_of("b", 1)).num_without_room == 1
+    tier.let_go(held)
+    assert tier.reserve(blocks_of("b", 1)).num_without_room == 0
+    tier.commit(again, [1])
+    assert tier.drop(held) == [], "what has been stored anew under the address stays"
+    assert tier.num_ready(hashes_of(block)) == 1
+
+
+def test_leaving_blocks_are_read_until_they_are_out_and_a_reader_keeps_them() -> None:
+    tier, _ = directory(4)
+    blocks = blocks_of("a", 4)
+    store(tier, blocks)
+    leaving = tier.leave(2)
+    assert [entry.block for entry in leaving] == [blocks[3], blocks[2]]
+    assert tier.leave(4) != leaving
+    assert tier.num_ready(hashes_of(blocks)) == 4
+    assert tier.reserve(blocks_of("b", 1)).entries == (), "everything is leaving: nobody goes at once"
+    held = tier.hold(hashes_of(blocks[:3]))
+    assert [entry.block for entry in tier.take_out(leaving)] == [blocks[3]]
+    assert (tier.num_free, tier.occupancy().leaving) == (1, 2)
+    tier.let_go(held)
+    assert tier.num_ready(hashes_of(blocks)) == 3
+
+
+def test_pins_end_with_their_time_and_take_half_of_a_tier_at_most() -> None:
+    tier, clock = directory(4)
+    blocks = blocks_of("a", 4)
+    store(tier, blocks)
+    assert tier.pin(hashes_of(blocks), 60.0) == 2
+    assert store(tier, blocks_of("b", 4)) == [blocks[3], blocks[2]]
+    clock.advance(60.0)
+    assert not tier.is_pinned(hashes_of(blocks)[0])
+    assert tier.occupancy().pinned == 0
+    assert store(tier, blocks_of("c", 1)) == [blocks[1]]
+    assert tier.unpin(hashes_of(blocks)) == 0
+    assert tier.pin(hashes_of(blocks), 60.0) == 1
+    assert tier.unpin() == 1
+
+
+def test_a_tenant_over_its_quota_gives_up_its_own_first() -> None:
+    tier, _ = directory(8, Quotas(share=1.0, blocks_by_tenant={ALICE: 3}))
+    bobs = blocks_of("x", 4, BOB)
+    store(tier, bobs)
+    older = blocks_of("old", 3, ALICE)
+    store(tier, older)
+    assert tier.lacking(blocks_of("new", 2, ALICE)) == [(2, ALICE)]
+    assert store(tier, blocks_of("new", 2, ALICE)) == [older[2], older[1]]
+    assert tier.slots_by_tenant() == {ALICE: 3, BOB: 4}
+    held = tier.hold(hashes_of(older[:1])) + tier.hold(hashes_of(blocks_of("new", 2, ALICE)))
+    assert len(held) == 3
+    refused = tier.reserve(blocks_of("more", 1, ALICE))
+    assert (refused.entries, refused.num_over_quota) == ((), 1)
+    assert tier.num_ready(hashes_of(bobs)) == 4, "its neighbours pay nothing for it"
+
+
+@pytest.mark.parametrize("share", [0.001, 0.5])
+def test_every_tenant_may_have_a_block(share: float) -> None:
+    tier, _ = directory(2, Quotas(share))
+    assert len(tier.reserve(blocks_of("a", 2, ALICE)).entries) == 1
+
+
+class AnySequence(RuleBasedStateMachine):
+    """Whatever is done in whatever order, every slot is in one state, and nothing that is read is given to somebody else."""
+
+    NUM_SLOTS = 6
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = ManualClock()
+        quotas = Quotas(0.7, {ALICE: 3})
+        self.tier = TierDirectory(self.NUM_SLOTS, TailsFirst(), clock=self.clock, quotas=quotas)
+        self.writing: list[Entry] = []
+        self.held: list[Entry] = []
+        self.leaving: list[Entry] = []
+
+    chains = st.sampled_from([blocks_of(name, 5, tenant) for name in "ab" for tenant in (ALICE, BOB)])
+    some = st.integers(0, 4)
+
+    @rule(chain=chains, first=some, count=some)
+    def reserve(self, chain: list[CachedBlock], first: int, count: int) -> None:
+        self.writing += self.tier.reserve(chain[first : first + count]).entries
+
+    @rule(count=some, held=st.booleans())
+    def commit(self, count: int, held: bool) -> None:
+        done, self.writing = self.writing[:count], self.writing[count:]
+        self.tier.commit(done, [entry.slot for entry in done], held=held)
+        if held:
+            self.held += done
+
+    @rule(count=some)
+    def abort(self, count: int) -> None:
+        gone, self.writing = self.writing[:count], self.writing[count:]
+        self.tier.abort(gone)
+
+    @rule(chain=chains, count=some)
+    def hold(self, chain: list[CachedBlock], count: int) -> None:
+        entries = self.tier.hold(hashes_of(chain[:count]))
+        self.tier.used(entries)
+        self.held += entries
+
+    @rule(count=some)
+    def let_go(self, count: int) -> None:
+        gone, self.held = self.held[:count], self.held[count:]
+        self.tier.let_go(gone)
+
+    @rule(count=some, tenant=st.sampled_from([None, ALICE]))
+    def leave(self, count: int, tenant: Tenant | None) -> None:
+        self.leaving += self.tier.leave(count, tenant)
+
+    @rule(count=some, stays=st.booleans())
+    def decide(self, count: int, stays: bool) -> None:
+        chosen, self.leaving = self.leaving[:count], self.leaving[count:]
+        if stays:
+            self.tier.stay(chosen)
+        else:
+            self.tier.take_out(chosen)
+            self.tier.stay(chosen)
+
+    @rule(chain=chains, count=some)
+    def forget(self, chain: list[CachedBlock], count: int) -> None:
+        self.tier.forget(hashes_of(chain[:count]))
+
+    @rule(chain=chains, count=some)
+    def pin(self, chain: list[CachedBlock], count: int) -> None:
+        pinned = self.tier.pin(hashes_of(chain[:count]), 10.0)
+        assert pinned <= self.tier.num_ready(hashes_of(chain[:count]))
+
+    @rule(chain=chains)
+    def requested(self, chain: list[CachedBlock]) -> None:
+        self.tier.requested(chain)
+
+    @rule(seconds=st.floats(0, 8))
+    def wait(self, seconds: float) -> None:
+        self.clock.advance(seconds)
+
+    @invariant()
+    def conserved(self) -> None:
+        slots = self.tier.occupancy()
+        assert slots.free + slots.writing + slots.ready + slots.doomed == self.NUM_SLOTS
+        assert slots.writing == len(self.writing)
+        assert sum(self.tier.slots_by_tenant().values()) == self.NUM_SLOTS - slots.free
+        assert self.tier.slots_by_tenant().get(ALICE, 0) <= 3
+        assert slots.pinned <= self.NUM_SLOTS // 2
+
+    @invariant()
+    def nobody_shares_a_slot(self) -> None:
+        in_use = {id(entry): entry.slot for entry in [*self.writing, *self.held, *self.tier.snapshot()]}
+        assert len(set(in_use.values())) == len(in_use)
+        assert self.tier.occupancy().held == len({id(entry) for entry in self.held})
+
+
+TestAnySequence = AnySequence.TestCase
+TestAnySequence.settings = settings(max_examples=120, stateful_step_count=40, deadline=None)

@@ -1,0 +1,359 @@
+"""KVStore: what is saved comes back, byte for byte or not at all; who waits for what; what is counted."""
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+import pytest
+
+from kv_store.host_copier import HostCopier
+from kv_store.observer import Move, NoObserver
+from kv_store.quotas import Quotas
+from kv_store.receiving import FetchUnsettled
+from kv_store.settings import StoreSettings
+from kv_store.store import KVStore
+from kv_store.tiers import BlockCopier, Tier
+from protocol.ids import BlockHash
+from protocol.kv_blocks import CachedBlock, Tenant
+from runtime.clock import ManualClock
+from tests.support.store_parts import FakeDisk, PlainMemory, TailsFirst, blocks_of, hashes_of
+
+NUM_SLOTS = 16
+
+
+@dataclass
+class Scene:
+    store: KVStore
+    device: PlainMemory
+    slab: PlainMemory
+    disk: FakeDisk
+    clock: ManualClock
+
+    async def save(self, blocks: Sequence[CachedBlock]) -> int:
+        ids = range(len(blocks))
+        self.device.fill(ids, blocks)
+        return await self.store.save(blocks, ids)
+
+    async def loads(self, blocks: Sequence[CachedBlock]) -> int:
+        """How many come back, all of them right."""
+        ids = range(100, 100 + len(blocks))
+        count = await self.store.load(hashes_of(blocks), ids)
+        assert self.device.right(ids[:count], blocks[:count])
+        return count
+
+
+@asynccontextmanager
+async def scene(
+    num_slots: int = NUM_SLOTS,
+    settings: StoreSettings | None = None,
+    with_disk: bool = False,
+    copier: Callable[[PlainMemory, PlainMemory], BlockCopier] = HostCopier,
+    observer: NoObserver | None = None,
+) -> AsyncIterator[Scene]:
+    device, slab, disk, clock = PlainMemory(200), PlainMemory(num_slots), FakeDisk(), ManualClock()
+    settings = settings or StoreSettings(16, load="always")
+    used = disk if with_disk else None
+    store = KVStore(
+        slab, num_slots, TailsFirst(), settings, copier=copier(device, slab), disk=used, clock=clock, observer=observer
+    )
+    async with store:
+        yield Scene(store, device, slab, disk, clock)
+    host = store.stats().tiers[0]
+    assert (host.held, host.writing, host.leaving) == (0, 0, 0)
+
+
+async def test_what_is_saved_comes_back() -> None:
+    async with scene() as s:
+        blocks = blocks_of("a", 6)
+        assert s.store.wanted(blocks) == [True] * 6
+        assert await s.save(blocks) == 6
+        assert s.store.num_loadable(hashes_of(blocks)) == 6
+        assert s.store.wanted(blocks) == [False] * 6
+        assert await s.loads(blocks) == 6
+        assert await s.save(blocks) == 0, "it is here already"
+        assert await s.loads(blocks_of("b", 2)) == 0
+
+
+async def test_a_changed_slot_is_a_miss_and_is_dropped() -> None:
+    async with scene() as s:
+        blocks = blocks_of("a", 4)
+        await s.save(blocks)
+        held = await s.store.hold(hashes_of(blocks))
+        s.store.let_go(held)
+        s.slab.block(held.slots[2])[5] ^= 0x10
+        assert await s.loads(blocks) == 2
+        assert s.store.match(hashes_of(blocks)).total == 2
+        assert s.store.stats().tiers[0].checksum_failures == 1
+        assert await s.save(blocks) == 1
+        assert await s.loads(blocks) == 4
+
+
+async def test_a_tier_full_of_held_blocks_keeps_nothing_and_loses_nothing() -> None:
+    async with scene(num_slots=4) as s:
+        blocks = blocks_of("a", 4)
+        await s.save(blocks)
+        held = await s.store.hold(hashes_of(blocks))
+        assert await s.save(blocks_of("b", 3)) == 0
+        assert s.slab.right(held.slots, held.blocks)
+        s.store.let_go(held)
+        assert s.store.stats().refused_without_room == 3
+        assert await s.save(blocks_of("b", 3)) == 3
+
+
+async def test_two_salts_share_nothing() -> None:
+    async with scene() as s:
+        one, other = blocks_of("a", 3, Tenant("one")), blocks_of("a", 3, Tenant("other"))
+        await s.save(one)
+        assert s.store.num_loadable(hashes_of(other)) == 0
+        assert await s.loads(other) == 0
+        await s.save(other)
+        assert await s.store.clear(tenant=Tenant("one")) == 3
+        assert (await s.loads(one), await s.loads(other)) == (0, 3)
+        assert {tenant.tenant: tenant.used for tenant in s.store.stats().tenants} == {"other": 3}
+
+
+async def test_a_tenant_has_its_quota_and_no_more() -> None:
+    settings = StoreSettings(16, load="always", quotas=Quotas(0.25))
+    async with scene(settings=settings) as s:
+        await s.save(blocks_of("a", 4, Tenant("one")))
+        await s.save(blocks_of("b", 8, Tenant("two")))
+        assert {tenant.tenant: tenant.used for tenant in s.store.stats().tenants} == {"one": 4, "two": 4}
+
+
+async def test_what_leaves_the_host_comes_back_from_disk() -> None:
+    async with scene(num_slots=8, with_disk=True) as s:
+        chains = [blocks_of(name, 8) for name in "abc"]
+        for chain in chains:
+            assert await s.save(chain) == 8
+        assert s.store.stats().dropped_demotions == 0
+        for chain in chains:
+            assert s.store.num_loadable(hashes_of(chain)) == 8
+            assert await s.loads(chain) == 8
+        assert max(s.disk.num_writes.values()) == 1, "what is on disk is not written again"
+        assert all(block_hash in s.disk for block_hash in hashes_of(chains[0])), "and stays there"
+
+
+async def test_concurrent_readers_of_a_block_on_disk_read_it_once() -> None:
+    async with scene(num_slots=8, with_disk=True) as s:
+        chain = blocks_of("a", 4)
+        await s.save(chain)
+        await s.save(blocks_of("b", 8))
+        assert s.store.match(hashes_of(chain)).host == 0
+        loads = [s.store.load(hashes_of(chain), range(at, at + 4)) for at in (100, 110, 120)]
+        held, *counts = await asyncio.gather(s.store.hold(hashes_of(chain)), *loads)
+        assert counts == [4, 4, 4]
+        assert s.slab.right(held.slots, chain)
+        s.store.let_go(held)
+        assert set(s.disk.num_reads.values()) == {1}
+
+
+async def test_a_disk_that_cannot_keep_up_costs_blocks_and_not_the_save() -> None:
+    async with scene(num_slots=8, with_disk=True) as s:
+        await s.save(blocks_of("a", 8))
+        s.disk.gate.clear()
+        waiting = [asyncio.create_task(s.store.save(blocks_of(name, 4), range(4))) for name in "bcd"]
+        for _ in range(20):
+            await asyncio.sleep(0)
+        assert not all(task.done() for task in waiting)
+        s.disk.gate.set()
+        await asyncio.gather(*waiting)
+        await s.save(blocks_of("e", 8))
+        assert s.store.stats().dropped_demotions > 0
+
+
+@pytest.mark.parametrize("fault", ["fails", "keeps nothing", "lies"])
+async def test_a_bad_disk_is_a_miss(fault: str, caplog: pytest.LogCaptureFixture) -> None:
+    async with scene(num_slots=4, with_disk=True) as s:
+        chain = blocks_of("a", 4)
+        await s.save(chain)
+        if fault == "lies":
+            await s.save(blocks_of("b", 4))
+            s.disk.flip(hashes_of(chain)[1])
+            assert await s.loads(chain) == 1
+        else:
+            s.disk.failing, s.disk.keeps = fault == "fails", 0
+            assert await s.save(blocks_of("b", 4)) == 4
+            assert await s.save(blocks_of("c", 4)) == 4
+            assert await s.loads(chain) == 0
+            assert s.store.stats().dropped_demotions == 8
+        assert len([record for record in caplog.records if "demote" in record.message]) == (fault == "fails")
+
+
+class BrokenCopier:
+    def copy_out(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
+        raise RuntimeError("no device")
+
+    def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+        raise RuntimeError("no device")
+
+
+async def test_a_copier_that_fails_is_a_miss_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    async with scene(copier=lambda device, slab: BrokenCopier()) as s:
+        assert await s.save(blocks_of("a", 4)) == 0
+        assert await s.save(blocks_of("b", 4)) == 0
+        assert s.store.stats().moves["save"].failures == 2
+        assert len(caplog.records) == 1
+
+
+class GatedCopier(HostCopier):
+    """Copies half of a batch, then waits to be let through."""
+
+    def __init__(self, device: PlainMemory, slab: PlainMemory) -> None:
+        super().__init__(device, slab)
+        self.began, self.gate = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+        half = len(slots) // 2
+        super().copy_in(slots[:half], block_ids[:half])
+        self.began.set()
+        self.gate.wait()
+        super().copy_in(slots[half:], block_ids[half:])
+
+
+async def test_a_cancelled_load_ends_when_nothing_is_written_any_more() -> None:
+    copiers: list[GatedCopier] = []
+
+    def gated(device: PlainMemory, slab: PlainMemory) -> BlockCopier:
+        copiers.append(GatedCopier(device, slab))
+        return copiers[0]
+
+    async with scene(copier=gated) as s:
+        blocks = blocks_of("a", 4)
+        await s.save(blocks)
+        copiers[0].gate.clear()
+        load = asyncio.create_task(s.store.load(hashes_of(blocks), range(100, 104)))
+        await asyncio.to_thread(copiers[0].began.wait)
+        load.cancel()
+        await asyncio.sleep(0.02)
+        assert not load.done()
+        copiers[0].gate.set()
+        with pytest.raises(asyncio.CancelledError):
+            await load
+        assert s.device.right(range(100, 104), blocks), "it was under way, and has ended"
+
+
+async def test_a_put_is_fetched_into_slots_and_kept_as_far_as_it_came() -> None:
+    async with scene() as s:
+        blocks = blocks_of("a", 6)
+        await s.save(blocks[:2])
+
+        async def fetch(wanted: Sequence[CachedBlock], slots: Sequence[int]) -> int:
+            assert list(wanted) == blocks[2:]
+            s.slab.fill(slots[:3], wanted[:3])
+            return 3
+
+        assert await s.store.receive(blocks, fetch) == 3
+        assert await s.loads(blocks) == 5
+
+
+async def test_slots_of_a_fetch_that_has_not_settled_are_nobodys() -> None:
+    async with scene(num_slots=4) as s:
+        settled = asyncio.Event()
+        seen: list[int] = []
+
+        async def fetch(wanted: Sequence[CachedBlock], slots: Sequence[int]) -> int:
+            seen.extend(slots)
+            s.slab.fill(slots[:1], wanted[:1])
+            raise FetchUnsettled(settled, 1)
+
+        assert await s.store.receive(blocks_of("a", 3), fetch) == 1
+        assert s.store.stats().quarantined == 2
+        assert await s.save(blocks_of("b", 2)) == 2
+        for slot in seen[1:]:
+            s.slab.block(slot)[:] = bytes(s.slab.block_bytes)
+        assert await s.loads(blocks_of("b", 2)) == 2
+        settled.set()
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        assert s.store.stats().quarantined == 0
+        assert await s.save(blocks_of("c", 4)) == 4
+
+
+async def test_pins_outlive_pressure_until_their_time_has_passed() -> None:
+    async with scene(num_slots=8, with_disk=True) as s:
+        chain = blocks_of("a", 4)
+        await s.save(chain)
+        await s.save(blocks_of("b", 8))
+        assert await s.store.pin(hashes_of(chain), 60.0) == 4, "from disk, where it was"
+        await s.save(blocks_of("c", 8))
+        assert [places.pinned for places in s.store.locate(hashes_of(chain))] == [True] * 4
+        assert s.store.match(hashes_of(chain)).host == 4
+        s.clock.advance(61.0)
+        await s.save(blocks_of("d", 8))
+        assert s.store.match(hashes_of(chain)).host == 0
+
+
+async def test_second_touch_takes_what_is_offered_twice_or_wanted_by_two_requests() -> None:
+    async with scene(settings=StoreSettings(16, admission="second-touch")) as s:
+        once, twice = blocks_of("once", 2), blocks_of("twice", 2)
+        s.store.requested(once)
+        s.store.requested(twice)
+        s.store.requested(twice)
+        assert s.store.wanted(once + twice) == [False, False, True, True]
+        assert s.store.wanted(once) == [True, True]
+        assert s.store.stats().refused_by_admission == 2
+
+
+async def test_a_load_slower_than_computing_is_not_begun() -> None:
+    rate = [0.0]
+    async with scene(settings=StoreSettings(16, prefill_tokens_per_s=lambda: rate[0] or None)) as s:
+        blocks = blocks_of("a", 4)
+        await s.save(blocks)
+        assert s.store.num_loadable(hashes_of(blocks)) == 4, "nothing is known yet"
+        await s.loads(blocks)
+        assert s.store.estimate_load_s(hashes_of(blocks)) is not None
+        rate[0] = 1e12
+        assert s.store.num_loadable(hashes_of(blocks)) == 0
+        rate[0] = 1.0
+        assert s.store.num_loadable(hashes_of(blocks)) == 4
+
+
+async def test_a_closed_store_keeps_nothing_and_closes_its_disk() -> None:
+    async with scene(with_disk=True) as s:
+        await s.save(blocks_of("a", 2))
+        await s.store.close()
+        assert await s.loads(blocks_of("a", 2)) == 0
+        assert await s.store.save(blocks_of("b", 2), [0, 1]) == 0
+        assert s.disk.closed
+
+
+class Recorder(NoObserver):
+    def __init__(self) -> None:
+        self.reuse_gaps: list[float] = []
+        self.evictions: list[tuple[float, float, int]] = []
+        self.moves: list[tuple[Move, int]] = []
+
+    def reused(self, tier: Tier, gap_s: float) -> None:
+        self.reuse_gaps.append(gap_s)
+
+    def evicted(self, tier: Tier, lifetime_s: float, idle_s: float, num_uses: int) -> None:
+        self.evictions.append((lifetime_s, idle_s, num_uses))
+
+    def moved(self, move: Move, num_blocks: int, num_bytes: int, seconds: float) -> None:
+        self.moves.append((move, num_blocks))
+
+
+async def test_an_observer_hears_of_reuse_and_of_evictions() -> None:
+    recorder = Recorder()
+    async with scene(num_slots=1, observer=recorder) as s:
+        await s.save(blocks_of("a", 1))
+        s.clock.advance(3.0)
+        await s.loads(blocks_of("a", 1))
+        s.clock.advance(4.0)
+        await s.save(blocks_of("b", 1))
+        assert recorder.reuse_gaps == [3.0]
+        assert recorder.evictions == [(7.0, 4.0, 1)]
+        assert recorder.moves == [("save", 1), ("load", 1), ("save", 1)]
+
+
+async def test_counts_of_what_requests_found() -> None:
+    async with scene() as s:
+        blocks = blocks_of("a", 5)
+        await s.save(blocks[:3])
+        s.store.num_loadable(hashes_of(blocks))
+        s.store.num_loadable([BlockHash(bytes(16))])
+        stats = s.store.stats()
+        assert (stats.lookups, stats.hits, stats.tiers[0].found, stats.missed_blocks) == (2, 1, 3, 3)
