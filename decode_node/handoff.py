@@ -61,7 +61,7 @@ class Handoffs:
             await asyncio.gather(*unsettled)
 
     def start(self, event: Reserved, ticket: TransferTicket, holders: Holders, deadline_s: float) -> None:
-        """Fetch into the blocks of `event`, the first of them from other holders where there are any. The outcome reaches the
+        """Fetch into the blocks of `event`, the first of them from near by or other holders where there are any. The outcome reaches the
         engine, whatever it is; success at the very moment when the last block is proven, before any task gets to run."""
         request_id = event.request_id
         arrived = partial(self._arrived, request_id)
@@ -70,7 +70,8 @@ class Handoffs:
         async def fetch() -> FetchResult:
             begun.set()
             blocks, num_cached = event.block_ids, event.num_cached_blocks
-            return await gather(self._context, ticket, holders, blocks, num_cached, deadline_s, arrived)
+            hashes = event.block_hashes
+            return await gather(self._context, ticket, holders, blocks, num_cached, deadline_s, arrived, hashes)
 
         fetching = asyncio.create_task(fetch(), name=f"fetch:{request_id}")
         task = asyncio.create_task(self._run(event, ticket, fetching, begun), name=f"handoff:{request_id}")

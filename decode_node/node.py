@@ -6,12 +6,13 @@ from starlette.routing import Route
 
 from decode_node.service import DecodeService
 from engine.telemetry import EngineTelemetry
-from kv_transfer.exchange import KVExchange
+from kv_transfer.exchange import NodeExchange
 from protocol.ids import RequestId
 from protocol.requests import DecodeAccepted, DecodeRequest
 from protocol.workers import WorkerLoad
 from runtime.node_shell import NodeShell
 from runtime.rpc_server import message_route
+from store_node.node_store import StoreBeside
 
 
 class DecodeNode:
@@ -19,20 +20,22 @@ class DecodeNode:
         self,
         shell: NodeShell,
         service: DecodeService,
-        exchange: KVExchange,
+        exchange: NodeExchange,
+        store: StoreBeside,
         engine_telemetry: EngineTelemetry,
         cluster_key: str | None,
     ) -> None:
         self._shell = shell
         self._service = service
         self._exchange = exchange
+        self._store = store
         self._engine_telemetry = engine_telemetry
         self._cluster_key = cluster_key
 
     def routes(self) -> list[Route]:
         return [
             message_route("/node/v1/decode", DecodeRequest, self._decode, self._cluster_key),
-            *self._exchange.routes(),
+            *self._store.routes(self._exchange),
         ]
 
     def cancel(self, request_ids: Iterable[RequestId]) -> None:
@@ -45,15 +48,19 @@ class DecodeNode:
         return self._engine_telemetry.stuck()
 
     def idle(self) -> bool:
-        return self._engine_telemetry.idle() and self._exchange.idle()
+        return self._engine_telemetry.idle() and self._exchange.idle() and self._store.idle()
 
     async def farewell(self) -> None:
         await self._exchange.exports.stop()
+        await self._store.farewell()
 
     def report(self) -> None:
         self._engine_telemetry.update()
         self._exchange.telemetry.update()
+        self._store.report()
 
     async def _decode(self, request: DecodeRequest) -> DecodeAccepted:
         self._shell.check_admitting()
-        return self._service.decode(request)
+        prepared = await self._store.prepare(request)
+        self._shell.check_admitting()
+        return self._service.decode(prepared)

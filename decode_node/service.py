@@ -12,7 +12,7 @@ from decode_node.handoff import Handoffs
 from engine.engine import Engine
 from engine.events import EngineEvent, Failed, Finished, Pinned, PromptComputed, Reserved, TokensSampled
 from engine.request import EngineRequest, Mode
-from kv_transfer.exchange import KVExchange
+from kv_transfer.exchange import NodeExchange
 from kv_transfer.lending.holders import Holders, holders_of
 from protocol import tokens
 from protocol.block_hash import context_hash
@@ -40,7 +40,7 @@ class DecodeService:
     def __init__(
         self,
         engine: Engine,
-        exchange: KVExchange,
+        exchange: NodeExchange,
         handoffs: Handoffs,
         outbox: TokenOutbox,
         metrics: NodeMetrics,
@@ -93,8 +93,8 @@ class DecodeService:
         messages: list[TokenMessage] = []
         for event in events:
             match event:
-                case Reserved(request_id, block_ids, num_cached_blocks, prefix=True):
-                    self._prefixes.reserved(request_id, block_ids, num_cached_blocks)
+                case Reserved(request_id, block_ids, num_cached_blocks, True, block_hashes):
+                    self._prefixes.reserved(request_id, block_ids, num_cached_blocks, block_hashes)
                 case Reserved():
                     self._reserved(event)
                 case Pinned(pin_id, block_ids):

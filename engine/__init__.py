@@ -12,6 +12,7 @@ sequence           one request's life inside the engine; waiting_queue: before i
 block_tables       which blocks hold which sequence, over block_pool and prefix_cache
 block_pool         KV blocks with reference counts and an O(1) LRU free list; free_runs: those that hold nothing
 prefix_cache       block hash -> block; kv_event_log: what it gained and lost, for the routers
+offloading         what the store behind the prefix cache is offered, and may bring; backing: the seam to that store
 admission, config, load
                    what is taken on, what is allowed, how much is going on
 runner             the seam to the device; torch_runner, simulated_runner, and cuda/ for GPUs

@@ -7,6 +7,13 @@ Blocks that are handed out together lie together as far as they can, because a t
 free blocks that hold nothing are kept as runs (engine.free_runs) and used first. Cached ones stand in a doubly linked list
 over preallocated arrays, least recently used first; when their room is needed, a few more than needed lose their contents, so
 that there are runs to choose from. What that costs is the end of the list: a cache smaller by EVICTED_AHEAD at most.
+
+Whoever saves what is about to be forgotten surveys that list from its cold end, each block once while it stands there:
+
+    reused next  [ surveyed, ... | not yet, ... ]  reused last
+                                 ▲              ▲
+                  released as `cold`            released
+
 Every operation is O(1) a block.
 """
 
@@ -23,7 +30,7 @@ class BlockPool:
 
     def __init__(self, num_blocks: int, on_reuse: Callable[[int], None]) -> None:
         self.num_blocks = num_blocks
-        self._on_reuse = on_reuse
+        self.on_reuse = on_reuse
         self._references = [0] * num_blocks
         self._cached = bytearray(num_blocks)
         self._num_free = num_blocks
@@ -33,6 +40,10 @@ class BlockPool:
         self._lru = num_blocks
         self._next = [0] * num_blocks + [self._lru]
         self._previous = [0] * num_blocks + [self._lru]
+        self._surveyed = bytearray(num_blocks)
+        self._num_surveyed = 0
+        self._frontier = self._lru
+        """The coldest block that has not been surveyed; the sentinel if there is none."""
 
     @property
     def num_free(self) -> int:
@@ -43,12 +54,25 @@ class BlockPool:
         return self.num_blocks - self._num_free
 
     @property
+    def num_empty(self) -> int:
+        """Free blocks that hold nothing: they are used first."""
+        return len(self._empty)
+
+    @property
+    def num_surveyed(self) -> int:
+        """Free cached blocks that `survey` has returned: they are used next."""
+        return self._num_surveyed
+
+    @property
     def num_cached(self) -> int:
         """Blocks with an address, held and free. O(num_blocks)."""
         return sum(self._cached)
 
     def is_free(self, block_id: int) -> bool:
         return self._references[block_id] == 0
+
+    def is_surveyed(self, block_id: int) -> bool:
+        return bool(self._surveyed[block_id])
 
     def num_references(self, block_id: int) -> int:
         return self._references[block_id]
@@ -74,20 +98,38 @@ class BlockPool:
                 self._num_free -= 1
             self._references[block_id] += 1
 
-    def release(self, block_ids: Sequence[int]) -> None:
+    def release(self, block_ids: Sequence[int], *, cold: bool = False) -> None:
         """Give back a sequence's blocks, in the order of its table. Its tail is reused before its head, which more
-        other sequences may begin with."""
+        other sequences may begin with. `cold`: they were about to be reused when `survey` returned them, and are so again,
+        after those that came back like this before."""
         empty: list[int] = []
         for block_id in reversed(block_ids):
             assert self._references[block_id] > 0, f"block {block_id} is released more often than held"
             self._references[block_id] -= 1
             if self._references[block_id] == 0:
                 self._num_free += 1
-                if self._cached[block_id]:
-                    self._link_last(block_id)
-                else:
+                if not self._cached[block_id]:
                     empty.append(block_id)
+                elif cold:
+                    self._link_before(block_id, self._frontier)
+                    self._mark_surveyed(block_id)
+                else:
+                    self._link_before(block_id, self._lru)
+                    if self._frontier == self._lru:
+                        self._frontier = block_id
         self._empty.add(empty)
+
+    def survey(self, count: int) -> list[int]:
+        """The next free cached blocks that will be reused, coldest first, `count` at most; none twice, unless it was held
+        meanwhile. They stay where they are."""
+        found: list[int] = []
+        block_id = self._frontier
+        while len(found) < count and block_id != self._lru:
+            found.append(block_id)
+            self._mark_surveyed(block_id)
+            block_id = self._next[block_id]
+        self._frontier = block_id
+        return found
 
     def mark_cached(self, block_id: int) -> None:
         """A held block has an address now."""
@@ -106,7 +148,7 @@ class BlockPool:
         evicted: list[int] = []
         while len(evicted) < count + self._evicted_ahead and (block_id := self._next[self._lru]) != self._lru:
             self._cached[block_id] = False
-            self._on_reuse(block_id)
+            self.on_reuse(block_id)
             self._unlink(block_id)
             evicted.append(block_id)
         self._empty.add(evicted)
@@ -114,8 +156,17 @@ class BlockPool:
     def _unlink(self, block_id: int) -> None:
         before, after = self._previous[block_id], self._next[block_id]
         self._next[before], self._previous[after] = after, before
+        if self._surveyed[block_id]:
+            self._surveyed[block_id] = False
+            self._num_surveyed -= 1
+        elif self._frontier == block_id:
+            self._frontier = after
 
-    def _link_last(self, block_id: int) -> None:
-        before = self._previous[self._lru]
-        self._previous[block_id], self._next[block_id] = before, self._lru
-        self._next[before] = self._previous[self._lru] = block_id
+    def _link_before(self, block_id: int, after: int) -> None:
+        before = self._previous[after]
+        self._previous[block_id], self._next[block_id] = before, after
+        self._next[before] = self._previous[after] = block_id
+
+    def _mark_surveyed(self, block_id: int) -> None:
+        self._surveyed[block_id] = True
+        self._num_surveyed += 1

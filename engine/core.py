@@ -11,11 +11,13 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from engine.admission import max_sequence_tokens
+from engine.backing import BackingStore
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
 from engine.events import EngineEvent, Pinned
 from engine.kv_event_log import KVEventLog
 from engine.load import EngineLoad
+from engine.offloading import Offloading
 from engine.outcomes import Outcomes
 from engine.prefill_rate import PrefillRate
 from engine.request import EngineRequest
@@ -54,7 +56,8 @@ class EngineCore:
         )
         self._speculator = _speculator(config, drafter)
         limit = max_sequence_tokens(runner)
-        self._scheduler = Scheduler(config, runner.layout, self._tables, limit, self._speculator)
+        self._offloading = Offloading(self._tables)
+        self._scheduler = Scheduler(config, runner.layout, self._tables, self._offloading, limit, self._speculator)
         self._outcomes = Outcomes(runner, self._scheduler, self._tables, limit, self._speculator)
         self.times = StepTimes()
         self._prefill_rate = PrefillRate()
@@ -63,6 +66,10 @@ class EngineCore:
         self._next_arrival = 0
         self._next_deadline_at = math.inf
         self._steps = 0
+
+    def back_with(self, backing: BackingStore) -> None:
+        """Where blocks go that are forgotten here. Before the first command."""
+        self._offloading.back_with(backing)
 
     # Commands.
 
@@ -110,9 +117,24 @@ class EngineCore:
         self._scheduler.imported(sequence)
         self._outcomes.imported(sequence, first_token, now)
 
+    def proceed(self, request_id: RequestId, num_tokens: int) -> None:
+        """While the beginning of a request is brought, compute the first `num_tokens` of it here: whole blocks, of those
+        that were reserved. Once, before `resume`. Nothing more is computed of a request that has ended, but it is known that
+        nobody brings these."""
+        sequence = self._import(request_id)
+        if sequence is None:
+            return
+        assert not sequence.computes_nothing, f"{request_id} computes nothing here"
+        assert not sequence.front_end, f"{request_id} was told before how far to go"
+        assert num_tokens % self._tables.block_size == 0, f"{num_tokens} tokens are not whole blocks"
+        assert num_tokens <= sequence.import_end, f"only {sequence.import_end} tokens of {request_id} are awaited"
+        if num_tokens > sequence.num_computed:
+            sequence.front_end = num_tokens
+
     def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:
-        """The first `num_valid_tokens` tokens of a request that waited for its beginning are in its blocks; the rest is
-        to be computed, and nothing writes into its blocks any more."""
+        """The first `num_valid_tokens` tokens of a request that waited for its beginning are in its blocks, or will be when
+        those are computed that it was told to `proceed` with; if no more than these have come, none have. The rest is to be
+        computed, and nothing else writes into its blocks any more."""
         sequence = self._import(request_id)
         if sequence is None:
             return
@@ -146,6 +168,10 @@ class EngineCore:
     def unpin(self, pin_id: PinId) -> None:
         self._tables.unpin(self._pins.pop(pin_id, ()))
 
+    def saved(self, pin_id: PinId) -> None:
+        """The answer to BlocksOffered."""
+        self._offloading.saved(pin_id)
+
     def clear_prefix_cache(self) -> None:
         self._tables.clear_prefix_cache()
 
@@ -158,6 +184,7 @@ class EngineCore:
                 self._outcomes.leave(sequence)
         for pin_id in list(self._pins):
             self.unpin(pin_id)
+        self._offloading.take_back()
 
     # Steps.
 
@@ -182,6 +209,7 @@ class EngineCore:
         assert schedule is not None, "nothing in flight to wait for"
         for sequence in schedule.admitted:
             self._outcomes.admitted(sequence, now)
+        self._outcomes.events += self._offloading.offers()
         return schedule if schedule.plan.chunks else None
 
     def run(self, schedule: Schedule | None) -> None:
@@ -218,12 +246,15 @@ class EngineCore:
             num_importing=len(scheduler.importing) + len(scheduler.orphans),
             num_held=len(scheduler.held),
             num_pins=len(self._pins),
+            num_offered_blocks=self._offloading.num_offered,
             free_blocks=self._tables.pool.num_free,
             total_blocks=self._tables.pool.num_blocks,
             steps=self._steps,
             computed_prompt_tokens=outcomes.num_computed_tokens,
             cached_prompt_tokens=outcomes.num_cached_tokens,
             imported_prompt_tokens=outcomes.num_imported_tokens,
+            loaded_prompt_tokens=outcomes.num_loaded_tokens,
+            lost_blocks=self._offloading.num_lost,
             prefill_tokens_per_s=self._prefill_rate.tokens_per_s,
             sampled_tokens=outcomes.num_sampled_tokens,
             preemptions=scheduler.num_preemptions,
@@ -235,9 +266,7 @@ class EngineCore:
     def _landed(self, sequence: Sequence, num_valid_tokens: int) -> bool:
         """An import has ended with so many valid tokens, which are kept. False if its request had ended before: it is
         let go now."""
-        arrived = min(num_valid_tokens, sequence.import_end)
-        sequence.import_end = 0
-        sequence.num_computed = max(sequence.num_computed, arrived)
+        sequence.arrive(min(num_valid_tokens, sequence.import_end))
         self._tables.index(sequence)
         if sequence.state is State.ORPHANED:
             self._outcomes.let_go(sequence)
@@ -247,7 +276,7 @@ class EngineCore:
     def _import(self, request_id: RequestId) -> Sequence | None:
         sequence = self._sequences.get(request_id)
         if sequence is None or sequence.state not in (State.IMPORTING, State.ORPHANED):
-            log.warning("%s: an import ended that is not under way", request_id)
+            log.warning("%s: no import is under way", request_id)
             return None
         return sequence
 
@@ -260,7 +289,7 @@ class EngineCore:
         chunks = step.schedule.plan.chunks
         num_before = self._outcomes.num_computed_tokens
         for sequence, chunk, sampled in zip(step.schedule.sequences, chunks, step.result.sampled, strict=True):
-            if sequence.state is not State.RUNNING:  # it has ended meanwhile
+            if not sequence.computing:  # it has ended meanwhile
                 self._outcomes.landed(sequence)
             elif isinstance(sampled, HeadraceError):
                 self._outcomes.fail(sequence, sampled)

@@ -10,10 +10,11 @@ The thread sleeps when nothing can run. Every public method may be called from a
 import logging
 import math
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 from engine.admission import check_request
+from engine.backing import BackingStore
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.events import EngineEvent
@@ -23,7 +24,7 @@ from engine.request import EngineRequest
 from engine.runner import Runner
 from protocol.errors import Draining, HeadraceError, InternalError, InvalidParameter, Overloaded
 from protocol.ids import BlockHash, Incarnation, PinId, RequestId
-from protocol.kv_events import KVEventBatch
+from protocol.kv_events import KVEventBatch, StorageTier
 from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
 from runtime.clock import Clock
@@ -58,6 +59,12 @@ class Engine:
         self._busy_since: float | None = None
 
     # Life.
+
+    def back_with(self, backing: BackingStore) -> None:
+        """Where blocks go that are forgotten here. Before `start`, at most once; the receiver of events then answers
+        BlocksOffered and Reserved."""
+        assert self._thread.ident is None, "the engine runs"
+        self._core.back_with(backing)
 
     def start(self, on_events: Callable[[list[EngineEvent]], None]) -> None:
         """`on_events` is called on the engine's thread whenever something happened, with all of it at once. It must
@@ -123,9 +130,15 @@ class Engine:
         decodes from the next step on. `computed_at`, `landing`: see engine.core."""
         self._post(lambda: self._core.activate(request_id, first_token, computed_at, landing))
 
+    def proceed(self, request_id: RequestId, num_tokens: int) -> None:
+        """Before the answer to Reserved with `prefix`: its first `num_tokens` tokens, whole blocks, are not brought but computed
+        here, while those behind them are brought. At most once; `resume` is to follow, also if the request has ended meanwhile."""
+        self._post(lambda: self._core.proceed(request_id, num_tokens))
+
     def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:
-        """The answer to Reserved of a request with `import_tokens`: the first `num_valid_tokens` tokens have come and are
-        verified, and nothing writes into its blocks any more. The engine computes on from there."""
+        """The answer to Reserved with `prefix`: the first `num_valid_tokens` tokens have come and are verified, and nothing
+        writes into its blocks any more. The engine computes on from there. After `proceed` with so many tokens or more
+        nothing has come, and with fewer those from there on."""
         self._post(lambda: self._core.resume(request_id, num_valid_tokens))
 
     def fail_import(self, request_id: RequestId, error: HeadraceError) -> None:
@@ -147,6 +160,10 @@ class Engine:
     def unpin(self, pin_id: PinId) -> None:
         """Nobody reads them any more. Unknown ids are no error."""
         self._post(lambda: self._core.unpin(pin_id))
+
+    def saved(self, pin_id: PinId) -> None:
+        """The answer to BlocksOffered: nobody reads these blocks any more. Unknown ids are no error."""
+        self._post(lambda: self._core.saved(pin_id))
 
     def clear_prefix_cache(self) -> None:
         """Forget all addresses. What runs goes on."""
@@ -185,12 +202,20 @@ class Engine:
             return 0.0 if self._busy_since is None else self._clock.now() - self._busy_since
 
     def take_kv_events(self) -> KVEventBatch | None:
-        """What the prefix cache gained and lost since the last call; None if nothing."""
+        """What the prefix cache, and the store behind it, gained and lost since the last call; None if nothing."""
         return self._kv_events.take()
 
     def kv_snapshot(self) -> KVEventBatch:
-        """The whole prefix cache, for a reader that has missed events."""
+        """All that is cached, for a reader that has missed events."""
         return self._kv_events.snapshot()
+
+    def note_stored(self, block_hashes: Sequence[BlockHash], tier: StorageTier) -> None:
+        """Another tier of this process holds these from now on: to be told to whoever takes events."""
+        self._kv_events.stored(block_hashes, tier)
+
+    def note_removed(self, block_hashes: Sequence[BlockHash], tier: StorageTier) -> None:
+        """It does not any more. Unknown ones are no error."""
+        self._kv_events.removed(block_hashes, tier)
 
     # The thread.
 

@@ -53,6 +53,7 @@ class Outcomes:
         self.num_computed_tokens = 0
         self.num_cached_tokens = 0
         self.num_imported_tokens = 0
+        self.num_loaded_tokens = 0
         self.num_sampled_tokens = 0
 
     def admitted(self, sequence: Sequence, now: float) -> None:
@@ -64,15 +65,19 @@ class Outcomes:
         if sequence.state is State.IMPORTING:
             block_ids = tuple(sequence.block_ids[: self._layout.num_blocks_for(sequence.import_end)])
             prefix = not sequence.computes_nothing
-            self.events.append(Reserved(sequence.request_id, block_ids, num_cached_blocks, prefix))
+            hashes = tuple(sequence.block_hashes[: sequence.import_end // self._layout.block_size])
+            self.events.append(Reserved(sequence.request_id, block_ids, num_cached_blocks, prefix, hashes))
         if sequence.times.first_scheduled_at is None and not sequence.computes_nothing:
             sequence.times.first_scheduled_at = now
         self._announce(sequence, num_cached_blocks)
 
     def resumed(self, sequence: Sequence, num_imported_tokens: int) -> None:
-        """So many of its first tokens, beyond those of the prefix cache, have come from elsewhere."""
+        """So many of its first tokens, up to `num_computed`, have come from elsewhere, maybe none."""
         self.num_imported_tokens += num_imported_tokens
-        sequence.num_cached_tokens = sequence.num_computed
+        start = sequence.num_computed - num_imported_tokens
+        self.num_loaded_tokens += max(0, min(sequence.num_computed, sequence.load_end) - start)
+        if not sequence.preempted:
+            sequence.num_cached_tokens = (sequence.num_cached_tokens or 0) + num_imported_tokens
         self._announce(sequence, sequence.num_computed // self._layout.block_size)
 
     def computed(
@@ -92,8 +97,9 @@ class Outcomes:
             self.num_computed_tokens += len(chunk.token_ids)
         if not chunk.samples:
             sequence.num_computed += len(chunk.token_ids)
+            num_met = sequence.meet()
             self._tables.index(sequence)
-            self._announce(sequence, sequence.num_computed // self._layout.block_size)
+            self.resumed(sequence, num_met)
             return
         if sequence.num_sampled == 0:
             sequence.times.computed_at = ended_at

@@ -6,9 +6,10 @@ new sequences are admitted while budget, rows and blocks last.
 Admission reserves the whole context, so that a prefill never stops half-way for want of blocks and an import always
 has where to land; only decodes grow. A sequence whose first tokens somebody may bring is admitted like an import, ahead of
 those that wait for compute, and computes the rest when they have come, or have not: in its turn by age, so that whom it
-passed is not overtaken twice. A decode that finds no free block preempts the youngest sequence, which may be
-itself: the oldest always gets on. A preempted sequence is recomputed, mostly from the prefix cache. Neither the blocks of
-an import nor those of a prefill for somebody else move: others may be writing or reading them.
+passed is not overtaken twice. Some of what it waits for it may compute meanwhile (see engine.sequence). A decode that finds no free block preempts the youngest sequence, which may be
+itself: the oldest always gets on. A preempted sequence is recomputed, mostly from the prefix cache and the store behind it
+(engine.offloading), which is asked at every admission, once. Neither the blocks of an import nor those of a prefill for
+somebody else move: others may be writing or reading them.
 
 A step may be planned while another is in flight. A sequence that draws a token there goes on behind it, with PENDING in its
 place, unless that is its last for length. Where more must be known of the step in flight, nothing is planned ahead of its
@@ -21,6 +22,7 @@ from dataclasses import dataclass
 
 from engine.block_tables import BlockTables
 from engine.config import EngineConfig
+from engine.offloading import Offloading
 from engine.runner import PENDING, ScheduledChunk, StepPlan
 from engine.sequence import Sequence, State
 from engine.speculation import Speculator
@@ -48,11 +50,13 @@ class Scheduler:
         config: EngineConfig,
         layout: KVLayout,
         tables: BlockTables,
+        offloading: Offloading,
         max_sequence_tokens: int,
         speculator: Speculator | None,
     ) -> None:
         self._layout = layout
         self._tables = tables
+        self._offloading = offloading
         self._max_sequence_tokens = max_sequence_tokens
         self._speculator = speculator
         self._max_tokens = config.max_num_batched_tokens
@@ -112,7 +116,7 @@ class Scheduler:
     def schedule(self, *, in_flight: bool) -> Schedule | None:
         """Decide one step. The plan is empty only if nothing can run now. None, and only with steps in flight, if their
         results are needed first."""
-        by_age = sorted(self.running.values(), key=_age)
+        by_age = sorted([*self.running.values(), *self._fronts], key=_age)
         decodes = [sequence for sequence in by_age if sequence.decoding and self._goes_on(sequence)]
         if in_flight and not all(self._can_run_ahead(sequence) for sequence in decodes):
             return None
@@ -128,7 +132,7 @@ class Scheduler:
             step.decode(sequence, drafts)
         admitted: list[Sequence] = []
         for sequence in by_age:
-            if not sequence.decoding and sequence.state is State.RUNNING:
+            if not sequence.decoding and sequence.computing:
                 admitted += self._fill(step, before=sequence.arrival)
                 step.prefill(sequence)
         admitted += self._fill(step)
@@ -155,6 +159,9 @@ class Scheduler:
             step.no_room = True
             return None
         self.waiting.remove(sequence)
+        if not sequence.computes_nothing:
+            sequence.load_end = self._offloading.num_loadable_tokens(sequence)
+            sequence.import_end = max(sequence.import_end, sequence.load_end)
         if sequence.computes_nothing or sequence.num_computed < sequence.import_end:
             sequence.state = State.IMPORTING
             self.importing[sequence.request_id] = sequence
@@ -182,7 +189,14 @@ class Scheduler:
 
     def _draft_room(self) -> int:
         """Guesses that one step may check: what of the budget neither decodes nor any prefill could use."""
-        return self._max_tokens - len(self.running) - self._num_running_tokens - self.waiting.num_compute_tokens
+        num_front_tokens = sum(sequence.front_end - sequence.num_computed for sequence in self._fronts)
+        num_prefill_tokens = self._num_running_tokens + num_front_tokens + self.waiting.num_compute_tokens
+        return self._max_tokens - len(self.running) - num_prefill_tokens
+
+    @property
+    def _fronts(self) -> list[Sequence]:
+        """Imports under way of which the beginning is computed here."""
+        return [sequence for sequence in self.importing.values() if sequence.front_end]
 
     @property
     def _num_running_tokens(self) -> int:
@@ -199,8 +213,11 @@ class Scheduler:
         return drafts if self._tables.grow(sequence, num_tokens, keep_free=self._watermark) else []
 
     def _make_room(self, sequence: Sequence) -> bool:
-        """A place for the next token of a decode, at the cost of younger ones. False if it was itself the youngest."""
+        """A place for the next token of a decode, at the cost of younger ones. False if it was itself the youngest, or
+        blocks are being saved and will be free: nobody is preempted for what comes back on its own."""
         while not self._tables.grow(sequence, sequence.num_scheduled + 1):
+            if self._offloading.num_returning:
+                return False
             victim = max((other for other in self.running.values() if other.preemptable), key=_age)
             self._preempt(victim)
             if victim is sequence:
@@ -235,7 +252,7 @@ class _Step:
     def prefill(self, sequence: Sequence) -> None:
         """As many tokens of the context as budget and chunk size allow; maybe none."""
         start = sequence.num_scheduled
-        end = min(sequence.context_end, start + min(self.budget, self._max_chunk))
+        end = min(sequence.prefill_end, start + min(self.budget, self._max_chunk))
         if start < end:
             self._add(sequence, sequence.token_ids[start:end], samples=end == sequence.context_end)
 

@@ -4,17 +4,25 @@
     WAITING ──▶ RUNNING ──▶ HELD ──▶ gone   PREFILL_ONLY; also one that failed, once blocks of it were announced
     WAITING ──▶ IMPORTING ──▶ RUNNING       IMPORT; once running it is like GENERATE
                     └──▶ ORPHANED ──▶ gone  it has failed, but its blocks still belong to the transfer; maybe HELD then
-    WAITING ──▶ IMPORTING ──▶ RUNNING       also one whose first tokens somebody may bring (`import_tokens`)
+    WAITING ──▶ IMPORTING ──▶ RUNNING       also one whose first tokens somebody may bring (`import_tokens`, or the store)
               RUNNING ──▶ LEAVING ──▶ gone  it has ended, but a step in flight still writes into its blocks
 
 Of its tokens (prompt, emitted, sampled) the first `num_computed` have their KV in the blocks of `block_ids`; steps in
 flight compute those up to `num_scheduled` and draw `num_draws_in_flight` more.
+
+While the beginning of its context is being brought, its *front* may be computed here: from both ends to the middle.
+
+    0        num_computed ─▶   front_end        ◀─ brought    import_end       context_end
+    |  computed  |  to be computed  |  to be brought  |  then computed  |
+
+When the import ends, what it brought is `arrived_end`; the sequence goes on from there as soon as its front is computed.
 """
 
 from enum import Enum, auto
 
 from engine.request import EngineRequest, Mode
 from protocol.ids import BlockHash, RequestId
+from protocol.kv_blocks import tenant_of
 from protocol.phases import HandoffPhases
 from protocol.tokens import SampledToken
 
@@ -58,17 +66,28 @@ class Sequence:
         self.context_end = len(self.token_ids)
         self.import_end = self.context_end if request.mode is Mode.IMPORT else request.import_tokens
         """Leading tokens that may come from elsewhere; 0 as soon as they have, or need not."""
+        self.load_end = 0
+        """Of those, leading tokens that the store behind the prefix cache said it could bring."""
+        self.front_end = 0
+        """Leading tokens that are computed here though an import is under way or has just ended; 0 if none are."""
+        self.arrived_end = 0
+        """Tokens from `front_end` up to here have come from elsewhere, while the front is still computed; otherwise 0."""
         self.num_computed = 0
         self.has_penalties = request.sampling.has_penalties
         self.num_steps_in_flight = 0
         self.num_tokens_in_flight = 0
         self.num_draws_in_flight = 0
         self.block_ids: list[int] = []
+        self.root_hash: BlockHash | None = None
+        """The parent of its first block, once that is hashed."""
         self.block_hashes: list[BlockHash] = []
+        self.tenant = tenant_of(request.cache_salt)
         self.num_indexed_blocks = 0
         """Leading blocks that have been offered to the prefix cache."""
         self.num_cached_tokens: int | None = None
-        """Tokens that the prefix cache saved at the first admission; None before."""
+        """Tokens that the prefix cache and others saved at the first admission; None before."""
+        self.preempted = False
+        """Ever."""
         self.num_announced_blocks = 0
         """Of PREFILL_ONLY: leading blocks reported as final."""
         self.released_early = False
@@ -104,9 +123,20 @@ class Sequence:
         return self.num_scheduled >= self.context_end
 
     @property
+    def computing(self) -> bool:
+        """The results of its steps count."""
+        return self.state is State.RUNNING or self.state is State.IMPORTING
+
+    @property
+    def prefill_end(self) -> int:
+        """How far its context may be computed for now."""
+        return self.front_end or self.context_end
+
+    @property
     def num_uncomputed_context(self) -> int:
         """Tokens of its context that are to be computed here."""
-        return max(0, self.context_end - max(self.num_computed, self.import_end))
+        brought = max(self.import_end, self.arrived_end) - max(self.num_computed, self.front_end)
+        return max(0, self.context_end - self.num_computed - max(0, brought))
 
     @property
     def exported(self) -> bool:
@@ -122,9 +152,28 @@ class Sequence:
         self.token_ids.append(token.token_id)
         self.output_token_ids.append(token.token_id)
 
+    def arrive(self, end: int) -> None:
+        """An import has ended: tokens up to `end` have come, those of the front not among them."""
+        self.import_end = 0
+        self.arrived_end = end if end > self.front_end else 0
+        if not self.arrived_end:
+            self.front_end = 0
+        self.meet()
+
+    def meet(self) -> int:
+        """Go on behind what has come, if all before it is computed. Returns by how many tokens that is further."""
+        if not self.arrived_end or self.num_computed < self.front_end:
+            return 0
+        num_tokens = max(0, self.arrived_end - self.num_computed)
+        self.num_computed += num_tokens
+        self.front_end = self.arrived_end = 0
+        return num_tokens
+
     def start_over(self) -> None:
         """Preempted: everything known so far is the context to recompute. Its blocks have been released."""
         self.state = State.WAITING
+        self.preempted = True
         self.context_end = len(self.token_ids)
+        self.front_end = self.arrived_end = self.load_end = 0
         self.num_computed = 0
         self.num_indexed_blocks = 0

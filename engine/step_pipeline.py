@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from engine.runner import LaunchedStep, Runner, ScheduledChunk, StepPlan, StepResult
 from engine.scheduler import Schedule
-from engine.sequence import Sequence, State
+from engine.sequence import Sequence
 from protocol.errors import HeadraceError, InternalError
 from protocol.tokens import SampledToken
 from runtime.clock import Clock
@@ -117,7 +117,7 @@ class StepPipeline:
         return StepResult(tuple(self._compute_alone(sequence, chunk) for sequence, chunk in pairs))
 
     def _compute_alone(self, sequence: Sequence, chunk: ScheduledChunk) -> Sampled:
-        if sequence.state is not State.RUNNING:
+        if not sequence.computing:
             return ()  # it has ended meanwhile
         end = chunk.start + len(chunk.token_ids)
         # The runner's last token of a sequence may by now be that of a dropped step, and the block table has grown for it.

@@ -5,7 +5,8 @@ import math
 from engine.engine import Engine
 from engine.step_times import StepTimes
 from protocol.workers import WorkerLoad
-from runtime.metrics import EngineMetrics, Total
+from runtime.metric_feeds import Total
+from runtime.metrics import EngineMetrics
 
 STUCK_AFTER_S = 60.0
 """A step takes milliseconds to seconds. Work pending and no step ended for this long means that the loop hangs."""
@@ -19,6 +20,8 @@ class EngineTelemetry:
         self._computed = Total(metrics.computed_prompt_tokens)
         self._cached = Total(metrics.cached_prompt_tokens)
         self._imported = Total(metrics.imported_prompt_tokens)
+        self._loaded = Total(metrics.loaded_prompt_tokens)
+        self._lost = Total(metrics.lost_blocks)
         self._sampled = Total(metrics.generated_tokens)
         self._preemptions = Total(metrics.preemptions)
         self._phases = {phase: Total(metrics.step_seconds.labels(phase)) for phase in StepTimes().by_phase()}
@@ -37,6 +40,9 @@ class EngineTelemetry:
         self._computed.set(load.computed_prompt_tokens)
         self._cached.set(load.cached_prompt_tokens)
         self._imported.set(load.imported_prompt_tokens)
+        self._loaded.set(load.loaded_prompt_tokens)
+        self._lost.set(load.lost_blocks)
+        self._metrics.offered_blocks.set(load.num_offered_blocks)
         self._sampled.set(load.sampled_tokens)
         self._preemptions.set(load.preemptions)
         for phase, seconds in load.times.by_phase().items():
@@ -57,9 +63,10 @@ class EngineTelemetry:
         )
 
     def idle(self) -> bool:
-        """Nothing admitted, imported, or held for a reader."""
+        """Nothing admitted, imported, or held for a reader or the store."""
         load = self._engine.load()
-        return load.running + load.waiting + load.num_importing + load.num_held + load.num_pins == 0
+        busy = load.running + load.waiting + load.num_importing
+        return busy + load.num_held + load.num_pins + load.num_offered_blocks == 0
 
     def stuck(self) -> str | None:
         """Why the node should be restarted, None if there is no reason."""

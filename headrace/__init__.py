@@ -11,6 +11,11 @@ child        one process: its announcement, its last log lines, its end
 supervisor   keeps them running, restarts what dies, drains in order
 status_view  tells the user: a live table on a terminal, lines elsewhere
 model        `headrace model`: fetch or convert a model ahead of time
+cache        `headrace cache`: what the caches of a running cluster hold, and what to do about it
+cache_tables     what it prints
+cache_warm       `headrace cache warm`: prompts computed ahead of time
+cache_watch      `headrace cache watch`: stats that refresh
+index_watch      `headrace cache watch --events`: what nodes tell the index
 doctor       `headrace doctor`: is this machine fit to run it
 probe        checks that need their own process, because they import much or may crash
 

@@ -8,7 +8,7 @@ import importlib.metadata
 import sys
 from collections.abc import Sequence
 
-from headrace import bench, doctor, model, serve, up
+from headrace import bench, cache, doctor, model, serve, up
 from protocol.errors import ConfigError, HeadraceError
 
 _EPILOG = """\
@@ -17,6 +17,7 @@ examples:
   headrace up --model owner/name --decode 2
   headrace serve decode --config node.toml one role of a cluster across machines
   headrace model owner/name                download a model before it is needed
+  headrace cache stats                     what the caches of a running cluster hold
   headrace doctor                          is this machine fit to run it?
   headrace bench transfer --quick          how fast do KV blocks move here?
 """
@@ -31,7 +32,7 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"headrace {_version()}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in (up, serve, model, doctor, bench):
+    for command in (up, serve, model, cache, doctor, bench):
         command.add_parser(commands)
     return parser
 

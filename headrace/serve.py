@@ -20,12 +20,22 @@ from runtime.life import watch_parent
 from runtime.logs import configure_logging
 from runtime.node_config import NodeConfig
 
-NodeRole = Literal["prefill", "decode"]
+NodeRole = Literal["prefill", "decode", "store"]
 Role = Literal["router", NodeRole]
 RoleConfig = RouterConfig | NodeConfig
 
-CONFIG_TYPES: Mapping[Role, type[RoleConfig]] = {"router": RouterConfig, "prefill": NodeConfig, "decode": NodeConfig}
-_MODULES: Mapping[Role, str] = {"router": "router.main", "prefill": "prefill_node.main", "decode": "decode_node.main"}
+CONFIG_TYPES: Mapping[Role, type[RoleConfig]] = {
+    "router": RouterConfig,
+    "prefill": NodeConfig,
+    "decode": NodeConfig,
+    "store": NodeConfig,
+}
+_MODULES: Mapping[Role, str] = {
+    "router": "router.main",
+    "prefill": "prefill_node.main",
+    "decode": "decode_node.main",
+    "store": "store_node.main",
+}
 
 TRANSPORT_CHOICES = ("auto", *(kind for kind in get_args(TransportKind) if kind != "inproc"))
 

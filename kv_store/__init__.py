@@ -1,5 +1,6 @@
 """Keeps KV blocks after the device has forgotten them.
 
+index/             the index in Redis: who holds what, for all to find
 tiers              the seams: what a tier keeps, how blocks come and go, who hears of it
 store              KVStore: what one process keeps, in host memory and on disk; everything below is how
 host_tier          slots of host memory: directory (which block is where, pure), quotas, and who is told

@@ -1,9 +1,11 @@
-"""KVExchange: all of kv_transfer that a node is made of, put together. Every node owns blocks and reads those of others.
+"""KVExchange: all of kv_transfer that an owner of blocks is made of, put together. Every owner reads those of others, too.
 
-    wires                 how its KV blocks reach other processes: staging and transports
-    exports, lender       what others may read: finished prompts, and loans of the prefix cache
-    importer, prefixes    what it reads: whole contexts, and the beginnings of others
-    routes                how others talk to it, and what it tells of its links
+    wires               how its KV blocks reach other processes: staging and transports
+    exports, lender     what others may read: finished prompts, and loans of cached blocks
+    importer            what it reads
+    routes              how others talk to it, and what it tells of its links
+
+NodeExchange is that of an engine: `prefixes` has the requests that wait for their first blocks.
 
 Used as `async with`, inside the RpcClient. The engine is what the parts talk to from here on: it may start when all are made.
 `prefixes` is a context of its own, to be left before the engine stops, because it owes the engine answers.
@@ -21,14 +23,15 @@ from starlette.routing import Route
 from kv_transfer.handoff.exports import ExportTable
 from kv_transfer.handoff.imports import Importer
 from kv_transfer.lending.borrowing import BorrowContext
-from kv_transfer.lending.lender import Lender
+from kv_transfer.lending.lender import Lend, Lender
+from kv_transfer.lending.near import NearSource, NoNearSource
 from kv_transfer.lending.prefix_imports import ImportTarget, PrefixImports
 from kv_transfer.meeting.link_report import LinkReporter
 from kv_transfer.meeting.peers import Reader
 from kv_transfer.meeting.pushers import Pushers
 from kv_transfer.memory.arena import HostArena
 from kv_transfer.memory.device_blocks import DeviceBlocks, open_staging
-from kv_transfer.memory.staging import Staging
+from kv_transfer.memory.staging import HostStaging, Staging
 from kv_transfer.routes import kv_routes
 from kv_transfer.telemetry import TransferTelemetry
 from kv_transfer.transports.factory import start_transports
@@ -42,8 +45,8 @@ from runtime.node_config import NodeConfig
 from runtime.rpc_client import RpcClient
 
 
-class ExchangeEngine(ImportTarget, Protocol):
-    """The engine, as far as an exchange concerns it. See engine.engine."""
+class BlockOwner(Protocol):
+    """Whose blocks they are, as far as an exchange concerns it: an engine (engine.engine), or a store."""
 
     @property
     def prefill_tokens_per_s(self) -> float | None: ...
@@ -53,6 +56,10 @@ class ExchangeEngine(ImportTarget, Protocol):
     def pin(self, pin_id: PinId, block_hashes: tuple[BlockHash, ...]) -> None: ...
 
     def unpin(self, pin_id: PinId) -> None: ...
+
+
+class ExchangeEngine(BlockOwner, ImportTarget, Protocol):
+    """See engine.engine."""
 
 
 @dataclass(slots=True)
@@ -66,9 +73,13 @@ class Wires:
 
 
 def open_wires(
-    config: NodeConfig, incarnation: Incarnation, advertise_host: str, memory: HostArena | DeviceBlocks
+    config: NodeConfig,
+    incarnation: Incarnation,
+    advertise_host: str,
+    memory: HostArena | DeviceBlocks,
+    host_staging: Callable[[HostArena], Staging] = HostStaging,
 ) -> Wires:
-    """`memory` holds the engine's KV blocks. Raises ConfigError without a transport that works."""
+    """`memory` holds the owner's KV blocks; how they are announced and proven where it is an arena is `host_staging`'s. Raises ConfigError without a transport that works."""
     opened: list[Wires] = []
     start = partial(
         start_transports,
@@ -78,7 +89,7 @@ def open_wires(
         advertise_host=advertise_host,
         may_read=lambda ticket_id, block_ids: opened[0].may_read(ticket_id, block_ids),
     )
-    staging, transports = open_staging(memory, config.transfer, start)
+    staging, transports = open_staging(memory, config.transfer, start, host_staging)
     opened.append(Wires(staging, transports, lambda *_: False))
     return opened[0]
 
@@ -91,9 +102,10 @@ class KVExchange:
         config: NodeConfig,
         info: WorkerInfo,
         wires: Wires,
-        engine: ExchangeEngine,
+        owner: BlockOwner,
         client: RpcClient,
         metrics: TransferMetrics,
+        near: NearSource | None = None,
     ) -> None:
         self._cluster_key = config.cluster_key
         self._info = info
@@ -110,7 +122,7 @@ class KVExchange:
             control_url=info.control_url,
             options=options,
             clock=clock,
-            on_released=engine.release,
+            on_released=owner.release,
             push_links=self._pushers,
         )
         wires.may_read = self.exports.may_read
@@ -118,8 +130,8 @@ class KVExchange:
             self.exports,
             block_size=info.layout.block_size,
             num_blocks=info.num_blocks,
-            pin=engine.pin,
-            unpin=engine.unpin,
+            pin=owner.pin,
+            unpin=owner.unpin,
             timeout_s=options.stall_timeout_s / 2,
         )
         self.importer = Importer(
@@ -137,9 +149,9 @@ class KVExchange:
             stall_timeout_s=options.stall_timeout_s,
             policy=options.borrow,
             estimate_seconds=self._estimate_seconds,
-            compute_tokens_per_s=lambda: engine.prefill_tokens_per_s,
+            compute_tokens_per_s=lambda: owner.prefill_tokens_per_s,
+            near=near or NoNearSource(),
         )
-        self.prefixes = PrefixImports(self.borrowing, engine)
         self.telemetry = TransferTelemetry(metrics, wires.transports, exports=self.exports, importer=self.importer)
         self._reporter = LinkReporter(
             self._worker_id, wires.transports, clock, peers=self.importer.peers, pushers=self._pushers
@@ -156,7 +168,8 @@ class KVExchange:
     async def __aexit__(self, *exc_info: object) -> None:
         await self._stack.aclose()
 
-    def routes(self) -> list[Route]:
+    def routes(self, lend: Lend | None = None) -> list[Route]:
+        """`lend` answers whoever wants to borrow; by default what the owner's cache holds is lent."""
         owner = kv_routes(
             self.exports,
             self._wires.transports,
@@ -165,7 +178,7 @@ class KVExchange:
             worker_id=self._worker_id,
             incarnation=self._incarnation,
             cluster_key=self._cluster_key,
-            lender=self.lender,
+            lend=lend or self.lender.lend,
         )
         return [*owner, self._reporter.route(self._cluster_key)]
 
@@ -183,3 +196,20 @@ class KVExchange:
         peer = await self.importer.peers.meet(source.control_url, source.incarnation, source.worker)
         seconds = peer.estimate_seconds(num_bytes)
         return None if math.isinf(seconds) else seconds
+
+
+class NodeExchange(KVExchange):
+    """Of a node with an engine, whose requests may wait for their first blocks."""
+
+    def __init__(
+        self,
+        config: NodeConfig,
+        info: WorkerInfo,
+        wires: Wires,
+        engine: ExchangeEngine,
+        client: RpcClient,
+        metrics: TransferMetrics,
+        near: NearSource | None = None,
+    ) -> None:
+        super().__init__(config, info, wires, engine, client, metrics, near)
+        self.prefixes = PrefixImports(self.borrowing, engine)

@@ -16,7 +16,7 @@ from collections.abc import AsyncIterator
 from starlette.routing import Route
 
 from kv_transfer.handoff.exports import ExportTable
-from kv_transfer.lending.lender import NOTHING, Lender
+from kv_transfer.lending.lender import NOTHING, Lend
 from kv_transfer.meeting.pushers import Pushers
 from kv_transfer.transports.transport_set import TransportSet
 from protocol.ids import Incarnation, WorkerId
@@ -57,9 +57,9 @@ def kv_routes(
     worker_id: WorkerId,
     incarnation: Incarnation,
     cluster_key: str | None,
-    lender: Lender | None = None,
+    lend: Lend | None = None,
 ) -> list[Route]:
-    """The routes of one owner. All are behind the cluster key. Without `lender` nothing is lent."""
+    """The routes of one owner. All are behind the cluster key. Without `lend` nothing is lent."""
 
     myself = Hello(WIRE_VERSION, worker_id, incarnation, layout.fingerprint)
 
@@ -91,7 +91,7 @@ def kv_routes(
         return exports.release(message)
 
     async def borrow(message: BorrowPrefix) -> PrefixLent:
-        return NOTHING if lender is None else await lender.lend(message)
+        return NOTHING if lend is None else await lend(message)
 
     return [
         get_route(HELLO_PATH, hello, cluster_key),

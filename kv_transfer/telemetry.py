@@ -3,7 +3,8 @@
 from kv_transfer.handoff.exports import ExportTable
 from kv_transfer.handoff.imports import Importer
 from kv_transfer.transports.transport_set import TransportSet
-from runtime.metrics import Total, TransferMetrics
+from runtime.metric_feeds import Total
+from runtime.metrics import TransferMetrics
 
 
 class TransferTelemetry:

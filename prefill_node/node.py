@@ -5,13 +5,14 @@ from collections.abc import Iterable
 from starlette.routing import Route
 
 from engine.telemetry import EngineTelemetry
-from kv_transfer.exchange import KVExchange
+from kv_transfer.exchange import NodeExchange
 from prefill_node.service import PrefillService
 from protocol.ids import RequestId
 from protocol.requests import PrefillAccepted, PrefillRequest
 from protocol.workers import WorkerLoad
 from runtime.node_shell import NodeShell
 from runtime.rpc_server import message_route
+from store_node.node_store import StoreBeside
 
 
 class PrefillNode:
@@ -19,20 +20,22 @@ class PrefillNode:
         self,
         shell: NodeShell,
         service: PrefillService,
-        exchange: KVExchange,
+        exchange: NodeExchange,
+        store: StoreBeside,
         engine_telemetry: EngineTelemetry,
         cluster_key: str | None,
     ) -> None:
         self._shell = shell
         self._service = service
         self._exchange = exchange
+        self._store = store
         self._engine_telemetry = engine_telemetry
         self._cluster_key = cluster_key
 
     def routes(self) -> list[Route]:
         return [
             message_route("/node/v1/prefill", PrefillRequest, self._prefill, self._cluster_key),
-            *self._exchange.routes(),
+            *self._store.routes(self._exchange),
         ]
 
     def cancel(self, request_ids: Iterable[RequestId]) -> None:
@@ -45,15 +48,19 @@ class PrefillNode:
         return self._engine_telemetry.stuck()
 
     def idle(self) -> bool:
-        return self._engine_telemetry.idle() and self._exchange.idle()
+        return self._engine_telemetry.idle() and self._exchange.idle() and self._store.idle()
 
     async def farewell(self) -> None:
         await self._exchange.exports.stop()
+        await self._store.farewell()
 
     def report(self) -> None:
         self._engine_telemetry.update()
         self._exchange.telemetry.update()
+        self._store.report()
 
     async def _prefill(self, request: PrefillRequest) -> PrefillAccepted:
         self._shell.check_admitting()
-        return self._service.prefill(request)
+        prepared = await self._store.prepare(request)
+        self._shell.check_admitting()
+        return self._service.prefill(prepared)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from engine.engine import Engine
 from engine.events import BlocksComputed, EngineEvent, Failed, Pinned, PrefillFinished, Reserved
 from engine.request import EngineRequest, Mode
-from kv_transfer.exchange import KVExchange
+from kv_transfer.exchange import NodeExchange
 from kv_transfer.memory.staging import StagedBlocks
 from protocol.block_hash import context_hash
 from protocol.errors import Cancelled, HeadraceError
@@ -35,7 +35,7 @@ class PrefillService:
     def __init__(
         self,
         engine: Engine,
-        exchange: KVExchange,
+        exchange: NodeExchange,
         outbox: TokenOutbox,
         metrics: NodeMetrics,
         vocab_size: int,
@@ -110,8 +110,8 @@ class PrefillService:
             match event:
                 case BlocksComputed(request_id, first_block, block_ids):
                     self._exports.publish(request_id, first_block, block_ids, staged.get(event))
-                case Reserved(request_id, block_ids, num_cached_blocks):
-                    self._prefixes.reserved(request_id, block_ids, num_cached_blocks)
+                case Reserved(request_id, block_ids, num_cached_blocks, _, block_hashes):
+                    self._prefixes.reserved(request_id, block_ids, num_cached_blocks, block_hashes)
                 case Pinned(pin_id, block_ids):
                     self._lender.pinned(pin_id, block_ids)
                 case PrefillFinished():

@@ -9,13 +9,15 @@ from protocol.kv_events import KVEventBatch
 from protocol.kv_layout import KVLayout
 from protocol.transfer import TransportKind, Url
 
-Role = Literal["prefill", "decode"]
+Role = Literal["prefill", "decode", "store"]
+"""A store computes nothing: it keeps KV blocks, and lends them."""
+
 Count = Annotated[int, msgspec.Meta(ge=0)]
 
 
 class WorkerInfo(msgspec.Struct, frozen=True, kw_only=True):
     """Constant for one incarnation. `served_model` is the name clients use; `max_model_len` counts prompt and output
-    tokens; `num_blocks` is the size of the KV cache. `transports` are those it runs, the preferred first."""
+    tokens; `num_blocks` is the size of the KV cache, of a store that of its memory. `transports` are those it runs, the preferred first."""
 
     worker_id: IdText
     incarnation: IdText

@@ -30,6 +30,7 @@ A map of the package, from the client inwards:
     ledger               where its time went
     cluster              the nodes this router talks to: registry, links, index and load as one
     workers              who is registered
+    cache_admin          what operators ask all nodes' caches, or tell them
     prefix_index         which node holds which KV blocks
     in_flight            what this router has sent and not yet seen finished
     policy               which nodes a prompt goes to: a pure function

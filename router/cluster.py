@@ -12,14 +12,14 @@ from random import Random
 from typing import Self
 
 from protocol.block_hash import hash_blocks, root_hash
-from protocol.errors import HeadraceError
+from protocol.errors import HeadraceError, NoWorker
 from protocol.ids import BlockHash, Incarnation, RouterId, WorkerId
 from protocol.transfer import KVSource
 from protocol.workers import Heartbeat, HeartbeatReply, Leave, Registered, WorkerInfo
 from router.config import RouterConfig
 from router.in_flight import InFlight
 from router.node_link import NodeLink
-from router.policy import ClusterView, DecodeCandidate, PrefillCandidate, Prompt, RouteDecision, decide
+from router.policy import ClusterView, DecodeCandidate, PrefillCandidate, Prompt, RouteDecision, StoreCandidate, decide
 from router.prefix_index import PrefixIndex
 from router.prompts import Limits
 from router.workers import Worker, WorkerRegistry
@@ -195,14 +195,23 @@ class Cluster:
         return [] if self.num_ready("decode") else ["decode node"]
 
     def limits(self, max_model_len: int, vocab_size: int) -> Limits:
-        """What every registered worker can take, at most what the model can."""
+        """What every registered worker that computes can take, at most what the model can."""
         for worker in self.workers:
+            if worker.role == "store":
+                continue
             info = worker.info
             max_model_len = min(max_model_len, info.max_model_len, info.num_blocks * info.layout.block_size)
             vocab_size = min(vocab_size, info.vocab_size)
         return Limits(max_model_len, vocab_size)
 
     # ---- routing
+
+    def address(self, token_ids: Sequence[int], cache_salt: str | None) -> tuple[int, list[BlockHash]]:
+        """The block size, and the addresses of the full blocks of this context. Raises NoWorker where no node is registered:
+        addresses depend on the layout that the nodes share."""
+        if self._registry.snapshot.layout is None:
+            raise NoWorker("no node is registered with this router")
+        return self._hash(token_ids, cache_salt)
 
     def route(
         self,
@@ -237,6 +246,7 @@ class Cluster:
         """`matched`: leading blocks of the prompt that each node holds."""
         prefill: list[PrefillCandidate] = []
         decode: list[DecodeCandidate] = []
+        stores: list[StoreCandidate] = []
         for worker in self.workers:
             if not self.is_ready(worker):
                 continue
@@ -244,10 +254,12 @@ class Cluster:
             cached_tokens = min(matched.get(node, 0) * block_size, num_tokens - 1)
             if worker.role == "prefill":
                 prefill.append(PrefillCandidate(node, self.in_flight.prefill_tokens(node), cached_tokens))
+            elif worker.role == "store":
+                stores.append(StoreCandidate(node, cached_tokens))
             else:
                 sequences = self.in_flight.sequences(node)
                 decode.append(DecodeCandidate(node, sequences, worker.load.free_blocks, cached_tokens))
-        return ClusterView(tuple(prefill), tuple(decode))
+        return ClusterView(tuple(prefill), tuple(decode), tuple(stores))
 
     def _to_route(
         self,

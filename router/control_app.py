@@ -1,4 +1,5 @@
-"""The internal app: where nodes register, say how they are, and leave. Behind the cluster key; never on the public port."""
+"""The internal app: where nodes register, say how they are, and leave, and where operators ask. Behind the cluster key; never on
+the public port."""
 
 import msgspec
 from starlette.applications import Starlette
@@ -8,13 +9,14 @@ from starlette.routing import Route
 
 from protocol.errors import HeadraceError
 from protocol.workers import Heartbeat, HeartbeatReply, Leave, Registered, WorkerInfo
+from router.cache_admin import CacheAdmin
 from router.cluster import Cluster
 from router.http_edge import error_response, json_response
 from runtime.auth import check_authorization
 from runtime.rpc_server import message_route
 
 
-def build_control_app(cluster: Cluster, cluster_key: str | None) -> Starlette:
+def build_control_app(cluster: Cluster, cache: CacheAdmin, cluster_key: str | None) -> Starlette:
     async def register(message: WorkerInfo) -> Registered:
         return await cluster.register(message)
 
@@ -38,6 +40,7 @@ def build_control_app(cluster: Cluster, cluster_key: str | None) -> Starlette:
             message_route("/internal/v1/workers/heartbeat", Heartbeat, heartbeat, cluster_key),
             message_route("/internal/v1/workers/leave", Leave, leave, cluster_key),
             Route("/internal/v1/workers", workers, methods=["GET"]),
+            *cache.routes(cluster_key),
         ]
     )
 

@@ -45,7 +45,8 @@ class SequenceEnd:
 
 
 class SequenceRun:
-    """`tokens()` once; then `end` says how it ended (None if the caller stopped early)."""
+    """`tokens()` once; then `end` says how it ended (None if the caller stopped early). `num_cached_tokens`: of the prompt, when
+    the answer began; full blocks."""
 
     def __init__(self, cluster: Cluster, job: SequenceJob, retries: int, clock: Clock) -> None:
         self._cluster = cluster
@@ -87,6 +88,7 @@ class SequenceRun:
         while (end := self._end_already()) is None:
             self._job.deadline.check("running the request")
             route = await self._route()
+            begins = not self._emitted
             attempt = self._start(route)
             try:
                 async with aclosing(attempt.run()) as batches:
@@ -102,7 +104,8 @@ class SequenceRun:
                 if failures > self._retries:
                     raise failed.error from failed
             finally:
-                self.num_cached_tokens = max(self.num_cached_tokens, attempt.num_cached_tokens)
+                if begins:  # the others find what the earlier ones computed, of the answer as well
+                    self.num_cached_tokens = attempt.num_cached_tokens
         self.end = end
 
     def _end_already(self) -> SequenceEnd | None:

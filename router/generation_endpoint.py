@@ -9,16 +9,15 @@ from typing import Any, Protocol
 from starlette.requests import ClientDisconnect, Request
 from starlette.types import Receive, Scope, Send
 
-from protocol.errors import Cancelled, Draining, HeadraceError, ModelNotFound
+from protocol.errors import Cancelled, Draining, HeadraceError
 from protocol.ids import TraceId, new_trace_id
 from router.api_choices import make_choices, text_options
-from router.api_errors import quote
 from router.api_types import ChatRequest, CompletionRequest, decode_request
 from router.generation import Generation
 from router.http_edge import REQUEST_ID_KEY, json_response, read_json, run_until_disconnect
 from router.openai_format import AnswerFormat, make_usage
 from router.progress import Progress
-from router.prompts import Limits, PromptText, TextModel
+from router.prompts import Limits, PromptText, TextModel, check_model
 from router.services import Services
 from router.sse import EventStream, UsageOptions
 from router.text_choice import Delta
@@ -74,11 +73,7 @@ class GenerationEndpoint:
         self, request: ChatRequest | CompletionRequest, request_id: str, progress: Progress, send: Send
     ) -> None:
         services, endpoint = self._services, self._endpoint
-        if request.model is not None and request.model != services.model.name:
-            raise ModelNotFound(
-                f"model {quote(request.model)!r} does not exist; this server serves {services.model.name!r}",
-                param="model",
-            )
+        check_model(services.model, request.model)
         limits = services.limits()
         top_logprobs = endpoint.top_logprobs(request)
         options = text_options(request, top_logprobs)

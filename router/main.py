@@ -10,6 +10,7 @@ from collections.abc import Callable
 from protocol.errors import ConfigError
 from protocol.ids import new_router_id
 from router.app import build_app
+from router.cache_admin import CacheAdmin
 from router.chat_template import ChatTemplate
 from router.cluster import Cluster
 from router.config import RouterConfig
@@ -71,6 +72,7 @@ async def serve(
         Cluster(config, model.name, client, new_router_id(), clock) as cluster,
     ):
         services = make_services(config, model, cluster, life, clock, new_registry(), int(time.time()))
+        cache = CacheAdmin(cluster, model, services.limits, client)
 
         def serving(urls: list[str]) -> None:
             life.ready()
@@ -79,7 +81,7 @@ async def serve(
         await serve_apps(
             [
                 (build_app(services), config.host, config.port),
-                (build_control_app(cluster, config.cluster_key), config.control_host, config.control_port),
+                (build_control_app(cluster, cache, config.cluster_key), config.control_host, config.control_port),
             ],
             life,
             drain=services.admission.drain,

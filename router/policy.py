@@ -3,7 +3,8 @@
     prefill node   argmin( tokens in flight there + 2 * tokens of this prompt that nobody has + tokens it can borrow / 2 )
     decode node    least sequences, among those whose free blocks hold the prompt
     local          the decode node computes the prompt itself: where it lacks only few tokens, or no prefill node is ready
-    sources        who holds more of the prompt than the node that needs it: such blocks are borrowed, not computed
+    sources        who holds more of the prompt than the node that needs it, stores among them: such blocks are borrowed,
+                   not computed
 
 The weight of 2 on tokens to compute is from replaying public traces against simulated nodes: within 4 % of an oracle that
 knows every node's backlog; the highest hit rate is not the lowest time to first token. Ties are broken at random,
@@ -44,11 +45,23 @@ class DecodeCandidate:
 
 
 @dataclass(frozen=True, slots=True)
+class StoreCandidate:
+    """Never computes anything; whoever does may borrow from it."""
+
+    node: Incarnation
+    cached_tokens: int
+
+
+Holder = PrefillCandidate | DecodeCandidate | StoreCandidate
+
+
+@dataclass(frozen=True, slots=True)
 class ClusterView:
     """The nodes that admit requests and can be reached now."""
 
     prefill: tuple[PrefillCandidate, ...]
     decode: tuple[DecodeCandidate, ...]
+    stores: tuple[StoreCandidate, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,16 +116,16 @@ def decide(
     return _computing_at(source, target, holders)
 
 
-def _holders(view: ClusterView) -> list[PrefillCandidate | DecodeCandidate]:
+def _holders(view: ClusterView) -> list[Holder]:
     """Of any of the prompt, those of the most first."""
-    everybody: list[PrefillCandidate | DecodeCandidate] = [*view.prefill, *view.decode]
+    everybody: list[Holder] = [*view.prefill, *view.decode, *view.stores]
     return sorted((one for one in everybody if one.cached_tokens), key=lambda one: -one.cached_tokens)
 
 
 def _computing_at(
     prefill: PrefillCandidate | None,
     decode: DecodeCandidate | None,
-    holders: Sequence[PrefillCandidate | DecodeCandidate],
+    holders: Sequence[Holder],
 ) -> RouteDecision:
     """Whoever computes borrows from those that hold more than it. A decode node that imports borrows from them as well, if
     it lacks it too: what the prefill node has from the start, it provides itself."""
@@ -132,7 +145,7 @@ def _computing_at(
     )
 
 
-def _holding_more(holders: Sequence[PrefillCandidate | DecodeCandidate], num_tokens: int) -> tuple[Incarnation, ...]:
+def _holding_more(holders: Sequence[Holder], num_tokens: int) -> tuple[Incarnation, ...]:
     return tuple(one.node for one in holders if one.cached_tokens > num_tokens)[:MAX_SOURCES]
 
 

@@ -12,13 +12,13 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 
 from protocol.ids import BlockHash, Incarnation
-from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored, KVEventBatch
+from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored, KVEventBatch, StorageTier
+from protocol.store_admin import TIER_BITS
 from runtime.clock import Clock
 
 MAX_BLOCKS_PER_WORKER = 1 << 19
 MAX_EXPECTED = 1 << 16
 EXPECTED_TTL_S = 3.0
-TIER_BIT = {"device": 1, "host": 2, "disk": 4}
 
 
 class _WorkerBlocks:
@@ -27,8 +27,20 @@ class _WorkerBlocks:
     def __init__(self, bit: int) -> None:
         self.bit = bit
         self.tiers: dict[bytes, int] = {}
+        self.in_tier = dict.fromkeys(TIER_BITS.values(), 0)
         self.next_event: int | None = None
         self.caches = False
+
+    def set_tiers(self, block_hash: bytes, tiers: int) -> None:
+        """Where a block is from now on. 0: nowhere."""
+        changed = self.tiers.get(block_hash, 0) ^ tiers
+        if tiers:
+            self.tiers[block_hash] = tiers
+        else:
+            self.tiers.pop(block_hash, None)
+        for bit in self.in_tier:
+            if changed & bit:
+                self.in_tier[bit] += 1 if tiers & bit else -1
 
 
 class PrefixIndex:
@@ -71,9 +83,9 @@ class PrefixIndex:
         for event in batch.events:
             match event:
                 case BlocksStored(block_hashes, tier):
-                    self._store(worker, block_hashes, TIER_BIT[tier])
+                    self._store(worker, block_hashes, TIER_BITS[tier])
                 case BlocksRemoved(block_hashes, tier):
-                    self._remove(worker, block_hashes, TIER_BIT[tier])
+                    self._remove(worker, block_hashes, TIER_BITS[tier])
                 case AllBlocksCleared():
                     self._clear(worker)
         worker.next_event = batch.first_event + len(batch.events)
@@ -114,6 +126,16 @@ class PrefixIndex:
         bits = ((incarnation, worker.bit) for incarnation, worker in self._workers.items())
         return {incarnation: count for incarnation, bit in bits if (count := matched.get(bit, 0))}
 
+    def locate(self, incarnation: Incarnation, block_hashes: Sequence[BlockHash]) -> bytes:
+        """For each block the TIER_BITS of where that worker said it has it. Nothing that is only expected."""
+        worker = self._workers.get(incarnation)
+        return b"" if worker is None else bytes(worker.tiers.get(block_hash, 0) for block_hash in block_hashes)
+
+    def num_blocks(self, incarnation: Incarnation, tier: StorageTier) -> int:
+        """How many blocks that worker said it has there."""
+        worker = self._workers.get(incarnation)
+        return 0 if worker is None else worker.in_tier[TIER_BITS[tier]]
+
     def _expire(self) -> None:
         now = self._clock.now()
         while self._expected:
@@ -129,25 +151,25 @@ class PrefixIndex:
     def _store(self, worker: _WorkerBlocks, block_hashes: Sequence[bytes], tier: int) -> None:
         worker.caches = worker.caches or bool(block_hashes)
         for block_hash in block_hashes:
-            worker.tiers[block_hash] = worker.tiers.get(block_hash, 0) | tier
+            worker.set_tiers(block_hash, worker.tiers.get(block_hash, 0) | tier)
             self._holders[block_hash] = self._holders.get(block_hash, 0) | worker.bit
         while len(worker.tiers) > MAX_BLOCKS_PER_WORKER:
             oldest = next(iter(worker.tiers))
-            del worker.tiers[oldest]
+            worker.set_tiers(oldest, 0)
             _drop_bit(self._holders, oldest, worker.bit)
 
     def _remove(self, worker: _WorkerBlocks, block_hashes: Iterable[bytes], tier: int) -> None:
         for block_hash in block_hashes:
-            left = worker.tiers.get(block_hash, 0) & ~tier
-            if left:
-                worker.tiers[block_hash] = left
-            elif worker.tiers.pop(block_hash, None) is not None:
+            held = worker.tiers.get(block_hash, 0)
+            worker.set_tiers(block_hash, held & ~tier)
+            if held and not held & ~tier:
                 _drop_bit(self._holders, block_hash, worker.bit)
 
     def _clear(self, worker: _WorkerBlocks) -> None:
         for block_hash in worker.tiers:
             _drop_bit(self._holders, block_hash, worker.bit)
         worker.tiers = {}
+        worker.in_tier = dict.fromkeys(worker.in_tier, 0)
 
 
 def _note_dropped(matched: dict[int, int], dropped: int, length: int) -> None:

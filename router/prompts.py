@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from protocol.errors import InvalidParameter, PromptTooLong, RequestError
+from protocol.errors import InvalidParameter, ModelNotFound, PromptTooLong, RequestError
 from router.api_errors import UnsupportedParameter, quote
 from router.api_types import ChatMessage, ChatRequest, CompletionRequest
 from router.chat_template import ChatTemplate
@@ -54,6 +54,15 @@ class PromptText:
 
     token_ids: tuple[int, ...]
     text: str
+
+
+def check_model(model: TextModel, asked: str | None) -> None:
+    """Raise ModelNotFound for another model than the one that is served. None asks for whichever that is."""
+    if asked is not None and asked != model.name:
+        raise ModelNotFound(
+            f"model {quote(asked)!r} does not exist; this server serves {model.name!r}",
+            param="model",
+        )
 
 
 async def chat_prompt(model: TextModel, request: ChatRequest, limits: Limits) -> PromptText:

@@ -45,4 +45,5 @@ def make_services(
     metrics.in_flight.set_function(lambda: admission.num_requests)
     metrics.workers.labels("prefill").set_function(lambda: cluster.num_ready("prefill"))
     metrics.workers.labels("decode").set_function(lambda: cluster.num_ready("decode"))
+    metrics.workers.labels("store").set_function(lambda: cluster.num_ready("store"))
     return Services(config, model, cluster, admission, life, clock, registry, metrics, started_at)

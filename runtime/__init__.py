@@ -11,5 +11,6 @@ rpc_server     HTTP edge: decode one message, encode one reply, typed errors
 rpc_client     the other end of it
 token_outbox   node side of the token stream: one frame per engine step and router
 registration   node side of membership: register, heartbeat, leave
+child_python   how to start another Python process that imports what this one does
 models/        from a model's name to files on disk
 """

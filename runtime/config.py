@@ -1,8 +1,8 @@
 """load_config: one frozen configuration per process. Defaults, then a TOML file, then the environment, then flags.
 
 What cannot be meant is refused at start with the key's full name, what was expected there, and the nearest key that
-exists. Secrets may come from the environment (HEADRACE_CLUSTER_KEY, HEADRACE_API_KEY), so that no file or command line
-has to show them.
+exists. Secrets may come from the environment (HEADRACE_CLUSTER_KEY, HEADRACE_API_KEY, HEADRACE_REDIS_URL), so that no file
+or command line has to show them.
 """
 
 import difflib
@@ -18,7 +18,11 @@ import msgspec
 
 from protocol.errors import ConfigError
 
-ENVIRONMENT_KEYS = {"HEADRACE_CLUSTER_KEY": "cluster_key", "HEADRACE_API_KEY": "api_key"}
+ENVIRONMENT_KEYS = {
+    "HEADRACE_CLUSTER_KEY": "cluster_key",
+    "HEADRACE_API_KEY": "api_key",
+    "HEADRACE_REDIS_URL": "store.redis",  # may hold a password
+}
 SECRET_KEYS = frozenset(ENVIRONMENT_KEYS.values())
 MASK = "(set)"
 
@@ -45,8 +49,8 @@ def load_config(
     known = list(_dotted_keys(config_type, ""))
     _check(config_type, merged, "", known, source, lax=False)
     for variable, key in ENVIRONMENT_KEYS.items():
-        if environ.get(variable) and key in config_type.__struct_fields__:
-            merged[key] = environ[variable]
+        if environ.get(variable) and key in known:
+            _put(merged, key.split("."), environ[variable], key)
     flags: dict[str, Any] = {}
     for key, value in overrides.items():
         _put(flags, key.split("."), value, key)
@@ -176,7 +180,7 @@ def _toml_lines(values: Mapping[str, Any], group: str) -> Iterator[str]:
         if value is None:
             yield f"# {name} is not set"
         else:
-            yield f"{name} = {json.dumps(MASK if name in SECRET_KEYS else value)}"
+            yield f"{name} = {json.dumps(MASK if group + name in SECRET_KEYS else value)}"
     for name, value in values.items():
         if isinstance(value, dict):
             yield f"\n[{group}{name}]"

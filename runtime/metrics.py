@@ -8,18 +8,18 @@ seconds and sizes in bytes, and the name says so. Histogram buckets start where 
 | NodeMetrics | a node: requests as they end, their phases | as things happen |
 | EngineMetrics | the step loop and the KV cache | from the engine's totals, before each scrape |
 | TransferMetrics | hand-offs, leases, damaged blocks | from its own totals, before each scrape |
+| StoreMetrics | the KV store and its index | totals before each scrape, distributions as things happen |
 | RouterMetrics | what clients see | as things happen |
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from itertools import accumulate
 from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
-from prometheus_client.core import HistogramMetricFamily
-from prometheus_client.registry import Collector
 
 from protocol.phases import HandoffPhases, PhaseLedger
+from runtime.metric_feeds import CountHistogram, LabelledSeries
+
+PEER_LABELS = ("peer", "transport", "direction")
 
 _Metric = TypeVar("_Metric", Counter, Gauge)
 
@@ -42,6 +42,10 @@ _PHASE_BUCKETS_S = (
 _E2E_BUCKETS_S = (
     *(0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0),
     *(7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+)
+_STORE_BUCKETS_S = (
+    *(0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 60.0, 120.0, 300.0, 600.0),
+    *(1800.0, 3600.0, 10_800.0, 43_200.0, 86_400.0, 604_800.0),
 )
 _TOKEN_BUCKETS = tuple(float(1 << power) for power in range(0, 18))
 
@@ -112,7 +116,22 @@ class EngineMetrics:
             "headrace_prompt_tokens_cached_total", "Prompt tokens found in a cache", registry=registry
         )
         self.imported_prompt_tokens = Counter(
-            "headrace_prompt_tokens_borrowed_total", "Prompt tokens whose KV other nodes lent", registry=registry
+            "headrace_prompt_tokens_borrowed_total",
+            "Prompt tokens whose KV was not computed here but brought",
+            registry=registry,
+        )
+        self.loaded_prompt_tokens = Counter(
+            "headrace_prompt_tokens_loaded_total",
+            "Of the borrowed prompt tokens, those that this node's own store brought back",
+            registry=registry,
+        )
+        self.offered_blocks = Gauge(
+            "headrace_kv_blocks_offered", "KV blocks being saved in the store", registry=registry
+        )
+        self.lost_blocks = Counter(
+            "headrace_kv_blocks_lost_total",
+            "KV blocks that were forgotten before they could be saved",
+            registry=registry,
         )
         self.generated_tokens = Counter("headrace_generated_tokens_total", "Tokens sampled", registry=registry)
         self.preemptions = Counter(
@@ -140,54 +159,47 @@ class TransferMetrics:
 
     What moved is told by `peer` (a worker's name), `transport` (nixl, ucx, shm, tcp or inproc) and `direction` ("pull": this
     node read the peer's blocks, "push": it wrote them into the peer's memory), by the side that moves the bytes. Series of
-    peers that are gone are removed: see PeerSeries.
+    peers that are gone are removed: see LabelledSeries.
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
-        self.moved = PeerSeries(
+        def per_peer(kind: type[_Metric], name: str, documentation: str) -> _Metric:
+            return kind(name, documentation, PEER_LABELS, registry=registry)
+
+        self.moved = LabelledSeries(
             {
-                "bytes": _per_peer(Counter, "headrace_kv_transfer_bytes_total", "KV bytes moved", registry),
-                "blocks": _per_peer(Counter, "headrace_kv_transfer_blocks_total", "KV blocks moved", registry),
-                "descriptors": _per_peer(
+                "bytes": per_peer(Counter, "headrace_kv_transfer_bytes_total", "KV bytes moved"),
+                "blocks": per_peer(Counter, "headrace_kv_transfer_blocks_total", "KV blocks moved"),
+                "descriptors": per_peer(
                     Counter,
                     "headrace_kv_transfer_descriptors_total",
                     "Pieces of memory that transfers were made of, neighbours merged",
-                    registry,
                 ),
-                "transfers": _per_peer(
-                    Counter, "headrace_kv_transfers_total", "Reads and writes that ended well", registry
-                ),
-                "failures": _per_peer(
-                    Counter, "headrace_kv_transfers_failed_total", "Reads and writes that failed", registry
-                ),
-                "seconds": _per_peer(
-                    Counter, "headrace_kv_transfer_seconds_total", "Time spent in reads and writes", registry
-                ),
-                "quarantined": _per_peer(
+                "transfers": per_peer(Counter, "headrace_kv_transfers_total", "Reads and writes that ended well"),
+                "failures": per_peer(Counter, "headrace_kv_transfers_failed_total", "Reads and writes that failed"),
+                "seconds": per_peer(Counter, "headrace_kv_transfer_seconds_total", "Time spent in reads and writes"),
+                "quarantined": per_peer(
                     Gauge,
                     "headrace_kv_transfers_quarantined",
                     "Reads and writes that were given up, whose bytes may still land",
-                    registry,
                 ),
             }
         )
-        self.links = PeerSeries(
+        self.links = LabelledSeries(
             {
-                "latency": _per_peer(
+                "latency": per_peer(
                     Gauge,
                     "headrace_kv_link_latency_seconds",
                     "Of the way that KV takes from a peer: what a transfer costs for itself, when it was chosen",
-                    registry,
                 ),
-                "bandwidth": _per_peer(
+                "bandwidth": per_peer(
                     Gauge,
                     "headrace_kv_link_bytes_per_second",
                     "Of the way that KV takes from a peer, when it was chosen",
-                    registry,
                 ),
             }
         )
-        self.checksum_failures = PeerSeries(
+        self.checksum_failures = LabelledSeries(
             {
                 "failures": Counter(
                     "headrace_checksum_failures_total",
@@ -229,6 +241,90 @@ class TransferMetrics:
         self.leases_failed = Counter(
             "headrace_leases_failed_total", "Exports whose prefill failed or was cancelled", registry=registry
         )
+
+
+class StoreMetrics:
+    """What a node keeps beside its device, in blocks. `tier` is host or disk; `move` is save (device to host), load (host to
+    device), demote (host to disk), promote (disk to host) or receive (another node's to host); `tenant` stands for a
+    cache salt and tells nothing of it."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, documentation: str, *labels: str) -> Counter:
+            return Counter(f"headrace_store_{name}_total", documentation, labels, registry=registry)
+
+        def gauge(name: str, documentation: str, *labels: str) -> Gauge:
+            return Gauge(f"headrace_store_{name}", documentation, labels, registry=registry)
+
+        def histogram(name: str, documentation: str) -> Histogram:
+            name = f"headrace_store_{name}_seconds"
+            return Histogram(name, documentation, ["tier"], registry=registry, buckets=_STORE_BUCKETS_S)
+
+        self.tiers = LabelledSeries(
+            {
+                "capacity": gauge("capacity_blocks", "Room of a tier", "tier"),
+                "used": gauge("used_blocks", "Blocks in a tier", "tier"),
+                "pinned": gauge("pinned_blocks", "Blocks that an operator keeps", "tier"),
+                "held": gauge("held_blocks", "Blocks that are being read", "tier"),
+                "found": counter("found_blocks", "Leading blocks that requests were told of", "tier"),
+                "stored": counter("stored_blocks", "Blocks taken in", "tier"),
+                "damaged": counter("checksum_failures", "Blocks whose bytes had changed; dropped", "tier"),
+            }
+        )
+        self.evicted = counter("evicted_blocks", "Blocks given up, by whether they were ever read", "tier", "reason")
+        self.tenants = LabelledSeries(
+            {
+                "used": gauge("tenant_blocks", "Blocks of the largest tenants", "tenant", "tier"),
+                "quota": gauge("tenant_quota_blocks", "Blocks that they may have", "tenant", "tier"),
+            }
+        )
+        self.requests = counter("requests", "Requests that asked, by whether any block was there: hit, miss", "outcome")
+        self.missed_blocks = counter("missed_blocks", "Blocks that requests wanted and no tier had")
+        self.refused = counter(
+            "refused_blocks", "Blocks not taken in: admission, quota, room, or the disk's backlog", "reason"
+        )
+        self.second_touch = gauge("second_touch", "Whether only what is wanted twice is kept: 1 or 0")
+        self.quarantined = gauge("quarantined_blocks", "Slots kept back because bytes may still land")
+        self.moved_blocks = counter("moved_blocks", "Blocks moved", "move")
+        self.moved_bytes = counter("moved_bytes", "Bytes moved", "move")
+        self.move_failures = counter("move_failures", "Batches that were not moved", "move")
+        self.move_seconds = Histogram(
+            "headrace_store_move_seconds",
+            "One batch, checksums included",
+            ["move"],
+            registry=registry,
+            buckets=_HANDOFF_BUCKETS_S,
+        )
+        self.reuse_gap = histogram("reuse_gap", "Since a block that is read was stored or last read")
+        self.lifetime = histogram("block_lifetime", "From a block's storing to its eviction")
+        self.idle = histogram("idle_before_eviction", "From a block's last use to its eviction")
+        self.put_blocks = counter("put_blocks", "Blocks for store nodes: kept there, refused, dropped", "outcome")
+        self.put_waiting = gauge("put_waiting_blocks", "Blocks on their way to a store node")
+        self.disk_paused = gauge("disk_paused_seconds", "For how long the disk tier writes nothing, having failed")
+        self.disk_failures = counter("disk_failures", "Reads and writes of the disk that failed", "operation", "cause")
+        self.index_lookups = Counter(
+            "headrace_index_lookups_total",
+            "Questions to the index: hit, miss, timeout, error, or skipped while it was given up",
+            ["outcome"],
+            registry=registry,
+        )
+        self.index_writes = Counter(
+            "headrace_index_writes_total",
+            "Entries told to the index: published, withdrawn, crowded out, or fenced off",
+            ["outcome"],
+            registry=registry,
+        )
+        self.index_incidents = Counter(
+            "headrace_index_incidents_total",
+            "What it took to keep the index true: drift mended, resyncs, overflows, outages, garbage, dead owners' places swept",
+            ["kind"],
+            registry=registry,
+        )
+        self.index_up = Gauge(
+            "headrace_index_up", "1 while the index is asked, 0 while it is given up", registry=registry
+        )
+        self.index_lag = Gauge("headrace_index_lag_seconds", "Age of the oldest change to tell it", registry=registry)
+        self.index_queue = Gauge("headrace_index_queued_blocks", "Blocks whose changes wait", registry=registry)
+        self.index_entries = Gauge("headrace_index_entries", "Entries of this node's in the index", registry=registry)
 
 
 class RouterMetrics:
@@ -280,68 +376,6 @@ class RouterMetrics:
         )
 
 
-class Total:
-    """Feeds a counter from a running total that someone else keeps; a total that stands still or falls adds nothing."""
-
-    def __init__(self, counter: Counter) -> None:
-        self._counter = counter
-        self._reached = 0.0
-
-    def set(self, total: float) -> None:
-        if total > self._reached:
-            self._counter.inc(total - self._reached)
-            self._reached = total
-
-
-PEER_LABELS = ("peer", "transport", "direction")
-
-
-class PeerSeries:
-    """Metrics that share their labels, a peer among them, fed from totals and values that someone else keeps.
-
-    Who is no longer told of is removed: nodes get new names when they restart on a free port, and a series of each for ever
-    would be a leak here and in every scraper.
-    """
-
-    def __init__(self, metrics: Mapping[str, Counter | Gauge]) -> None:
-        self._metrics = metrics
-        self._totals: dict[tuple[str, ...], dict[str, Total]] = {}
-
-    def set(self, told: Mapping[tuple[str, ...], Mapping[str, float]]) -> None:
-        """All label values with, for each, all metrics by the names that the constructor got."""
-        for labels in self._totals.keys() - told.keys():
-            del self._totals[labels]
-            for metric in self._metrics.values():
-                metric.remove(*labels)
-        for labels, values in told.items():
-            totals = self._totals.setdefault(labels, {})
-            for name, metric in self._metrics.items():
-                series = metric.labels(*labels)
-                if isinstance(series, Gauge):
-                    series.set(values[name])
-                else:
-                    totals.setdefault(name, Total(series)).set(values[name])
-
-
-class CountHistogram(Collector):
-    """A histogram of small whole numbers from running counts that someone else keeps: `counts[i]` observations of i."""
-
-    def __init__(self, name: str, documentation: str, registry: CollectorRegistry) -> None:
-        self._name = name
-        self._documentation = documentation
-        self._counts: tuple[int, ...] = ()
-        registry.register(self)
-
-    def set(self, counts: Sequence[int]) -> None:
-        self._counts = tuple(counts)
-
-    def collect(self) -> Iterator[HistogramMetricFamily]:
-        buckets = [(f"{number}.0", total) for number, total in enumerate(accumulate(self._counts))]
-        buckets.append(("+Inf", sum(self._counts)))
-        total = sum(number * count for number, count in enumerate(self._counts))
-        yield HistogramMetricFamily(self._name, self._documentation, buckets=buckets, sum_value=total)
-
-
 def observe_phases(phases: Histogram, ledger: PhaseLedger) -> None:
     """One finished sequence's ledger, phase by phase."""
     phases.labels("router").observe(ledger.router_s)
@@ -360,7 +394,3 @@ def _phases(registry: CollectorRegistry) -> Histogram:
         registry=registry,
         buckets=_PHASE_BUCKETS_S,
     )
-
-
-def _per_peer(kind: type[_Metric], name: str, documentation: str, registry: CollectorRegistry) -> _Metric:
-    return kind(name, documentation, PEER_LABELS, registry=registry)

@@ -100,7 +100,7 @@ class DiskTier:
             self._files = folder.layout(fingerprint, block_bytes)
             opened.callback(self._files.close)
             self._scan = scan(self._files, self._books, self._clock.now())
-            self._io = measure_io(self._files, block_bytes)
+            self.io = measure_io(self._files, block_bytes)
             self._keeper = SegmentKeeper(folder, self._files, self._books, self._lock, size_bytes, self._clock)
             self._keeper.fit()
             self._books.take_gone()  # of an earlier life: nobody has heard of them in this one
@@ -117,7 +117,7 @@ class DiskTier:
             )
         log.info(
             "disk tier in %s: %d blocks in %d files from before, found in %.2f s; %s",
-            *(path, self._books.num_blocks, len(self._books.segments), self._scan.seconds, self._io),
+            *(path, self._books.num_blocks, len(self._books.segments), self._scan.seconds, self.io),
         )
 
     def __contains__(self, block_hash: bytes) -> bool:
@@ -175,7 +175,7 @@ class DiskTier:
                         [blocks[index] for index in indices],
                         [data[index] for index in indices],
                         [checksums[index] for index in indices],
-                        self._io.direct_writes,
+                        self.io.direct_writes,
                     ):
                         break
         with self._lock:
@@ -237,7 +237,7 @@ class DiskTier:
                 write_failures=self._keeper.failures,
                 paused_s=self._keeper.paused_s,
                 scan=self._scan,
-                io=str(self._io),
+                io=str(self.io),
             )
 
     @contextlib.contextmanager
@@ -259,7 +259,7 @@ class DiskTier:
         mark = now - segment.marked_at >= MARK_EVERY_S
         try:
             num_bytes = self._files.read(
-                segment.number, run.first, len(segment.blocks), into, self._io.direct_reads, mark
+                segment.number, run.first, len(segment.blocks), into, self.io.direct_reads, mark
             )
         except OSError as error:
             self._read_failed(run, error)

@@ -14,7 +14,7 @@ import numpy as np
 from kv_store.policy.chains import HeldBlocks, Pick
 from kv_store.policy.ranked_buckets import RankedBuckets
 from kv_store.policy.reuse_model import ReuseModel
-from kv_store.policy.stretches import NUM_CLASSES, Stretch
+from kv_store.policy.stretches import FAMILIES, Stretch
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
 
@@ -35,7 +35,7 @@ class DensityPolicy:
         self._ghosts: OrderedDict[BlockHash, None] = OrderedDict()
         self._stretches: dict[Stretch, None] = {}
         self._parked: dict[BlockHash, Stretch] = {}
-        self._model = ReuseModel(NUM_CLASSES)
+        self._model = ReuseModel(FAMILIES)
         self._buckets = RankedBuckets(self._model)
         self._num_until_fit = MIN_FIT_INTERVAL
         self._now = 0.0

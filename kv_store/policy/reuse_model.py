@@ -11,10 +11,11 @@ hits per room and time is due to Beckmann, Chen and Cidon, "LHD", NSDI 2018, whi
 T). Giving up the least index is best as long as room has one price. A return ends the count: what comes
 back is in the tier or is computed again, and starts a new life in either case.
 
-Few observations are shrunk: a class to all classes (times one factor of its own), those to "the older, the less".
+Few observations are shrunk: a class to its family (times one factor of its own), a family to "the older, the less".
 """
 
 from bisect import bisect_right
+from collections.abc import Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -30,6 +31,9 @@ NUM_AGES = 36
 CLASS_STRENGTH = 8.0
 """Returns that a class must show before its own hazard weighs as much as what its neighbours suggest."""
 
+CLASS_INFLUENCE = 256.0
+"""Returns of one class that count towards what its family is like."""
+
 PRIOR_STRENGTH = 1.0
 PRIOR_SHAPE = 0.5
 """Before anything is seen: hazard PRIOR_SHAPE / age, weighing as much as one return in each bin. It ranks as LRU does."""
@@ -41,7 +45,10 @@ _SMOOTHING = np.array([0.25, 0.5, 0.25])
 
 
 class ReuseModel:
-    def __init__(self, num_classes: int) -> None:
+    def __init__(self, families: Sequence[Sequence[int]]) -> None:
+        """`families`: the classes 0, 1, ..., divided into those that resemble each other."""
+        self._families = [np.array(family) for family in families]
+        num_classes = sum(map(len, families))
         edges = [0.0, *(FIRST_EDGE_S * EDGE_GROWTH**i for i in range(NUM_AGES))]
         self.edges: list[float] = edges[:-1]
         """Where each bin of ages begins, in seconds."""
@@ -74,13 +81,22 @@ class ReuseModel:
         np.add.at(watched, waiting_class, self._time_in_bins(waiting_age_s))
         returns = _smooth(self._returns)
         watched = _smooth(watched)
-        all_returns = returns.sum(axis=0) + PRIOR_STRENGTH
-        pooled = all_returns / (watched.sum(axis=0) + PRIOR_STRENGTH / self._prior)
+        hazard = np.empty_like(returns)
+        for family in self._families:
+            hazard[family] = self._shrunk(returns[family], watched[family])
+        self.index = gittins_index(hazard, self._widths)
+
+    def _shrunk(self, returns: Floats, watched: Floats) -> Floats:
+        """The hazards of a family of classes."""
+        # Or one head that everybody begins with would speak for all.
+        weight = np.minimum(1.0, CLASS_INFLUENCE / np.maximum(returns.sum(axis=1), CLASS_INFLUENCE))
+        pooled_returns = weight @ returns + PRIOR_STRENGTH
+        pooled = pooled_returns / (weight @ watched + PRIOR_STRENGTH / self._prior)
         expected = (watched * pooled).sum(axis=1)
         factor = (returns.sum(axis=1) + CLASS_STRENGTH) / (expected + CLASS_STRENGTH)
         base = pooled[None] * factor[:, None]
-        hazard = (returns + CLASS_STRENGTH) / (watched + CLASS_STRENGTH / base)
-        self.index = gittins_index(hazard, self._widths)
+        shrunk: Floats = (returns + CLASS_STRENGTH) / (watched + CLASS_STRENGTH / base)
+        return shrunk
 
     def _time_in_bins(self, age_s: Floats) -> Floats:
         """[number of ages, bins]"""

@@ -14,8 +14,15 @@ Kind = Literal["own", "shared", "abandoned"]
 
 NUM_USE_LEVELS = 8
 NUM_SIZE_LEVELS = 7
-NUM_CLASSES = NUM_USE_LEVELS * (NUM_SIZE_LEVELS + 2)
+_NUM_COLUMNS = NUM_SIZE_LEVELS + 2
+NUM_CLASSES = NUM_USE_LEVELS * _NUM_COLUMNS
 """Of stretches: how often wanted, times how much the last request added; shared and abandoned ones instead of the latter."""
+
+FAMILIES = tuple(
+    tuple(use * _NUM_COLUMNS + column for use in range(NUM_USE_LEVELS) for column in columns)
+    for columns in (range(NUM_SIZE_LEVELS), (NUM_SIZE_LEVELS,), (NUM_SIZE_LEVELS + 1,))
+)
+"""Classes by kind of stretch."""
 
 _USE_LEVELS = (0, 1, 2, 3, 5, 8, 16, 64)
 """A level holds what was wanted more often than that."""
@@ -50,7 +57,7 @@ class Stretch:
             column = min(((self.end - self.first_new).bit_length() + 1) // 2, NUM_SIZE_LEVELS - 1)
         else:
             column = NUM_SIZE_LEVELS + (self.kind == "abandoned")
-        self.class_id = uses * (NUM_SIZE_LEVELS + 2) + column
+        self.class_id = uses * _NUM_COLUMNS + column
 
     def is_continued_by(self, num_shared: int) -> bool:
         """Whether a request that shares the first `num_shared` blocks of the chain goes on with this conversation, rather than

@@ -24,10 +24,10 @@ from kv_transfer.bench.messages import (
     Wipe,
 )
 from kv_transfer.bench.shapes import Shape
-from kv_transfer.transports.child_python import child_python
 from protocol.errors import InternalError, NodeLost
 from protocol.transfer import Direction, TransportKind
 from protocol.wire import decode, encode
+from runtime.child_python import child_python
 
 REPLY_TIMEOUT_S = 120.0
 GOODBYE_S = 5.0

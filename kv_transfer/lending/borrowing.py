@@ -1,6 +1,7 @@
-"""Borrowing: the beginning of one context on its way here from other nodes that hold it.
+"""Borrowing: the beginning of one context on its way here, from this node's own tiers and from other nodes that hold it.
 
-The sources are asked one after the other, the best first, each for what is still missing. A source that fails, or has
+What is near is loaded first. The sources are asked one after the other, the best first, each for what is still missing, and
+again while it has more: what its device holds no more may lie in its memory. A source that fails, or has
 forgotten, costs time and nothing else: whatever is missing in the end is computed. After a failed read its local blocks may
 still be written, and nothing else may use them before they have settled; no other source is asked then.
 """
@@ -8,11 +9,12 @@ still be written, and nothing else may use them before they have settled; no oth
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from kv_transfer.handoff.imports import FetchFailed, Importer
 from kv_transfer.lending.borrow_choice import worth_borrowing
+from kv_transfer.lending.near import NearSource, NoNearSource
 from kv_transfer.routes import BORROW_PATH
 from protocol.errors import HeadraceError, TransferError
 from protocol.ids import BlockHash, RequestId, TicketId, WorkerId
@@ -47,6 +49,7 @@ class BorrowContext:
     policy: Literal["auto", "always", "never"]
     estimate_seconds: Callable[[KVSource, int], Awaitable[float | None]]
     compute_tokens_per_s: Callable[[], float | None]
+    near: NearSource = field(default_factory=NoNearSource)
 
     def patience_s(self, num_tokens: int) -> float:
         """For a loan of so many tokens: about as long as computing them here takes, so that a lender which stands still
@@ -59,35 +62,60 @@ class BorrowContext:
 
 class Borrowing:
     """`run` once. `num_valid_blocks` leading blocks hold their KV; the others are to be left alone until `settled` is set,
-    which is at once unless a read was given up."""
+    which is at once unless a read was given up. With `proceed(num_tokens)` some of the valid ones may only be promised: they
+    are being computed here, because it was told so. Without, everything is waited for."""
 
-    def __init__(self, context: BorrowContext, prefix: Prefix) -> None:
+    def __init__(self, context: BorrowContext, prefix: Prefix, proceed: Callable[[int], None] | None = None) -> None:
         self._context = context
         self._prefix = prefix
+        self._proceed = proceed
         self.num_valid_blocks = prefix.num_valid_blocks
+        self._promised = False
         self.settled = asyncio.Event()
         self.settled.set()
+
+    @property
+    def num_proven_blocks(self) -> int:
+        """Leading blocks that are known to hold their KV, whatever the engine has come to."""
+        return self._prefix.num_valid_blocks if self._promised else self.num_valid_blocks
 
     async def run(self, sources: tuple[KVSource, ...], deadline_s: float) -> None:
         """Ends within `deadline_s` and raises nothing that a peer can cause. Cancel it at any time."""
         num_cancels = _num_cancels()
         try:
             async with asyncio.timeout(deadline_s):
+                await self._load_near()
                 for source in sources:
-                    await self._ask(source, deadline_s)
-                    if _num_cancels() > num_cancels:  # at the moment when everything was here, which a fetch prefers
-                        raise asyncio.CancelledError
+                    while await self._ask(source, deadline_s):
+                        _obey_cancels(num_cancels)
+                    _obey_cancels(num_cancels)
                     if not self.settled.is_set():
                         return
         except TimeoutError:
             log.info("%s: borrowing took longer than %g s", self._prefix.request_id, deadline_s)
 
-    async def _ask(self, source: KVSource, deadline_s: float) -> None:
-        first, end = self.num_valid_blocks, min(source.num_blocks, len(self._prefix.block_ids))
+    async def _load_near(self) -> None:
+        first, near = self.num_valid_blocks, self._context.near
+        plan = near.plan(self._prefix.block_hashes[first:])
+        if not plan.num_loaded:
+            return
+        end = min(first + plan.num_computed + plan.num_loaded, len(self._prefix.block_ids))
+        if plan.num_computed and self._proceed is not None:
+            first += plan.num_computed
+            self._promised, self.num_valid_blocks = True, first
+            self._proceed(first * self._context.layout.block_size)
+        self.num_valid_blocks += await near.load(
+            self._prefix.block_hashes[first:end], self._prefix.block_ids[first:end]
+        )
+
+    async def _ask(self, source: KVSource, deadline_s: float) -> bool:
+        """Whether it has brought something, and is said to have more."""
+        first = self.num_valid_blocks
+        end = min(source.num_blocks, len(self._prefix.block_ids), len(self._prefix.block_hashes))
         request_id = self._prefix.request_id
         try:
             if not await self._worth_it(source, end - first):
-                return
+                return False
             message = BorrowPrefix(
                 request_id=request_id,
                 reader=self._context.reader,
@@ -97,10 +125,12 @@ class Borrowing:
             ticket = await self._context.importer.borrow(url, message)
             if ticket is None:
                 log.info("%s: %s does not have the prefix any more", request_id, source.worker)
-                return
+                return False
             await self._fetch(ticket, source, end - first, deadline_s)
         except HeadraceError as error:
             log.info("%s: no KV borrowed from %s: %s", request_id, source.worker, error.message)
+            return False
+        return self.num_valid_blocks < end
 
     async def _worth_it(self, source: KVSource, num_blocks: int) -> bool:
         if num_blocks <= 0 or self._context.policy != "auto":
@@ -143,6 +173,12 @@ class Borrowing:
         if ticket.context_hash != self._prefix.block_hashes[self.num_valid_blocks + num_blocks - 1]:
             raise TransferError(f"{source.worker} lent the KV of another context")
         return num_blocks
+
+
+def _obey_cancels(num_before: int) -> None:
+    """Raise CancelledError for one that came at the moment when everything was here, which a fetch prefers."""
+    if _num_cancels() > num_before:
+        raise asyncio.CancelledError
 
 
 def _num_cancels() -> int:

@@ -1,6 +1,7 @@
-"""Gathering: one context from several nodes. Its first blocks from other holders, the rest from the node that computes it.
+"""Gathering: one context from several places. Its first blocks from this node's own tiers and from other holders, the rest
+from the node that computes it.
 
-The other holders are asked first, while the prompt is still being computed; what they do not bring, the prefill node
+Near tiers and the other holders are asked first, while the prompt is still being computed; what they do not bring, the prefill node
 provides like everything else. They save it the bytes, not the announcement of what it alone has.
 """
 
@@ -12,7 +13,7 @@ from kv_transfer.handoff.imports import FetchFailed, OnArrived
 from kv_transfer.lending.borrowing import BorrowContext, Borrowing, Prefix
 from kv_transfer.lending.holders import Holders
 from protocol.errors import TransferTimeout
-from protocol.ids import RequestId
+from protocol.ids import BlockHash, RequestId
 from protocol.transfer import TransferTicket
 from runtime.clock import Deadline
 
@@ -25,15 +26,20 @@ async def gather(
     num_cached_blocks: int,
     deadline_s: float,
     on_arrived: OnArrived,
+    block_hashes: Sequence[BlockHash] = (),
 ) -> FetchResult:
-    """As Importer.fetch, which has the last word. Raises FetchFailed. A cancel while borrowed blocks may still be written
+    """As Importer.fetch, which has the last word. `block_hashes`: addresses of the context's full blocks, where they are
+    known; what is near is looked for by them. Raises FetchFailed. A cancel while borrowed blocks may still be written
     is a FetchFailed too, because whoever cancels must hear which blocks have not settled."""
     deadline = Deadline(deadline_s)
     num_valid_blocks = num_cached_blocks
+    hashes = tuple(block_hashes) or holders.block_hashes
     num_held = len(holders.block_hashes)
+    near = context.near.plan(hashes[num_cached_blocks:])
+    num_held = max(num_held, num_cached_blocks + near.num_computed + near.num_loaded)
     if num_held > num_cached_blocks:
         request_id = RequestId(ticket.request_id)
-        prefix = Prefix(request_id, holders.block_hashes, tuple(local_block_ids[:num_held]), num_cached_blocks)
+        prefix = Prefix(request_id, hashes[:num_held], tuple(local_block_ids[:num_held]), num_cached_blocks)
         borrowing = Borrowing(context, prefix)
         patience_s = context.patience_s((num_held - num_cached_blocks) * context.layout.block_size)
         context.importer.keep(ticket)

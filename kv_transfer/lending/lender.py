@@ -10,7 +10,7 @@ something else, so all loans together get a share of them and no more. Lives on 
 import asyncio
 import logging
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from kv_transfer.handoff.exports import ExportTable
 from protocol.ids import BlockHash, ContextHash, PinId, RequestId
@@ -20,6 +20,8 @@ MAX_LENT_SHARE = 1 / 4
 """Of the node's blocks. A reader that has died holds its loan until the lease runs out."""
 
 NOTHING = PrefixLent(None)
+
+Lend = Callable[[BorrowPrefix], Awaitable[PrefixLent]]
 
 log = logging.getLogger(__name__)
 

@@ -1,6 +1,7 @@
-"""PrefixImports: requests that wait for their first blocks, from the engine's reservation to its answer.
+"""PrefixImports: requests that wait for their first blocks, from the engine's reservation to its answer. The blocks come
+from this node's own tiers and from other nodes.
 
-    expected ──▶ reserved ──▶ borrowing ──▶ resumed, with however much has come
+    expected ──▶ reserved ──▶ bringing ──▶ resumed, with however much has come
                                    └──▶ failed, where blocks do not settle in time; given back when they have
 
 One task per request. Exactly one `resume` or `abandon_import` follows every reservation, and none before no byte can land
@@ -10,12 +11,13 @@ in its blocks any more. Lives on the event loop.
 import asyncio
 import logging
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol, Self
 
 from kv_transfer.lending.borrowing import BorrowContext, Borrowing, Prefix
 from kv_transfer.lending.holders import Holders, holders_of
 from protocol.errors import HeadraceError, TransferTimeout
-from protocol.ids import RequestId
+from protocol.ids import BlockHash, RequestId
 from protocol.requests import DecodeRequest, PrefillRequest
 from runtime.clock import Deadline
 
@@ -30,6 +32,8 @@ class ImportTarget(Protocol):
     """The engine, as far as this concerns it. See engine.engine."""
 
     def resume(self, request_id: RequestId, num_valid_tokens: int) -> None: ...
+
+    def proceed(self, request_id: RequestId, num_tokens: int) -> None: ...
 
     def fail_import(self, request_id: RequestId, error: HeadraceError) -> None: ...
 
@@ -88,17 +92,29 @@ class PrefixImports:
         """It reserves no more: it has begun to compute, or it has ended."""
         self._expected.pop(request_id, None)
 
-    def reserved(self, request_id: RequestId, block_ids: tuple[int, ...], num_cached_blocks: int) -> None:
-        """The engine waits: bring what can be brought, and tell it."""
+    def reserved(
+        self,
+        request_id: RequestId,
+        block_ids: tuple[int, ...],
+        num_cached_blocks: int,
+        block_hashes: tuple[BlockHash, ...] = (),
+    ) -> None:
+        """The engine waits: bring what can be brought, and tell it. `block_hashes`: addresses of these blocks. A request
+        that is not expected here waits for what is near; one that was cancelled meanwhile is stopped by the word of its
+        failure, which follows."""
         expected = self._expected.pop(request_id, None)
-        if expected is None:  # cancelled meanwhile
+        holders = Holders((), ()) if expected is None else expected.holders
+        hashes = block_hashes or holders.block_hashes
+        if not hashes:
             self._target.resume(request_id, num_cached_blocks * self._block_size)
             return
-        prefix = Prefix(request_id, expected.holders.block_hashes, block_ids, num_cached_blocks)
-        borrowing = Borrowing(self._context, prefix)
+        prefix = Prefix(request_id, hashes[: len(block_ids)], block_ids, num_cached_blocks)
+        borrowing = Borrowing(self._context, prefix, partial(self._target.proceed, request_id))
         num_awaited_tokens = (len(block_ids) - num_cached_blocks) * self._block_size
-        deadline_s = max(0.001, min(expected.deadline.remaining_s, self._context.patience_s(num_awaited_tokens)))
-        running = asyncio.create_task(borrowing.run(expected.holders.sources, deadline_s), name=f"borrow:{request_id}")
+        deadline_s = self._context.patience_s(num_awaited_tokens)
+        if expected is not None:
+            deadline_s = max(0.001, min(expected.deadline.remaining_s, deadline_s))
+        running = asyncio.create_task(borrowing.run(holders.sources, deadline_s), name=f"borrow:{request_id}")
         task = asyncio.create_task(self._answer(request_id, borrowing, running), name=f"prefix:{request_id}")
         self._running[request_id] = _Running(task, running)
         task.add_done_callback(lambda _: self._running.pop(request_id, None))
@@ -121,7 +137,7 @@ class PrefixImports:
         error = TransferTimeout("borrowed blocks are still being written by a node that stands still")
         self._target.fail_import(request_id, error)
         if await self._settled(borrowing.settled, None):
-            self._target.abandon_import(request_id, borrowing.num_valid_blocks * self._block_size, error)
+            self._target.abandon_import(request_id, borrowing.num_proven_blocks * self._block_size, error)
 
     async def _settled(self, settled: asyncio.Event, timeout_s: float | None) -> bool:
         """A cancel does not stop this, except at the end of the node."""

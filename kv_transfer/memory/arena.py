@@ -49,29 +49,31 @@ class HostArena:
     """`num_blocks` blocks of `block_bytes` bytes each, contiguous, starting at a page boundary; `num_scratch_blocks` more
     follow them, with the ids that come next.
 
-    Raises ConfigError when the memory is not to be had. Views (`memory`, `tensor()`, `block()`) are zero-copy, writable
+    Raises ConfigError, which names the `setting` to change, when the memory is not to be had. Views (`memory`, `tensor()`, `block()`) are zero-copy, writable
     and valid until the process ends.
     """
 
     memory_kind: ClassVar[Literal["host"]] = "host"
     device_id: ClassVar[int] = 0
 
-    def __init__(self, num_blocks: int, block_bytes: int, num_scratch_blocks: int = 0) -> None:
+    def __init__(
+        self, num_blocks: int, block_bytes: int, num_scratch_blocks: int = 0, *, setting: str = "cache.memory"
+    ) -> None:
         if num_blocks < 1 or block_bytes < 1:
             raise ValueError(f"an arena needs at least one block of one byte, not {num_blocks} of {block_bytes}")
         self.num_blocks = num_blocks
         self.num_scratch_blocks = num_scratch_blocks
         self.block_bytes = block_bytes
         self.token = secrets.token_bytes(TOKEN_BYTES)
-        _check_memory(self.file_bytes)
+        _check_memory(self.file_bytes, setting)
         self.fd = os.memfd_create("headrace-kv", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
         try:
             self._map = _reserve(self.fd, self.file_bytes)
         except OSError as error:
             os.close(self.fd)
             raise ConfigError(
-                f"cannot reserve {num_blocks} KV blocks of {block_bytes} bytes ({error}); make cache.memory smaller",
-                param="cache.memory",
+                f"cannot reserve {num_blocks} KV blocks of {block_bytes} bytes ({error}); make {setting} smaller",
+                param=setting,
             ) from error
         self._map[: len(MAGIC) + TOKEN_BYTES] = MAGIC + self.token
         self._bytes = np.frombuffer(self._map, dtype=np.uint8, count=self.size_bytes, offset=HEADER_BYTES)
@@ -124,14 +126,13 @@ class HostArena:
         self.close()
 
 
-def _check_memory(size: int) -> None:
+def _check_memory(size: int, setting: str) -> None:
     """Ask before reserving: the kernel hands out pages until none are left and then kills a process, likely this one."""
     available = available_memory_bytes()
     if size > available:
         raise ConfigError(
-            f"the KV cache needs {size >> 20} MiB of memory and {available >> 20} MiB are available; "
-            "make cache.memory or cache.num_blocks smaller",
-            param="cache.memory",
+            f"KV blocks need {size >> 20} MiB of memory and {available >> 20} MiB are available; make {setting} smaller",
+            param=setting,
         )
 
 

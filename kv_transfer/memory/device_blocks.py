@@ -62,14 +62,17 @@ class DeviceBlocks(Protocol):
 
 
 def open_staging(
-    memory: HostArena | DeviceBlocks, options: TransferOptions, open_transports: Callable[[Arena], T]
+    memory: HostArena | DeviceBlocks,
+    options: TransferOptions,
+    open_transports: Callable[[Arena], T],
+    host_staging: Callable[[HostArena], Staging] = HostStaging,
 ) -> tuple[Staging, T]:
-    """How the blocks get to transports, and the transports, opened over what they are to serve and read into.
+    """How the blocks get to transports (`host_staging`, of an arena), and the transports, opened over what they are to serve and read into.
 
     Raises ConfigError where the configuration wants what is not to be had.
     """
     if isinstance(memory, HostArena):
-        return HostStaging(memory), open_transports(memory)
+        return host_staging(memory), open_transports(memory)
     return _open_device(memory, options, open_transports)
 
 

@@ -10,5 +10,4 @@ factory, transport_set        from the configuration to the transports that this
 plan                          which bytes go where: coalesced copies
 read_log, memory_copy         what transports share
 network_devices               the network interfaces that UCX may use
-child_python                  starts helper processes
 """

@@ -61,7 +61,7 @@ def control_routes(app: Starlette) -> list[tuple[str, str]]:
 def test_no_control_route_answers_without_the_key(role: Role, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def visit(app: Starlette) -> None:
         routes = control_routes(app)
-        assert {path.split("/")[1] for _, path in routes} <= {"node", "kv"}
+        assert {path.split("/")[1] for _, path in routes} <= {"node", "kv", "store"}
         assert any(path.startswith("/node/") for _, path in routes)
         async with client_of(app) as client:
             for method, path in routes:

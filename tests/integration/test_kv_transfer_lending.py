@@ -44,6 +44,9 @@ class Engine:
     def resume(self, request_id: RequestId, num_valid_tokens: int) -> None:
         self._note("resume", num_valid_tokens // LAYOUT.block_size)
 
+    def proceed(self, request_id: RequestId, num_tokens: int) -> None:
+        raise AssertionError("nothing is near")
+
     def fail_import(self, request_id: RequestId, error: HeadraceError) -> None:
         assert error.retryable
         self._note("fail", 0)

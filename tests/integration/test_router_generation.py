@@ -168,6 +168,38 @@ async def test_short_prompts_and_missing_prefill_nodes_stay_local(site: Site) ->
         assert (status, answer["choices"][0]["token_ids"]) == (200, SCRIPT)
 
 
+async def test_cached_tokens_are_of_the_prompt_when_the_answer_began(site: Site) -> None:
+    """A second attempt finds cached what the first has computed, of the answer as well: the client's prompt was not."""
+    prefill, first, second = site.node("prefill", "p"), site.node("decode", "d1"), site.node("decode", "d2")
+    first.hold_at = 5
+    async with nodes(prefill, first):
+        reading = asyncio.create_task(site.read_stream(stream_options={"include_usage": True}))
+        await until(lambda: len(first.sent) >= 5)
+        prefill.num_cached_tokens = 4 * NUM_CACHED_TOKENS
+        async with nodes(second):
+            await first.die()
+            events = await reading
+        assert len(prefill.requests) == 2
+        assert events.token_ids() == SCRIPT
+        assert events.chunks[-1]["usage"]["prompt_tokens_details"] == {"cached_tokens": NUM_CACHED_TOKENS}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("messages", [False, True])
+async def test_cached_tokens_count_each_prompt_once(site: Site, stream: bool, messages: bool) -> None:
+    """As prompt_tokens do: choices of one prompt share its blocks."""
+    prompts: dict[str, Any] = {"prompt": [PROMPT, PROMPT[::-1]]}
+    if messages:
+        prompts = {"messages": [{"role": "user", "content": "Where does the water go from here, and who has sent it?"}]}
+    async with nodes(*site.pair()):
+        if stream:
+            usage = (await site.read_stream(n=3, stream_options={"include_usage": True}, **prompts)).chunks[-1]["usage"]
+        else:
+            path = "/v1/chat/completions" if messages else "/v1/completions"
+            usage = (await site.post(path, n=3, **prompts))[1]["usage"]
+        assert usage["prompt_tokens_details"] == {"cached_tokens": NUM_CACHED_TOKENS * (1 if messages else 2)}
+
+
 @pytest.mark.parametrize("lost", ["p", "d1"])
 @pytest.mark.parametrize("position", [0, 1, 5])
 async def test_a_lost_node_does_not_show(site: Site, lost: str, position: int) -> None:

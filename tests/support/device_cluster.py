@@ -25,6 +25,7 @@ from router.main import load_model
 from runtime.clock import MonotonicClock
 from runtime.life import ProcessLife
 from runtime.node_config import CacheOptions, ModelOptions, NodeConfig, SchedulerOptions, TransferOptions
+from store_node.beside_engine import BuiltNode
 from tests.support.router_process import running_router
 
 NUM_BLOCKS = 64
@@ -88,8 +89,9 @@ async def running_device_cluster(
                 config = node_config(role, folder, transfer, (router.control_url,))
                 incarnation = new_incarnation()
                 built = build_on_stand_in(config, model, incarnation)
+                assert built.device_blocks is not None
                 engines[role] = built.engine
-                nodes.create_task(serve(config, incarnation, built, built.device_blocks))
+                nodes.create_task(serve(config, incarnation, BuiltNode(built, built.device_blocks, None)))
             try:
                 await _ready(router.url)
                 yield DeviceCluster(router.url, engines)

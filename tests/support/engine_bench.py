@@ -8,10 +8,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
+from engine_store import BenchStore
+
 from engine.config import EngineConfig
 from engine.core import EngineCore
 from engine.events import (
     BlocksComputed,
+    BlocksOffered,
     EngineEvent,
     Failed,
     Finished,
@@ -143,6 +146,10 @@ class Heard:
 
     tokens: list[int] = field(default_factory=list)
     reserved: Reserved | None = None
+    awaiting: bool = False
+    """The last Reserved has not been answered."""
+    front_end: int = 0
+    """What it was told to proceed with meanwhile."""
     block_ids: list[int] = field(default_factory=list)
     prefill: PrefillFinished | None = None
     computed: PromptComputed | None = None
@@ -160,7 +167,13 @@ class Bench:
     DEFAULTS: ClassVar[dict[str, object]] = {"watermark": 0.0, "async_scheduling": "off"}
 
     def __init__(
-        self, num_blocks: int = 64, *, max_model_len: int = 10_000, drafter: Drafter | None = None, **settings: object
+        self,
+        num_blocks: int = 64,
+        *,
+        max_model_len: int = 10_000,
+        drafter: Drafter | None = None,
+        store: BenchStore | None = None,
+        **settings: object,
     ) -> None:
         self.config = EngineConfig(**(self.DEFAULTS | settings))  # type: ignore[arg-type]
         self.clock = ManualClock(100.0)
@@ -170,6 +183,10 @@ class Bench:
         self.heard: dict[str, Heard] = {}
         self.requests: dict[str, EngineRequest] = {}
         self.pinned: dict[str, tuple[int, ...]] = {}
+        self.store = store
+        self.offers: dict[PinId, BlocksOffered] = {}
+        if store is not None:
+            self.core.back_with(store)
 
     def submit(self, request: EngineRequest) -> None:
         self.requests[request.request_id] = request
@@ -185,11 +202,28 @@ class Bench:
         self.listen()
 
     def activate(self, request_id: str, first_token: int, computed_at: float | None = None) -> None:
+        self.heard[request_id].awaiting = False
         self.core.activate(RequestId(request_id), SampledToken(first_token), computed_at)
         self.listen()
 
+    def proceed(self, request_id: str, num_tokens: int) -> None:
+        self.heard[request_id].front_end = num_tokens
+        self.core.proceed(RequestId(request_id), num_tokens)
+        self.listen()
+
     def resume(self, request_id: str, num_valid_tokens: int) -> None:
+        self.heard[request_id].awaiting = False
         self.core.resume(RequestId(request_id), num_valid_tokens)
+        self.listen()
+
+    def save(self, *pin_ids: PinId, kept: bool = True) -> None:
+        """Answer these offers, by default all there are; without `kept` the store has failed."""
+        assert self.store is not None
+        for pin_id in pin_ids or list(self.offers):
+            offer = self.offers.pop(pin_id)
+            if kept:
+                self.store.save(offer, self.runner.memory, LAYOUT.block_bytes)
+            self.core.saved(pin_id)
         self.listen()
 
     def pin(self, pin_id: str, block_hashes: Sequence[BlockHash]) -> tuple[int, ...]:
@@ -201,6 +235,7 @@ class Bench:
         self.core.unpin(PinId(pin_id))
 
     def abandon(self, request_id: str, num_valid_tokens: int, error: HeadraceError) -> None:
+        self.heard[request_id].awaiting = False
         self.core.abandon_import(RequestId(request_id), num_valid_tokens, error)
         self.listen()
 
@@ -209,7 +244,8 @@ class Bench:
         schedule = self.core.schedule()
         self.listen()
         if schedule is None and not self.core.in_flight:
-            assert self.core.load().running == 0, "something runs, but nothing was scheduled"
+            load = self.core.load()
+            assert load.running == 0 or load.num_offered_blocks, "something runs, but nothing was scheduled"
             return False
         self.core.run(schedule)
         self.listen()
@@ -256,6 +292,9 @@ class Bench:
         if isinstance(event, Pinned):
             self.pinned[event.pin_id] = event.block_ids
             return
+        if isinstance(event, BlocksOffered):
+            self._hear_offer(event)
+            return
         heard, request = self.heard[event.request_id], self.requests[event.request_id]
         assert not heard.over, f"{event} after the end"
         match event:
@@ -270,11 +309,19 @@ class Bench:
                 heard.tokens.append(event.first_token.token_id)
                 heard.prefill = event
             case Reserved():
-                assert heard.reserved is None
-                num_awaited = request.num_context_tokens if request.mode is Mode.IMPORT else request.import_tokens
-                assert len(event.block_ids) == LAYOUT.num_blocks_for(num_awaited)
-                assert request.mode is Mode.IMPORT or event.num_cached_blocks < len(event.block_ids)
-                heard.reserved = event
+                assert not heard.awaiting
+                first = heard.reserved is None
+                heard.reserved, heard.awaiting, heard.front_end = event, True, 0
+                assert first or self.store is not None, "only a store brings back what was preempted"
+                if first and request.mode is Mode.IMPORT:
+                    assert not event.prefix
+                    assert len(event.block_ids) == LAYOUT.num_blocks_for(request.num_context_tokens)
+                    return
+                assert event.prefix
+                num_asked_for = request.import_tokens // BLOCK_SIZE if first else 0
+                assert self.store is not None or len(event.block_ids) == num_asked_for
+                assert len(event.block_ids) >= max(num_asked_for, event.num_cached_blocks + 1)
+                assert len(event.block_hashes) == (len(event.block_ids) if self.config.enable_prefix_cache else 0)
             case TokensSampled():
                 assert request.mode is not Mode.PREFILL_ONLY
                 assert event.index == len(request.emitted_token_ids) + len(heard.tokens)
@@ -290,3 +337,14 @@ class Bench:
                 heard.finished = event
             case Failed():
                 heard.error = event.error
+
+    def _hear_offer(self, offer: BlocksOffered) -> None:
+        """Blocks of one chain come parents first, and no block is in two offers at a time."""
+        assert offer.pin_id not in self.offers
+        assert 0 < len(offer.blocks) == len(offer.block_ids) <= 64
+        others = {block_id for other in self.offers.values() for block_id in other.block_ids}
+        assert others.isdisjoint(offer.block_ids)
+        places = {block.block_hash: place for place, block in enumerate(offer.blocks)}
+        assert len(places) == len(offer.blocks)
+        assert all(places.get(block.parent, -1) < place for place, block in enumerate(offer.blocks))
+        self.offers[offer.pin_id] = offer

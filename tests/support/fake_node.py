@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
+from fake_store import FakeStore
 from starlette.applications import Starlette
 
+from kv_store.admin import admin_routes
 from protocol.block_hash import context_hash
 from protocol.errors import Draining, HeadraceError
 from protocol.ids import RequestId, RouterId, new_incarnation, new_ticket_id
@@ -78,7 +80,9 @@ class FakeNode:
         self.refusal: HeadraceError | None = None
         self.failure: HeadraceError | None = None
         self.frozen = False
+        self.num_cached_tokens = NUM_CACHED_TOKENS
         self.stored: tuple[bytes, ...] = ()
+        self.store = FakeStore(worker_id)
         self.outbox = TokenOutbox(self._on_lost)
         self._held = asyncio.Event()
         self._router = router_control_url
@@ -100,6 +104,7 @@ class FakeNode:
                 message_route("/node/v1/cancel", CancelRequest, self._cancel, self._key),
                 message_route("/node/v1/prefill", PrefillRequest, self._prefill, self._key),
                 message_route("/node/v1/decode", DecodeRequest, self._decode, self._key),
+                *admin_routes(self.store, self._key),
             ]
         )
         client = await self._stack.enter_async_context(RpcClient(self._key))
@@ -221,7 +226,7 @@ class FakeNode:
         token = self._token(index, request.sampling)
         messages: list[TokenMessage] = [
             TokenChunk(request.request_id, index, (token,)),
-            PromptComputed(request.request_id, NUM_CACHED_TOKENS, PREFILL_PHASES),
+            PromptComputed(request.request_id, self.num_cached_tokens, PREFILL_PHASES),
         ]
         reason, stop_token_id = self._end(index, token.token_id, request.sampling)
         if reason is not None:
@@ -239,7 +244,7 @@ class FakeNode:
             self.sent.append(token.token_id)
             messages: list[TokenMessage] = [TokenChunk(request.request_id, index, (token,))]
             if request.ticket is None and index == len(request.emitted_token_ids):
-                messages.append(PromptComputed(request.request_id, NUM_CACHED_TOKENS, PREFILL_PHASES))
+                messages.append(PromptComputed(request.request_id, self.num_cached_tokens, PREFILL_PHASES))
             self.outbox.post(messages)
             reason, stop_token_id = self._end(index, token.token_id, request.sampling)
             if reason is not None:

@@ -199,7 +199,7 @@ async def running_owner(
         worker_id=OWNER,
         incarnation=incarnation,
         cluster_key=CLUSTER_KEY,
-        lender=cached.lender,
+        lend=cached.lender.lend,
     )
     reaper = asyncio.create_task(exports.run())
     try:

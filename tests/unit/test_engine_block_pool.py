@@ -97,6 +97,46 @@ def test_uncached_while_free_means_used_next() -> None:
     assert pool.allocate(1) == [1]
 
 
+def cached_pool(num_blocks: int) -> BlockPool:
+    """All blocks hold something and are free, the last of them least recently used."""
+    pool = BlockPool(num_blocks, on_reuse=lambda _: None)
+    taken = pool.allocate(num_blocks)
+    for block_id in taken:
+        pool.mark_cached(block_id)
+    pool.release(taken)
+    return pool
+
+
+def test_a_survey_comes_to_each_block_once_from_the_cold_end() -> None:
+    pool = cached_pool(6)
+    assert pool.survey(2) == [5, 4]
+    assert pool.survey(3) == [3, 2, 1]
+    assert (pool.num_surveyed, pool.is_surveyed(1), pool.is_surveyed(0)) == (5, True, False)
+    pool.share([4])
+    pool.release([4])
+    assert pool.survey(6) == [0, 4], "who was used again is looked at again"
+    assert pool.survey(6) == []
+
+
+def test_what_comes_back_cold_is_reused_behind_what_else_was_surveyed() -> None:
+    pool = cached_pool(6)
+    held = pool.survey(2)[::-1]
+    pool.survey(1)
+    pool.share(held)
+    assert (pool.num_surveyed, pool.num_free) == (1, 4)
+    pool.release(held, cold=True)
+    assert pool.num_surveyed == 3
+    assert [pool.allocate(1)[0] for _ in range(6)] == [3, 5, 4, 2, 1, 0]
+
+
+def test_a_block_that_lost_its_address_comes_back_empty_however_cold() -> None:
+    pool = cached_pool(3)
+    pool.share([1])
+    pool.mark_uncached(1)
+    pool.release([1], cold=True)
+    assert (pool.num_empty, pool.num_surveyed, pool.survey(3)) == (1, 0, [2, 0])
+
+
 class PoolMachine(RuleBasedStateMachine):
     """A model with plain dicts and a list in LRU order beside the real thing."""
 
@@ -106,6 +146,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.tables: list[list[int]] = []
         self.cached: set[int] = set()
         self.free_cached: list[int] = []
+        self.num_surveyed = 0
         self.reused: list[int] = []
 
     def on_reuse(self, block_id: int) -> None:
@@ -125,6 +166,7 @@ class PoolMachine(RuleBasedStateMachine):
         expected = self.free_cached[: num_wanted + num_ahead]
         assert self.reused == expected, "least recently used first, and none while there are others"
         del self.free_cached[: len(expected)]
+        self.num_surveyed = max(0, self.num_surveyed - len(expected))
         self.cached.difference_update(expected)
         assert taken == sorted(set(taken))
         assert all(self.references(block_id) == 0 for block_id in taken)
@@ -143,7 +185,7 @@ class PoolMachine(RuleBasedStateMachine):
     def share(self, data: st.DataObject) -> None:
         chosen = data.draw(st.lists(st.sampled_from(sorted(self.cached)), unique=True))
         self.pool.share(chosen)
-        self.free_cached = [block_id for block_id in self.free_cached if block_id not in chosen]
+        self.not_free(chosen)
         self.tables.append(chosen)
 
     @precondition(lambda self: self.cached)
@@ -152,14 +194,29 @@ class PoolMachine(RuleBasedStateMachine):
         block_id = data.draw(st.sampled_from(sorted(self.cached)))
         self.pool.mark_uncached(block_id)
         self.cached.discard(block_id)
-        self.free_cached = [other for other in self.free_cached if other != block_id]
+        self.not_free([block_id])
 
     @precondition(lambda self: self.tables)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         table = self.tables.pop(data.draw(st.integers(0, len(self.tables) - 1)))
-        self.pool.release(table)
-        self.free_cached += [b for b in reversed(table) if b in self.cached and self.references(b) == 0]
+        cold = data.draw(st.booleans())
+        self.pool.release(table, cold=cold)
+        back = [b for b in reversed(table) if b in self.cached and self.references(b) == 0]
+        place = self.num_surveyed if cold else len(self.free_cached)
+        self.free_cached[place:place] = back
+        self.num_surveyed += len(back) if cold else 0
+
+    @rule(count=st.integers(0, 8))
+    def survey(self, count: int) -> None:
+        expected = self.free_cached[self.num_surveyed :][:count]
+        assert self.pool.survey(count) == expected
+        self.num_surveyed += len(expected)
+
+    def not_free(self, block_ids: list[int]) -> None:
+        surveyed = self.free_cached[: self.num_surveyed]
+        self.num_surveyed -= len(set(surveyed) & set(block_ids))
+        self.free_cached = [block_id for block_id in self.free_cached if block_id not in block_ids]
 
     @invariant()
     def conserves(self) -> None:
@@ -169,6 +226,10 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_held == len(held)
         assert self.pool.num_free + self.pool.num_held == self.pool.num_blocks
         assert self.pool.num_cached == len(self.cached)
+        assert self.pool.num_empty == self.pool.num_free - len(self.free_cached)
+        assert self.pool.num_surveyed == self.num_surveyed
+        surveyed = {block_id for block_id in range(self.pool.num_blocks) if self.pool.is_surveyed(block_id)}
+        assert surveyed == set(self.free_cached[: self.num_surveyed])
         for block_id in range(self.pool.num_blocks):
             assert self.pool.num_references(block_id) == self.references(block_id)
 

@@ -10,6 +10,7 @@ coming and with steps that raise.
 from typing import Any
 
 from engine_bench import BLOCK_SIZE, LAYOUT, VOCAB_SIZE, Bench, Oracle, continuation, request
+from engine_store import BenchStore
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -34,11 +35,11 @@ class EngineMachine(RuleBasedStateMachine):
         watermark=st.sampled_from([0.0, 0.1, 0.5]),
         async_scheduling=st.sampled_from(["off", "on"]),
         speculation=st.none() | st.builds(SpeculationConfig, num_draft_tokens=st.integers(1, 6)),
+        store=st.sampled_from([None, None, "write-back", "write-through"]),
     )
-    def start(self, **config: Any) -> None:
-        self.bench = Bench(NUM_BLOCKS, drafter=Oracle(), **config)
-        self.noticed: set[str] = set()
-        self.landing: set[str] = set()
+    def start(self, store: str | None, **config: Any) -> None:
+        kept = None if store is None else BenchStore(eager=store == "write-through")
+        self.bench = Bench(NUM_BLOCKS, drafter=Oracle(), store=kept, **config)
         self.given_back: set[str] = set()
         self.count = 0
         self.index: set[bytes] = set()
@@ -88,7 +89,6 @@ class EngineMachine(RuleBasedStateMachine):
     def step(self, steps: int) -> None:
         for _ in range(steps):
             self.bench.step()
-        self.notice_reservations()
 
     @rule(calls=st.integers(1, 3))
     def step_with_a_fault(self, calls: int) -> None:
@@ -119,20 +119,37 @@ class EngineMachine(RuleBasedStateMachine):
         if self.bench.requests[name].mode is Mode.PREFILL_ONLY:
             self.bench.release(name)
 
+    @property
+    def landing(self) -> list[str]:
+        """Requests whose blocks belong to a transfer."""
+        return sorted(name for name, heard in self.bench.heard.items() if heard.awaiting)
+
+    @precondition(lambda self: self.landing)
+    @rule(data=st.data())
+    def proceed(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(self.landing))
+        heard = self.bench.heard[name]
+        assert heard.reserved is not None
+        if heard.reserved.prefix and not heard.front_end:
+            self.bench.proceed(name, data.draw(st.integers(0, len(heard.reserved.block_ids))) * BLOCK_SIZE)
+
+    @precondition(lambda self: self.bench.offers)
+    @rule(data=st.data(), kept=st.booleans())
+    def save(self, data: st.DataObject, kept: bool) -> None:
+        self.bench.save(data.draw(st.sampled_from(sorted(self.bench.offers))), kept=kept)
+
     @precondition(lambda self: self.landing)
     @rule(data=st.data())
     def activate(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.landing)))
-        self.landing.discard(name)
+        name = data.draw(st.sampled_from(self.landing))
         self.arrive(name, data.draw(st.sampled_from([0.0, 0.5, 1.0])))
 
     @precondition(lambda self: self.landing)
     @rule(data=st.data())
     def abandon(self, data: st.DataObject) -> None:
-        name = data.draw(st.sampled_from(sorted(self.landing)))
+        name = data.draw(st.sampled_from(self.landing))
         num_valid_tokens = data.draw(st.integers(0, len(self.context(name))))
         self.land(name, num_blocks=-(-num_valid_tokens // BLOCK_SIZE))
-        self.landing.discard(name)
         self.bench.abandon(name, num_valid_tokens, PeerLost("gone"))
 
     @precondition(lambda self: self.count)
@@ -204,10 +221,10 @@ class EngineMachine(RuleBasedStateMachine):
             return
         for turn in range(200):
             self.bench.run()
-            self.notice_reservations()
-            for name in sorted(self.landing):
+            for name in self.landing:
                 self.arrive(name, 1.0)
-            self.landing.clear()
+            if self.bench.store is not None:
+                self.bench.save()
             for pin_id in self.pins:
                 self.bench.unpin(pin_id)
             for name, heard in self.bench.heard.items():
@@ -225,7 +242,7 @@ class EngineMachine(RuleBasedStateMachine):
             assert isinstance(heard.error, expected) or heard.error.status in (499, 503)
         load = self.bench.core.load()
         assert (load.free_blocks, load.running, load.waiting, load.waiting_tokens) == (NUM_BLOCKS, 0, 0, 0)
-        assert (load.num_held, load.num_importing, load.num_pins) == (0, 0, 0)
+        assert (load.num_held, load.num_importing, load.num_pins, load.num_offered_blocks) == (0, 0, 0, 0)
         assert sorted(self.bench.runner.forgotten) == sorted(self.bench.heard)
         assert sorted(self.bench.core.take_departed()) == sorted(self.bench.heard)
 
@@ -241,38 +258,39 @@ class EngineMachine(RuleBasedStateMachine):
         request = self.bench.requests[name]
         return [*request.prompt_token_ids, *request.emitted_token_ids]
 
-    def notice_reservations(self) -> None:
-        for name, heard in self.bench.heard.items():
-            if heard.reserved is not None and name not in self.noticed:
-                self.noticed.add(name)
-                self.landing.add(name)
-
     def some_blocks(self, mode: Mode, num_tokens: int, share: float) -> int:
         """Tokens in so much of the whole blocks that a request may import before it computes."""
         return 0 if mode is Mode.IMPORT else int(share * ((num_tokens - 1) // BLOCK_SIZE)) * BLOCK_SIZE
 
     def arrive(self, name: str, share: float) -> None:
         """The whole of an awaited context, or so much of an awaited prefix."""
-        if self.bench.requests[name].mode is Mode.IMPORT:
+        reserved = self.bench.heard[name].reserved
+        assert reserved is not None
+        if not reserved.prefix:
             self.land(name, num_blocks=None)
             self.bench.activate(name, continuation(self.context(name), 1)[0], self.bench.clock.now())
         else:
-            num_blocks = int(share * self.bench.requests[name].import_tokens / BLOCK_SIZE)
+            num_blocks = int(share * len(reserved.block_ids))
             self.land(name, num_blocks)
             self.bench.resume(name, num_blocks * BLOCK_SIZE)
 
     def land(self, name: str, num_blocks: int | None) -> None:
-        """Fill the blocks of an import as another node would have: those it lacks, and no other."""
-        reserved = self.bench.heard[name].reserved
+        """Fill the blocks of an import as another node would have, or from the store: those it lacks, and no other."""
+        heard, store = self.bench.heard[name], self.bench.store
+        reserved = heard.reserved
         assert reserved is not None
-        context = self.context(name)
+        context = [*self.context(name), *heard.tokens]
         other = Bench(NUM_BLOCKS, enable_prefix_cache=False)
-        other.submit(request("source", context, Mode.PREFILL_ONLY))
+        other.submit(request("source", context[: MAX_TOKENS - 1], Mode.PREFILL_ONLY))
         other.run()
         source = other.heard["source"].block_ids
-        wanted = len(source) if num_blocks is None else min(num_blocks, len(reserved.block_ids))
-        for index in range(reserved.num_cached_blocks, wanted):
-            self.bench.runner.import_block(other.runner.memory, source[index], reserved.block_ids[index])
+        wanted = len(reserved.block_ids) if num_blocks is None else min(num_blocks, len(reserved.block_ids))
+        for index in range(max(reserved.num_cached_blocks, heard.front_end // BLOCK_SIZE), wanted):
+            block_hash = reserved.block_hashes[index] if index < len(reserved.block_hashes) else None
+            if store is not None and block_hash in store.kept:
+                self.bench.runner.import_block(memoryview(store.kept[block_hash]), 0, reserved.block_ids[index])
+            else:
+                self.bench.runner.import_block(other.runner.memory, source[index], reserved.block_ids[index])
 
 
 TestEngineMachine = EngineMachine.TestCase

@@ -2,12 +2,39 @@
 
 import pytest
 
+from protocol.cache_admin import (
+    CacheChanged,
+    CacheStats,
+    ClearCache,
+    FindPrompt,
+    GetCacheStats,
+    NodeChanged,
+    NodeHolds,
+    NodeSilent,
+    PinPrompt,
+    PromptFound,
+    PromptOf,
+    PromptsFound,
+    UnpinPrompt,
+)
 from protocol.errors import ErrorInfo, InvalidParameter, MalformedMessage
 from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored, KVEvent, KVEventBatch
 from protocol.kv_layout import KVLayout
 from protocol.phases import DecodePhases, HandoffPhases, PrefillPhases
 from protocol.requests import CancelRequest, DecodeAccepted, DecodeRequest, PrefillAccepted, PrefillRequest
 from protocol.sampling import SamplingParams
+from protocol.store_admin import (
+    BlocksChanged,
+    BlocksLocated,
+    ClearStore,
+    IndexReport,
+    LocateBlocks,
+    PinBlocks,
+    StoreReport,
+    TenantReport,
+    TierReport,
+    UnpinBlocks,
+)
 from protocol.tokens import (
     OpenTokenStream,
     PromptComputed,
@@ -59,6 +86,31 @@ TICKET = TransferTicket(
 SAMPLING = SamplingParams(max_tokens=5, seed=7, temperature=0.0, stop_token_ids=(2,), logit_bias={3: -1.0})
 LOAD = WorkerLoad(running=1, waiting=2, waiting_tokens=3, free_blocks=4, steps=5, draining=False)
 ERROR = ErrorInfo(code="overloaded", message="full", retryable=True, retry_after_s=1.5)
+STORE = StoreReport(
+    worker="p0",
+    block_bytes=64,
+    tiers=(
+        TierReport(
+            tier="host", capacity=9, used=8, pinned=7, held=6, found=5, stored=4, evicted=3, unused=2, damaged=1
+        ),
+    ),
+    lookups=3,
+    hits=2,
+    missed=1,
+    refused={"quota": 1},
+    tenants=(TenantReport(tenant="none", tier="host", used=8, quota=9, refused=1),),
+    index=IndexReport(breaker="open", retry_in_s=0.5, lag_s=1.5, queued=1, entries=2, members=3, lookups=4, drift=5),
+)
+FOUND = PromptFound(
+    num_tokens=33,
+    block_size=16,
+    num_blocks=2,
+    tenant="none",
+    expected_tokens=32,
+    nodes=(NodeHolds(worker="p0", role="prefill", leading=2, device=1, host=2, disk=1, pinned=1),),
+)
+PROMPT = PromptOf("chat", b"{}")
+SILENT = (NodeSilent("d0", ERROR),)
 
 MESSAGES: dict[str, object] = {
     "hello": Hello(1, "p0", "i", "0" * 32),
@@ -142,6 +194,21 @@ MESSAGES: dict[str, object] = {
     "heartbeat_reply": HeartbeatReply(True),
     "registered": Registered(1.0),
     "leave": Leave("p0", "i"),
+    "store_report": STORE,
+    "locate_blocks": LocateBlocks((b"a" * 16,)),
+    "blocks_located": BlocksLocated(bytes([1, 14])),
+    "pin_blocks": PinBlocks((b"a" * 16,), 60.0),
+    "unpin_blocks": UnpinBlocks((b"a" * 16,)),
+    "clear_store": ClearStore("host", "none"),
+    "blocks_changed": BlocksChanged(3),
+    "get_cache_stats": GetCacheStats(),
+    "cache_stats": CacheStats((STORE,), SILENT),
+    "find_prompt": FindPrompt(PROMPT),
+    "prompts_found": PromptsFound((FOUND,), SILENT),
+    "pin_prompt": PinPrompt(PROMPT, 60.0),
+    "unpin_prompt": UnpinPrompt(),
+    "clear_cache": ClearCache("disk"),
+    "cache_changed": CacheChanged((NodeChanged("p0", 3),), SILENT, 4),
 }
 
 GOLDEN: dict[str, str] = {
@@ -254,6 +321,49 @@ GOLDEN: dict[str, str] = {
     "heartbeat_reply": "82a56b6e6f776ec3a6726573796e63c2",
     "registered": "81b46865617274626561745f696e74657276616c5f73cb3ff0000000000000",
     "leave": "82a9776f726b65725f6964a27030ab696e6361726e6174696f6ea169",
+    "store_report": (
+        "89a6776f726b6572a27030ab626c6f636b5f627974657340a57469657273918aa474696572a4686f7374a863617061636974"
+        "7909a47573656408a670696e6e656407a468656c6406a5666f756e6405a673746f72656404a76576696374656403a6756e75"
+        "73656402a764616d6167656401a76c6f6f6b75707303a46869747302a66d697373656401a77265667573656481a571756f74"
+        "6101a774656e616e74739185a674656e616e74a46e6f6e65a474696572a4686f7374a47573656408a571756f746109a77265"
+        "667573656401a5696e6465788da7627265616b6572a46f70656eaa72657472795f696e5f73cb3fe0000000000000aa726567"
+        "69737465726564c3a56c61675f73cb3ff8000000000000a671756575656401a7656e747269657302a76d656d6265727303a7"
+        "6c6f6f6b75707304a5666f756e6400a46c61746500a7736b697070656400a66572726f727300a5647269667405"
+    ),
+    "locate_blocks": "81ac626c6f636b5f68617368657391c41061616161616161616161616161616161",
+    "blocks_located": "81a57469657273c402010e",
+    "pin_blocks": ("82ac626c6f636b5f68617368657391c41061616161616161616161616161616161a574746c5f73cb404e000000000000"),
+    "unpin_blocks": "81ac626c6f636b5f68617368657391c41061616161616161616161616161616161",
+    "clear_store": "82a474696572a4686f7374a674656e616e74a46e6f6e65",
+    "blocks_changed": "81aa6e756d5f626c6f636b7303",
+    "get_cache_stats": "80",
+    "cache_stats": (
+        "82a56e6f6465739189a6776f726b6572a27030ab626c6f636b5f627974657340a57469657273918aa474696572a4686f7374"
+        "a8636170616369747909a47573656408a670696e6e656407a468656c6406a5666f756e6405a673746f72656404a765766963"
+        "74656403a6756e7573656402a764616d6167656401a76c6f6f6b75707303a46869747302a66d697373656401a77265667573"
+        "656481a571756f746101a774656e616e74739185a674656e616e74a46e6f6e65a474696572a4686f7374a47573656408a571"
+        "756f746109a77265667573656401a5696e6465788da7627265616b6572a46f70656eaa72657472795f696e5f73cb3fe00000"
+        "00000000aa72656769737465726564c3a56c61675f73cb3ff8000000000000a671756575656401a7656e747269657302a76d"
+        "656d6265727303a76c6f6f6b75707304a5666f756e6400a46c61746500a7736b697070656400a66572726f727300a5647269"
+        "667405a673696c656e749182a6776f726b6572a26430a56572726f7284a4636f6465aa6f7665726c6f61646564a76d657373"
+        "616765a466756c6ca9726574727961626c65c3ad72657472795f61667465725f73cb3ff8000000000000"
+    ),
+    "find_prompt": "81a670726f6d707482a8656e64706f696e74a463686174a4626f6479c4027b7d",
+    "prompts_found": (
+        "82a770726f6d7074739186aa6e756d5f746f6b656e7321aa626c6f636b5f73697a6510aa6e756d5f626c6f636b7302a67465"
+        "6e616e74a46e6f6e65af65787065637465645f746f6b656e7320a56e6f6465739188a6776f726b6572a27030a4726f6c65a7"
+        "70726566696c6ca76c656164696e6702a664657669636501a4686f737402a46469736b01a670696e6e656401a56b6e6f776e"
+        "c3a673696c656e749182a6776f726b6572a26430a56572726f7284a4636f6465aa6f7665726c6f61646564a76d6573736167"
+        "65a466756c6ca9726574727961626c65c3ad72657472795f61667465725f73cb3ff8000000000000"
+    ),
+    "pin_prompt": ("82a670726f6d707482a8656e64706f696e74a463686174a4626f6479c4027b7da574746c5f73cb404e000000000000"),
+    "unpin_prompt": "81a670726f6d7074c0",
+    "clear_cache": "82a474696572a46469736ba674656e616e74c0",
+    "cache_changed": (
+        "83a56e6f6465739182a6776f726b6572a27030aa6e756d5f626c6f636b7303a673696c656e749182a6776f726b6572a26430"
+        "a56572726f7284a4636f6465aa6f7665726c6f61646564a76d657373616765a466756c6ca9726574727961626c65c3ad7265"
+        "7472795f61667465725f73cb3ff8000000000000aa6e756d5f626c6f636b7304"
+    ),
 }
 
 

@@ -5,19 +5,19 @@ from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
 
 from protocol.phases import HandoffPhases, PhaseLedger
+from runtime.metric_feeds import CountHistogram, Total
 from runtime.metrics import (
-    CountHistogram,
     EngineMetrics,
     NodeMetrics,
     RouterMetrics,
-    Total,
+    StoreMetrics,
     TransferMetrics,
     new_registry,
     observe_phases,
     render,
 )
 
-GROUPS = (EngineMetrics, TransferMetrics, NodeMetrics)
+GROUPS = (EngineMetrics, TransferMetrics, NodeMetrics, StoreMetrics)
 
 
 def samples(registry: CollectorRegistry) -> dict[str, float]:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 import msgspec
 
 from kv_transfer.memory.arena import HEADER_BYTES, HostArena
-from kv_transfer.transports.child_python import child_python
 from kv_transfer.transports.plan import CopyRun
 from kv_transfer.transports.ucx.library import require_ucxx, set_environment
 from kv_transfer.transports.ucx.wire import (
@@ -40,6 +39,7 @@ from kv_transfer.transports.ucx.wire import (
 from protocol.errors import ConfigError, HeadraceError, PeerLost, TransferError
 from protocol.ids import TicketId
 from protocol.wire import decode, encode
+from runtime.child_python import child_python
 
 START_TIMEOUT_S = 30.0
 RESTART_PAUSE_S = 1.0

@@ -1,0 +1,183 @@
+"""RedisIndex: one process's part in the index: publishes what its store holds, finds what the others hold.
+
+Used as `async with RedisIndex(...) as index:`. Entering needs no server: one that is away, slow, or loses its data costs cache hits
+and nothing else. It never raises because of the server. Two tasks live inside: one answers lookups, one publishes, beats and sweeps.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Self
+
+from kv_store.index.breaker import Breaker
+from kv_store.index.chunk_book import ChunkBook
+from kv_store.index.keeper import Keeper
+from kv_store.index.keys import Keyspace
+from kv_store.index.lookup import choose_sources
+from kv_store.index.members import Member, Owner
+from kv_store.index.membership import Membership
+from kv_store.index.news import News
+from kv_store.index.publisher import Publisher
+from kv_store.index.reader import EntryReader
+from kv_store.index.server import UNREACHABLE, RedisServer
+from kv_store.index.settings import IndexSettings
+from kv_store.index.state import IndexCounters, IndexState
+from kv_store.tiers import StoredBlock
+from protocol.ids import BlockHash, WorkerId
+from protocol.transfer import KVSource
+from runtime.clock import Clock, MonotonicClock
+
+log = logging.getLogger(__name__)
+
+MAX_CHUNKS = 4096
+PROBE_EVERY_S = 0.1
+NUM_PROBES = 3
+GRACE_TURNS = 4
+"""Turns of the event loop that a late answer is given: where the loop was busy, the answer may be there unread."""
+
+
+class RedisIndex:
+    """`snapshot` returns all that the store holds; called from a thread of its own. A TierListener: `stored` and `removed` may
+    be called from any thread. Everything else is for the event loop that it was entered on."""
+
+    def __init__(
+        self,
+        settings: IndexSettings,
+        owner: Owner,
+        snapshot: Callable[[], Sequence[StoredBlock]],
+        clock: Clock | None = None,
+    ) -> None:
+        clock = clock or MonotonicClock()
+        keys = Keyspace(settings.namespace)
+        self._settings = settings
+        self._owner = owner
+        self._counters = IndexCounters()
+        self._news = News(settings.max_queued)
+        self._membership = Membership(keys, clock, self._counters)
+        self._breaker = Breaker(clock)
+        self._reading = RedisServer(settings)
+        self._reader = EntryReader(self._reading, keys)
+        book = ChunkBook(owner.chunk_blocks, owner.block_size)
+        self._publisher = Publisher(keys, owner, book, self._counters, settings.record_ttl_s)
+        self._keeper = Keeper(
+            settings, keys, owner, self._publisher, self._membership, book, self._news, snapshot, self._counters, clock
+        )
+        self._clock = clock
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def __aenter__(self) -> Self:
+        self._news.attach(asyncio.get_running_loop())
+        self._tasks = [
+            asyncio.create_task(self._reader.run(), name="kv-index-reader"),
+            asyncio.create_task(self._probe(), name="kv-index-probe"),
+            asyncio.create_task(self._keeper.run(), name="kv-index-keeper"),
+        ]
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        """Says good-bye, if the server listens: our entries are void at once."""
+        self._news.detach()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await self._keeper.leave()
+        await self._reading.close()
+
+    def stored(self, blocks: Sequence[StoredBlock]) -> None:
+        self._news.add(stored=blocks)
+
+    def removed(self, blocks: Sequence[StoredBlock]) -> None:
+        self._news.add(removed=blocks)
+
+    async def find(self, block_hashes: Sequence[BlockHash]) -> tuple[KVSource, ...]:
+        """Who holds the most of this context, of which these are all full blocks from the first on; the best first, this
+        process left out. Hints, in whole chunks. () where nobody does, or the server does not say so within the budget.
+        Never raises."""
+        step = self._owner.chunk_blocks
+        addresses = block_hashes[step - 1 :: step][:MAX_CHUNKS]
+        if not addresses:
+            return ()
+        counters = self._counters
+        counters.lookups += 1
+        attempt = self._breaker.admit()
+        if attempt is None:
+            counters.skipped += 1
+            return ()
+        answer = self._reader.read(addresses)
+        try:
+            if not await self._in_time(answer):
+                counters.timeouts += 1
+                self._breaker.failed(attempt)
+                return ()
+            values = answer.result()
+        except UNREACHABLE:
+            counters.errors += 1
+            self._breaker.failed(attempt)
+            return ()
+        finally:
+            answer.cancel()
+        self._breaker.succeeded(attempt)
+        found = choose_sources(
+            values, self._membership.by_life, step, self._owner.fingerprint, WorkerId(self._owner.worker_id)
+        )
+        counters.garbage += found.num_garbage
+        if found.strangers:
+            self._keeper.refresh_soon()
+        if found.sources:
+            counters.hits += 1
+        else:
+            counters.misses += 1
+        return found.sources
+
+    def members(self) -> tuple[Member, ...]:
+        """Those that were alive at the last look, this process included, by name."""
+        return self._membership.members()
+
+    def state(self) -> IndexState:
+        return IndexState(
+            url=self._settings.shown_url,
+            breaker=self._breaker.state,
+            retry_in_s=self._breaker.retry_in_s,
+            registered=self._publisher.life is not None,
+            lag_s=self._keeper.lag_s,
+            queued=self._news.num_queued,
+            entries=self._publisher.num_entries,
+            members=len(self._membership.by_life),
+            dead_owners=self._membership.num_dead,
+            counters=replace(self._counters),
+        )
+
+    async def _in_time(self, answer: asyncio.Future[list[bytes]]) -> bool:
+        await asyncio.wait((answer,), timeout=self._settings.budget_s)
+        for _ in range(GRACE_TURNS):
+            if answer.done():
+                return True
+            await asyncio.sleep(0)
+        return answer.done()
+
+    async def _probe(self) -> None:
+        """Keeps the connection of the lookups open, and asks, while the breaker is open, whether the server is back in time."""
+        while True:
+            if self._breaker.state == "closed" and not self._reading.is_open:
+                await self._answers()
+            attempt = self._breaker.probe()
+            if attempt is not None:
+                if await self._answers():
+                    self._breaker.succeeded(attempt)
+                    log.info("the index is back", extra={"server": self._settings.shown_url})
+                else:
+                    self._breaker.failed(attempt)
+            await asyncio.sleep(PROBE_EVERY_S)
+
+    async def _answers(self) -> bool:
+        """Whether a lookup would be answered within the budget, the connection once open."""
+        for _ in range(1 + NUM_PROBES):
+            begun_at = self._clock.now()
+            try:
+                await self._reader.read([bytes(16)])
+            except UNREACHABLE:
+                return False
+            if self._clock.now() - begun_at <= self._settings.budget_s:
+                return True
+        return False

@@ -1,0 +1,203 @@
+"""Keeper: the one task that writes to the index, off every request's path.
+
+A round: look whether this is still the server that we know, register where needed, beat and read the members when it is time,
+publish a batch, compare a sample now and then, sweep a slice of a dead owner. While the server is away, rounds become rare;
+when it is another one, or has lost its data, everything is published anew from a snapshot of the store, at a bounded pace.
+"""
+
+import asyncio
+import logging
+from collections.abc import Callable, Sequence
+
+from redis.exceptions import ResponseError
+
+from kv_store.index.breaker import Breaker
+from kv_store.index.chunk_book import ChunkBook
+from kv_store.index.drift import DriftCheck
+from kv_store.index.keys import Keyspace
+from kv_store.index.members import Owner
+from kv_store.index.membership import Membership
+from kv_store.index.news import News
+from kv_store.index.publisher import Publisher
+from kv_store.index.server import UNREACHABLE, RedisServer
+from kv_store.index.settings import IndexSettings
+from kv_store.index.state import IndexCounters
+from kv_store.index.sweeper import Sweeper
+from kv_store.tiers import StoredBlock
+from runtime.clock import Clock
+
+log = logging.getLogger(__name__)
+
+BETWEEN_BATCHES_S = 0.005
+"""Leaves the server to its readers, and lets news gather: 512 chunks a batch make some 50,000 a second at most."""
+
+AFTER_REFUSAL_S = 5.0
+SOONEST_REFRESH_S = 0.1
+
+
+class Keeper:
+    """`run` until cancelled, then `leave`. On one event loop."""
+
+    def __init__(
+        self,
+        settings: IndexSettings,
+        keys: Keyspace,
+        owner: Owner,
+        publisher: Publisher,
+        membership: Membership,
+        book: ChunkBook,
+        news: News,
+        snapshot: Callable[[], Sequence[StoredBlock]],
+        counters: IndexCounters,
+        clock: Clock,
+    ) -> None:
+        self._settings = settings
+        self._server = RedisServer(settings)
+        self._publisher = publisher
+        self._membership = membership
+        self._book = book
+        self._news = news
+        self._snapshot = snapshot
+        self._counters = counters
+        self._clock = clock
+        self._breaker = Breaker(clock)
+        self._sweeper = Sweeper(keys, owner.worker_id, counters)
+        self._drift = DriftCheck(keys, owner, publisher, counters)
+        self._run_id: str | None = None
+        self._resync = True
+        self._away = False
+        self._beat_at = clock.now()
+        self._refreshed_at = clock.now()
+        self._drift_at = clock.now() + settings.drift_check_s
+        self._publish_at = clock.now()
+        self._behind_since: float | None = None
+
+    @property
+    def lag_s(self) -> float:
+        """The age of the oldest news that is not in the index; 0 if there is none."""
+        return 0.0 if self._behind_since is None else self._clock.now() - self._behind_since
+
+    def refresh_soon(self) -> None:
+        """Somebody met an owner that is not known."""
+        if self._clock.now() - self._refreshed_at >= SOONEST_REFRESH_S:
+            self._beat_at = self._clock.now()
+            self._news.wake()
+
+    async def run(self) -> None:
+        while True:
+            busy = False
+            attempt = self._breaker.admit() or self._breaker.probe()
+            if attempt is not None:
+                try:
+                    busy = await self._round()
+                except UNREACHABLE as error:
+                    self._breaker.failed(attempt)
+                    self._fail(error)
+                else:
+                    self._breaker.succeeded(attempt)
+                    self._away = False
+            self._measure_lag()
+            await asyncio.sleep(BETWEEN_BATCHES_S)
+            if not busy:
+                await self._news.wait(self._idle_s())
+
+    async def leave(self) -> None:
+        """Tell the index that we are gone, if it listens, and close."""
+        try:
+            if not self._away:
+                await self._publisher.leave(self._server)
+        except UNREACHABLE as error:
+            log.debug("could not leave the index: %s", error)
+        finally:
+            await self._server.close()
+
+    async def _round(self) -> bool:
+        """Whether there is more to do at once."""
+        await self._meet()
+        await self._hear()
+        await self._register()
+        if self._clock.now() >= self._beat_at:
+            self._refreshed_at = self._clock.now()
+            self._beat_at = self._refreshed_at + self._settings.heartbeat_s
+            await self._publisher.beat(self._server)
+            await self._membership.refresh(self._server)
+        published = await self._publish()
+        return await self._sweep() or published
+
+    async def _meet(self) -> None:
+        """A server that answers after silence may be another one."""
+        if self._server.is_open:
+            return
+        run_id = await self._server.inspect()
+        if run_id is None or run_id != self._run_id:
+            self._publisher.retire()
+        self._run_id = run_id
+
+    async def _hear(self) -> None:
+        if self._news.overflowed():
+            self._counters.overflows += not self._resync
+            self._resync = True
+        if self._resync:
+            self._book.replace(await asyncio.to_thread(self._snapshot))
+            self._resync = False
+            self._counters.resyncs += 1
+        for item in self._news.take():
+            self._book.stored(item.stored)
+            self._book.removed(item.removed)
+
+    async def _register(self) -> None:
+        """An owner that finds itself fenced off yields to the one that has its name, for as long as that one lives."""
+        if self._publisher.life is not None:
+            return
+        if self._publisher.fenced and await self._publisher.superseded(self._server):
+            return
+        again = self._counters.registrations > 0
+        await self._publisher.register(self._server)
+        self._beat_at = self._clock.now()
+        if again:
+            self._resync = True
+
+    async def _publish(self) -> bool:
+        """A refusal (out of memory, no permission) must not keep us from beating."""
+        if self._clock.now() < self._publish_at:
+            return False
+        try:
+            if self._clock.now() >= self._drift_at:
+                self._drift_at = self._clock.now() + self._settings.drift_check_s
+                await self._drift.check(self._server)
+            return await self._publisher.flush(self._server)
+        except ResponseError as error:
+            self._counters.refused += 1
+            self._publish_at = self._clock.now() + AFTER_REFUSAL_S
+            log.warning("the index server refuses what is published: %s", error)
+            return False
+
+    async def _sweep(self) -> bool:
+        dead = self._membership.dead_for(self._settings.record_ttl_s)
+        if not dead and self._sweeper.idle:
+            return False
+        life = await self._sweeper.step(self._server, dead)
+        if life is not None:
+            self._membership.swept(life)
+        return not self._sweeper.idle
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._away:
+            self._away = True
+            self._counters.outages += 1
+            log.warning(
+                "the index is out of reach; going on with what this node has: %s",
+                error or type(error).__name__,
+                extra={"server": self._settings.shown_url},
+            )
+
+    def _measure_lag(self) -> None:
+        if not self._book.num_marked and not self._news.num_queued:
+            self._behind_since = None
+        elif self._behind_since is None:
+            self._behind_since = self._clock.now()
+
+    def _idle_s(self) -> float:
+        if self._breaker.state == "open":
+            return max(BETWEEN_BATCHES_S, self._breaker.retry_in_s)
+        return max(BETWEEN_BATCHES_S, min(self._settings.heartbeat_s, self._beat_at - self._clock.now()))

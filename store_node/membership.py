@@ -1,0 +1,58 @@
+"""What a process says of itself in the index, and the stores that it learns of: from its settings and from the index."""
+
+from collections.abc import Callable
+
+from kv_store.index.index import RedisIndex
+from kv_store.index.members import Owner
+from kv_store.index.settings import IndexSettings
+from kv_store.store import KVStore
+from protocol.transfer import KVSource
+from protocol.workers import WorkerInfo
+from runtime.node_config import StoreOptions
+
+
+def open_index(options: StoreOptions, info: WorkerInfo, store: KVStore) -> RedisIndex | None:
+    """Not entered yet; None where no index is wanted. Raises ConfigError."""
+    settings = IndexSettings.of(options)
+    if settings is None:
+        return None
+    owner = Owner(
+        worker_id=info.worker_id,
+        incarnation=info.incarnation,
+        role=info.role,
+        control_url=info.control_url,
+        fingerprint=info.layout.fingerprint,
+        block_size=info.layout.block_size,
+        capacity_blocks=sum(tier.capacity for tier in store.stats().tiers),
+    )
+    return RedisIndex(settings, owner, store.snapshot)
+
+
+def source_of(info: WorkerInfo) -> Callable[[int], KVSource]:
+    """This node as a source of so many blocks."""
+
+    def source(num_blocks: int) -> KVSource:
+        return KVSource(
+            worker=info.worker_id, incarnation=info.incarnation, control_url=info.control_url, num_blocks=num_blocks
+        )
+
+    return source
+
+
+class StoreDirectory:
+    """The control URLs of the stores that take what this node puts."""
+
+    def __init__(self, options: StoreOptions, info: WorkerInfo, index: RedisIndex | None) -> None:
+        self._configured = frozenset(url.rstrip("/") for url in options.stores)
+        self._info = info
+        self._index = index
+
+    def urls(self) -> frozenset[str]:
+        if self._index is None:
+            return self._configured
+        found = (
+            member.control_url
+            for member in self._index.members()
+            if member.role == "store" and member.fingerprint == self._info.layout.fingerprint
+        )
+        return self._configured.union(found) - {self._info.control_url}

@@ -1,0 +1,278 @@
+"""The index under a server that dies, hangs, forgets or lies: a lookup never raises and never waits longer than its budget, and
+when the server is back so is everything that is held."""
+
+import asyncio
+import os
+import random
+import struct
+import time
+from collections.abc import Iterator, Sequence
+
+import msgspec
+import pytest
+
+from kv_store.index.embedded import EmbeddedServer
+from kv_store.index.follower import Follower
+from kv_store.index.index import RedisIndex
+from kv_store.index.keys import NUM_SHARDS, Keyspace
+from kv_store.index.membership import record
+from kv_store.index.server import Command, RedisServer, Reply
+from runtime.child_python import child_python
+from tests.support.index_servers import (
+    IndexServer,
+    addresses_of,
+    index_server,
+    owner_named,
+    settings_for,
+    stored_blocks,
+    until,
+)
+
+KEYS = Keyspace("headrace")
+GARBAGE = random.Random(4).randbytes(1 << 20)
+
+
+@pytest.fixture(params=["valkey", "redis"])
+def server(request: pytest.FixtureRequest) -> Iterator[IndexServer]:
+    with index_server(request.param) as server:
+        yield server
+
+
+async def finds(reader: RedisIndex, chain: Sequence[bytes], num_blocks: int) -> None:
+    deadline = time.monotonic() + 20
+    while sum(source.num_blocks for source in await reader.find(chain)) != num_blocks:  # type: ignore[arg-type]
+        assert time.monotonic() < deadline, f"{num_blocks} blocks are not found: {reader.state()}"
+        await asyncio.sleep(0.01)
+
+
+async def test_a_server_that_comes_back_empty_is_filled_again(server: IndexServer) -> None:
+    chain = addresses_of(80)
+    settings = settings_for(server.url)
+    async with (
+        RedisIndex(settings, owner_named("a"), lambda: stored_blocks(chain)) as a,
+        RedisIndex(settings, owner_named("b"), lambda: []) as b,
+    ):
+        await finds(b, chain, 80)
+        server.kill()
+        for _ in range(5):
+            assert await b.find(chain) == ()
+        assert b.state().breaker == "open"
+        assert b.state().counters.skipped == 2
+        a.removed(stored_blocks(chain)[40:41])  # what happens meanwhile is not lost
+        server.start()
+        await finds(b, chain, 40)
+        assert [member.incarnation for member in b.members()] == ["life-of-a", "life-of-b"]
+
+
+async def test_a_server_that_hangs_costs_three_budgets_and_then_nothing(server: IndexServer) -> None:
+    chain = addresses_of(8)
+    settings = settings_for(server.url, budget_s=0.05, reply_timeout_s=0.3)
+    async with (
+        RedisIndex(settings, owner_named("a"), lambda: stored_blocks(chain)),
+        RedisIndex(settings, owner_named("b"), lambda: []) as b,
+    ):
+        await finds(b, chain, 8)
+        server.pause()
+        before = b.state().counters
+        try:
+            for _ in range(20):
+                assert await b.find(chain) == ()
+        finally:
+            server.resume()
+        after = b.state().counters
+        assert after.timeouts + after.errors - before.timeouts - before.errors == 3
+        assert after.skipped - before.skipped == 17
+        await finds(b, chain, 8)
+
+
+async def test_data_that_is_deleted_under_way_comes_back(server: IndexServer) -> None:
+    chain = addresses_of(80)
+    settings = settings_for(server.url)
+    async with (
+        RedisIndex(settings, owner_named("a"), lambda: stored_blocks(chain)) as a,
+        RedisIndex(settings, owner_named("b"), lambda: []) as b,
+    ):
+        for _ in range(3):
+            await finds(b, chain, 80)
+            server.flush()
+        a.removed(stored_blocks(chain)[79:])
+        await finds(b, chain, 76)
+
+
+@pytest.mark.parametrize("step", range(8))
+async def test_a_server_killed_at_any_step_of_publishing(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The steps: inspect, allot, records, own record, announce, beat, members, records, entries, event."""
+    chain = addresses_of(16)
+    with index_server("valkey") as server:
+        settings = settings_for(server.url)
+        async with RedisIndex(settings, owner_named("b"), lambda: []) as b:
+            await until(lambda: b.state().registered)
+            kill_at_step(monkeypatch, server, step)
+            async with RedisIndex(settings, owner_named("a"), lambda: stored_blocks(chain)):
+                await finds(b, chain, 16)
+
+
+def kill_at_step(monkeypatch: pytest.MonkeyPatch, server: IndexServer, step: int) -> None:
+    """The server dies before step `step` of any connection, half of the time with the commands already carried out."""
+    run = RedisServer.run
+    steps = iter(range(step + 1))
+
+    async def run_or_die(self: RedisServer, commands: Sequence[Command]) -> list[Reply]:
+        if next(steps, None) == step:
+            if step % 2:
+                await run(self, commands)
+            server.kill()
+            server.start()
+        return await run(self, commands)
+
+    monkeypatch.setattr(RedisServer, "run", run_or_die)
+
+
+async def test_garbage_in_every_key_is_replaced_and_hurts_nobody(server: IndexServer) -> None:
+    chain = addresses_of(16)
+    settings = settings_for(server.url, drift_check_s=0.1)
+    async with (
+        RedisIndex(settings, owner_named("a"), lambda: stored_blocks(chain)) as a,
+        RedisIndex(settings, owner_named("b"), lambda: []) as b,
+    ):
+        await finds(b, chain, 16)
+        with server.client() as client:
+            keys = server.keys()
+            for key in keys:
+                client.set(key, GARBAGE)
+            assert await b.find(chain) == ()
+            await finds(b, chain, 16)
+            for key in keys:
+                client.delete(key)
+                client.lpush(key, GARBAGE)
+            assert await b.find(chain) == ()
+            await finds(b, chain, 16)
+            client.hset(KEYS.lives, mapping={b"9" * 20: b"x", b"7": GARBAGE, b"8": b"{}", GARBAGE[:100]: b""})
+            client.sadd(KEYS.bucket(0, 1, 0), GARBAGE)
+            await until(lambda: client.hlen(KEYS.lives) <= 4, "what cannot be an owner is deleted")
+        a.removed(stored_blocks(chain)[-1:])
+        await finds(b, chain, 12)
+
+
+@pytest.mark.parametrize("event", [GARBAGE, b"", b"\xc1", msgspec.msgpack.encode({"number": -1})])
+async def test_a_follower_survives_any_event(event: bytes) -> None:
+    chain = addresses_of(8)
+    with index_server("redis") as server, server.client() as client:
+        settings = settings_for(server.url)
+        async with (
+            RedisIndex(settings, owner_named("a"), lambda: stored_blocks(chain)) as a,
+            Follower(settings) as follower,
+        ):
+            await until(lambda: a.state().entries == 2 and a.state().lag_s == 0)
+            await follower.poll()
+            client.xadd(server.keys("*:e:*")[0], {"e": event})
+            (change,) = await follower.poll()
+            assert (change.kind, len(change.stored)) == ("resynced", 2)
+
+
+class Forger:
+    """Writes to the index what no owner would."""
+
+    def __init__(self, server: IndexServer, chain: Sequence[bytes]) -> None:
+        self._server = server
+        self._chain = chain
+
+    def entry(self, life: int, count: int = 1) -> None:
+        place = struct.pack("<IBIHQII", life, 1, 0, 4, 1, 256, 1)
+        with self._server.client() as client:
+            for address in self._chain[3::4]:
+                client.set(KEYS.entry(address), b"\x01" + place * count)
+
+    def member(self, life: int, text: bytes, worker: str, incarnation: str) -> None:
+        with self._server.client() as client:
+            client.hset(KEYS.lives, str(life), text)
+            for shard in range(NUM_SHARDS):
+                client.set(KEYS.record(shard, worker), record(life, incarnation, 0), px=5000)
+
+
+async def test_forged_entries_and_members_are_left_out_or_no_more_than_hints() -> None:
+    chain = addresses_of(8)
+    with index_server("valkey") as server:
+        forger = Forger(server, chain)
+        async with RedisIndex(settings_for(server.url), owner_named("b"), lambda: []) as b:
+            await until(lambda: b.state().registered)
+            forger.entry(life=77)  # of nobody
+            assert await b.find(chain) == ()
+            owner = msgspec.structs.asdict(owner_named("x"))
+            for index, wrong in enumerate(
+                [
+                    {"control_url": "file:///etc/passwd"},
+                    {"control_url": "http://user:pass@host"},
+                    {"worker_id": "a b\nc"},
+                    {"num_buckets": 1 << 30},
+                    {"fingerprint": "short"},
+                    {"capacity_blocks": -1},
+                ]
+            ):
+                forger.member(100 + index, msgspec.msgpack.encode(owner | wrong), "x", "life-of-x")
+                forger.entry(life=100 + index)
+            forger.member(200, msgspec.msgpack.encode(owner | {"fingerprint": "f" * 32}), "x", "life-of-x")
+            forger.entry(life=200)  # of another layout
+            await until(lambda: len(b.members()) == 2)
+            assert await b.find(chain) == ()
+            assert b.state().counters.garbage
+            forger.member(201, msgspec.msgpack.encode(owner), "x", "life-of-x")
+            forger.entry(life=201, count=3)  # well-formed, and a lie: what it costs is a question to x
+            await until(lambda: any(member.life == 201 for member in b.members()))
+            assert [source.num_blocks for source in await b.find(chain)] == [8]
+
+
+async def test_a_server_that_is_full_refuses_entries_and_nobody_is_lost() -> None:
+    chain = addresses_of(400)
+    with index_server("redis") as server, server.client() as client:
+        settings = settings_for(server.url)
+        async with (
+            RedisIndex(settings, owner_named("a"), lambda: stored_blocks(chain)) as a,
+            RedisIndex(settings, owner_named("b"), lambda: []) as b,
+        ):
+            await finds(b, chain, 400)
+            client.config_set("maxmemory", 1)
+            a.removed(stored_blocks(chain)[:1])
+            await until(lambda: a.state().counters.refused > 0)
+            await asyncio.sleep(2 * settings.record_ttl_s)
+            assert {member.worker_id for member in b.members()} == {"a", "b"}
+
+
+async def test_an_owner_that_is_killed_is_void_when_its_record_expires_and_swept() -> None:
+    chain = addresses_of(40)
+    with index_server("valkey") as server:
+        async with RedisIndex(settings_for(server.url), owner_named("b"), lambda: []) as b:
+            command, environment = child_python("tests.support.index_owner", server.url, "40")
+            process = await asyncio.create_subprocess_exec(*command, env=environment)
+            try:
+                await finds(b, chain, 40)
+            finally:
+                process.kill()
+                await process.wait()
+            await finds(b, chain, 0)
+            await until(lambda: not server.keys("*:b:*") and not server.keys("*:o:*"), "swept")
+
+
+async def test_the_embedded_server_ends_with_the_process_that_started_it() -> None:
+    command, environment = child_python("tests.support.index_owner", "embedded", "0")
+    process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
+    assert process.stdout is not None
+    pid = int(await process.stdout.readline())
+    os.kill(pid, 0)
+    process.kill()
+    await process.wait()
+    await until(lambda: not is_alive(pid), "the server has ended")
+
+
+async def test_an_embedded_server_that_died_is_noticed() -> None:
+    async with EmbeddedServer() as server:
+        os.kill(server.pid, 9)
+        assert await server.wait() == -9
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        with open(f"/proc/{pid}/stat") as file:  # noqa: PTH123
+            return file.read().rsplit(")", 1)[1].split()[0] != "Z"
+    except OSError:
+        return False

@@ -1,0 +1,88 @@
+"""A prompt that the device has forgotten comes back from wherever it is kept, and the answer is the same."""
+
+from pathlib import Path
+
+import pytest
+from completions import Answer
+from store_cluster import BLOCK_SIZE, NUM_BLOCKS, StoreCluster, running_stores
+from tiny_models import make_model
+
+PROMPT_BLOCKS = 20
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model("llama", tmp_path_factory.mktemp("model"))
+
+
+def prompt(number: int) -> list[int]:
+    return [(7 * number + 3 * i) % 500 + 2 for i in range(PROMPT_BLOCKS * BLOCK_SIZE + 5)]
+
+
+async def forget(cluster: StoreCluster, first: int = 1) -> None:
+    """Have the device forget what it holds, by asking for enough else."""
+    for number in range(first, first + NUM_BLOCKS // PROMPT_BLOCKS + 1):
+        await cluster.ask(prompt(number), 1)
+
+
+def num_cached(answer: Answer) -> int:
+    return int(answer.usage["prompt_tokens_details"]["cached_tokens"])
+
+
+@pytest.mark.parametrize("write", ["back", "through"])
+async def test_from_host_memory(model: Path, monkeypatch: pytest.MonkeyPatch, write: str) -> None:
+    async with running_stores(model, monkeypatch) as cluster:
+        await cluster.start("decode", "d0", write=write)
+        first = await cluster.ask(prompt(0))
+        await forget(cluster)
+        again = await cluster.ask(prompt(0))
+        assert again.token_ids == first.token_ids
+        assert num_cached(again) == PROMPT_BLOCKS * BLOCK_SIZE
+        assert (await cluster.tier("d0")).found == PROMPT_BLOCKS
+        await cluster.at_rest()
+
+
+async def test_from_disk(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    async with running_stores(model, monkeypatch) as cluster:
+        node = await cluster.start("decode", "d0", host_memory="512KiB", disk_path=str(tmp_path), disk_size="16MiB")
+        first = await cluster.ask(prompt(0))
+        await forget(cluster, 1)
+        await forget(cluster, 30)
+        again = await cluster.ask(prompt(0))
+        assert again.token_ids == first.token_ids
+        assert num_cached(again) == PROMPT_BLOCKS * BLOCK_SIZE
+        assert (await cluster.tier("d0", "disk")).found == PROMPT_BLOCKS
+        await cluster.at_rest()
+        await node.stop()
+        await cluster.start("decode", "d1", disk_path=str(tmp_path), disk_size="16MiB")
+        restarted = await cluster.ask(prompt(0))
+        assert restarted.token_ids == first.token_ids
+        assert num_cached(restarted) == PROMPT_BLOCKS * BLOCK_SIZE, "the disk tier outlives the process"
+
+
+async def test_from_a_peers_host_memory(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_stores(model, monkeypatch, local_prefill_tokens=0) as cluster:
+        await cluster.start("decode", "d0")
+        first = await cluster.ask(prompt(0))
+        await forget(cluster)
+        await cluster.start("prefill", "p0", host_memory="0")
+        again = await cluster.ask(prompt(0))
+        assert again.token_ids == first.token_ids
+        assert num_cached(again) >= PROMPT_BLOCKS * BLOCK_SIZE
+        await cluster.at_rest()
+
+
+async def test_from_a_store_after_the_node_has_gone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_stores(model, monkeypatch) as cluster:
+        store = await cluster.start("store", "s0")
+        node = await cluster.start("decode", "d0", write="through", stores=(store.url,))
+        first = await cluster.ask(prompt(0))
+        await cluster.until_stored("s0", PROMPT_BLOCKS)
+        await cluster.at_rest()
+        await node.stop()
+        del cluster.nodes["d0"]
+        await cluster.start("decode", "d1", stores=(store.url,))
+        again = await cluster.ask(prompt(0))
+        assert again.token_ids == first.token_ids
+        assert num_cached(again) == PROMPT_BLOCKS * BLOCK_SIZE
+        await cluster.at_rest()

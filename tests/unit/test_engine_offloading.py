@@ -1,0 +1,373 @@
+"""What the device is about to forget is offered to the store, once and in time; what the store has comes back."""
+
+import pytest
+from engine_bench import BLOCK_SIZE, LAYOUT, Bench, continuation, request
+from engine_store import BenchStore
+from hypothesis import given
+from hypothesis import strategies as st
+
+from engine.events import BlocksOffered
+from engine.request import Mode
+from protocol.block_hash import hash_blocks, root_hash
+from protocol.errors import Cancelled
+from protocol.ids import BlockHash, PinId
+from protocol.kv_blocks import chain, tenant_of
+
+NUM_BLOCKS = 64  # at most 4 are offered at a time, when no more than 4 can be handed out without loss
+
+
+def prompt(number: int, num_tokens: int) -> list[int]:
+    return list(range(100 * number, 100 * number + num_tokens))
+
+
+def hashes_of(tokens: list[int], salt: str | None = None) -> list[BlockHash]:
+    return hash_blocks(tokens, BLOCK_SIZE, root_hash(LAYOUT.identity, salt))
+
+
+def full(store: BenchStore | None = None, *, num_blocks: int = NUM_BLOCKS, num_prompts: int = 15) -> Bench:
+    """A bench whose pool holds so many prompts of four full blocks each, the first of them least recently used."""
+    bench = Bench(num_blocks, store=store or BenchStore())
+    for number in range(num_prompts):
+        bench.generate(request(f"p{number}", prompt(number, 4 * BLOCK_SIZE), max_tokens=1))
+    return bench
+
+
+def load(bench: Bench, name: str, num_blocks: int | None = None) -> None:
+    """Bring what was asked for from the store, or so many leading blocks of it."""
+    reserved, store = bench.heard[name].reserved, bench.store
+    assert reserved is not None
+    assert store is not None
+    wanted = reserved.block_ids if num_blocks is None else reserved.block_ids[:num_blocks]
+    for index in range(reserved.num_cached_blocks, len(wanted)):
+        bench.runner.import_block(memoryview(store.kept[reserved.block_hashes[index]]), 0, wanted[index])
+    bench.resume(name, len(wanted) * BLOCK_SIZE)
+
+
+# Offers.
+
+
+def test_nothing_is_offered_while_there_is_room() -> None:
+    bench = full(num_prompts=14)
+    assert (bench.offers, bench.core.load().num_offered_blocks) == ({}, 0)
+
+
+def test_the_coldest_chain_is_offered_in_its_order_when_room_runs_out() -> None:
+    bench = full()
+    (offer,) = bench.offers.values()
+    tokens = prompt(0, 4 * BLOCK_SIZE)
+    assert list(offer.blocks) == chain(root_hash(LAYOUT.identity), hashes_of(tokens))
+    bench.check_blocks(offer.block_ids, tokens, "an offer")
+    assert bench.core.load().num_offered_blocks == 4
+    assert bench.core.load().free_blocks == NUM_BLOCKS - 4
+
+
+def test_an_offer_says_whose_blocks_they_are() -> None:
+    bench = Bench(store=BenchStore(eager=True))
+    bench.generate(request("a", prompt(1, 8), cache_salt="x", max_tokens=1))
+    (offer,) = bench.offers.values()
+    assert {block.tenant for block in offer.blocks} == {tenant_of("x")}
+    assert offer.blocks[0].parent == root_hash(LAYOUT.identity, "x")
+
+
+def test_what_was_saved_is_forgotten_first_and_what_was_used_meanwhile_is_not() -> None:
+    bench = full()
+    bench.generate(request("again", prompt(1, 4 * BLOCK_SIZE), max_tokens=1))
+    bench.save()
+    bench.generate(request("new", prompt(20, 6 * BLOCK_SIZE), max_tokens=1))
+    assert bench.pin("first", hashes_of(prompt(0, 16))) == ()
+    assert len(bench.pin("second", hashes_of(prompt(1, 12)))) == 3
+    assert bench.core.load().lost_blocks == 0
+
+
+def test_the_store_is_asked_once_about_a_block_until_it_is_used_again() -> None:
+    store = BenchStore(keeps=False)
+    bench = full(store)
+    for number in range(20, 24):
+        bench.generate(request(f"q{number}", prompt(number, 4), max_tokens=1))
+    assert len(store.asked) == len({block.block_hash for block in store.asked}) >= 8
+    assert bench.offers == {}
+    first, second = (bench.pin(PinId(f"pin{i}"), hashes_of(prompt(2, 16))) for i in range(2))
+    assert first == second
+    bench.unpin("pin0")
+    bench.unpin("pin1")
+    num_asked = len(store.asked)
+    bench.generate(request("other", prompt(30, 50 * BLOCK_SIZE), max_tokens=1))
+    asked = [block.block_hash for block in store.asked]
+    assert len(asked) > num_asked
+    assert max(map(asked.count, asked)) <= 2
+
+
+def test_offers_hold_a_sixteenth_of_the_pool_at_most() -> None:
+    bench = full()
+    for number in range(20, 40):
+        bench.generate(request(f"q{number}", prompt(number, 4 * BLOCK_SIZE), max_tokens=1))
+        assert bench.core.load().num_offered_blocks <= 4
+    bench.save()
+    assert bench.core.load().free_blocks == NUM_BLOCKS
+
+
+def test_what_is_forgotten_faster_than_it_is_saved_is_counted() -> None:
+    bench = full()
+    bench.generate(request("big", prompt(20, 40 * BLOCK_SIZE), max_tokens=1))
+    bench.step()
+    num_lost = bench.core.load().lost_blocks
+    assert num_lost > 30
+    held = sum(len(bench.pin(f"pin{number}", hashes_of(prompt(number, 16)))) for number in range(15))
+    assert held + num_lost + len(bench.offers) * 4 >= 15 * 4, "the offered ones are held, and nothing else is missing"
+
+
+def test_clearing_the_prefix_cache_forgets_offered_blocks_but_not_their_bytes() -> None:
+    bench = full()
+    bench.core.clear_prefix_cache()
+    (offer,) = bench.offers.values()
+    bench.check_blocks(offer.block_ids, prompt(0, 16), "an offer")
+    bench.save()
+    assert bench.core.load().free_blocks == NUM_BLOCKS
+    assert bench.core.load().num_offered_blocks == 0
+
+
+def test_a_stop_voids_all_offers() -> None:
+    bench = full()
+    (pin_id,) = bench.offers
+    bench.core.close(Cancelled("stopping"))
+    assert bench.busy_blocks == 0
+    bench.core.saved(pin_id)
+    assert bench.busy_blocks == 0
+
+
+# Who needs the blocks.
+
+
+@pytest.mark.parametrize("async_scheduling", ["off", "on"])
+def test_a_decode_waits_for_blocks_that_are_being_saved_and_preempts_nobody(async_scheduling: str) -> None:
+    bench = Bench(16, store=BenchStore(), async_scheduling=async_scheduling)
+    bench.generate(request("cold", prompt(1, 4), max_tokens=1))
+    old, young = prompt(2, 7 * BLOCK_SIZE - 2), prompt(3, 7 * BLOCK_SIZE - 2)
+    bench.submit(request("old", old, max_tokens=12))
+    bench.submit(request("young", young, max_tokens=3))
+    bench.run()
+    assert bench.core.load().num_offered_blocks == 1
+    assert bench.core.load().preemptions == 0
+    bench.save()
+    bench.run()
+    assert bench.heard["old"].tokens == continuation(old, 12)
+    assert bench.heard["young"].tokens == continuation(young, 3)
+    assert bench.core.load().preemptions == 0
+
+
+def test_an_admission_waits_for_blocks_that_are_being_saved() -> None:
+    bench = full()
+    whole = prompt(20, NUM_BLOCKS * BLOCK_SIZE - 4)
+    bench.submit(request("whole", whole, max_tokens=2))
+    for _ in range(100):
+        if bench.step() or not bench.offers:
+            continue
+        bench.save()
+    assert bench.heard["whole"].tokens == continuation(whole, 2)
+
+
+# Write-through.
+
+
+@pytest.mark.parametrize("async_scheduling", ["off", "on"])
+def test_an_eager_store_is_offered_what_is_computed_decoded_and_imported(async_scheduling: str) -> None:
+    store = BenchStore(eager=True)
+    bench = Bench(256, store=store, async_scheduling=async_scheduling)
+    tokens = prompt(1, 10)
+    bench.generate(request("r", tokens, max_tokens=8))
+    bench.save()
+    whole = [*tokens, *continuation(tokens, 8)]
+    assert list(store.kept) == hashes_of(whole[:-1]), "the last token's KV is never computed"
+    other = Bench(256)
+    other.generate(request("source", prompt(2, 9), Mode.PREFILL_ONLY))
+    bench.submit(request("i", prompt(2, 9), import_tokens=8))
+    bench.run()
+    reserved = bench.heard["i"].reserved
+    assert reserved is not None
+    for source, block_id in zip(other.heard["source"].block_ids, reserved.block_ids, strict=False):
+        bench.runner.import_block(other.runner.memory, source, block_id)
+    bench.resume("i", 8)
+    bench.run()
+    bench.save()
+    assert set(hashes_of(prompt(2, 8))) <= set(store.kept)
+    assert bench.busy_blocks == 0
+
+
+def test_what_there_is_no_room_for_is_offered_to_an_eager_store_when_there_is() -> None:
+    store = BenchStore(eager=True)
+    bench = Bench(NUM_BLOCKS, store=store)
+    bench.generate(request("r", prompt(1, 40), max_tokens=1))
+    for num_saved in (4, 8, 10):
+        assert 0 < bench.core.load().num_offered_blocks <= 4
+        bench.save()
+        assert list(store.kept) == hashes_of(prompt(1, 40))[:num_saved]
+        bench.run()
+    assert bench.offers == {}
+    assert len(store.asked) == 10
+
+
+# What comes back.
+
+
+def forgotten(num_tokens: int, **settings: object) -> tuple[Bench, list[int]]:
+    """A bench that has forgotten a prompt which its store keeps."""
+    store, tokens = BenchStore(eager=True), prompt(1, num_tokens)
+    bench = Bench(256, store=store, **settings)
+    bench.generate(request("first", tokens, max_tokens=1))
+    bench.save()
+    bench.core.clear_prefix_cache()
+    return bench, tokens
+
+
+@pytest.mark.parametrize("mode", [Mode.GENERATE, Mode.PREFILL_ONLY])
+@pytest.mark.parametrize("num_tokens", [13, 16])
+def test_what_the_store_keeps_is_asked_for_and_not_computed(num_tokens: int, mode: Mode) -> None:
+    bench, tokens = forgotten(num_tokens)
+    num_computed = bench.core.load().computed_prompt_tokens
+    bench.submit(request("r", tokens, mode))
+    bench.run()
+    reserved = bench.heard["r"].reserved
+    assert reserved is not None
+    assert list(reserved.block_hashes) == hashes_of(tokens[:12]), "at least one token is left to compute"
+    load(bench, "r")
+    bench.run()
+    assert bench.heard["r"].tokens == continuation(tokens, 4 if mode is Mode.GENERATE else 1)
+    answer = bench.heard["r"].computed if mode is Mode.GENERATE else bench.heard["r"].prefill
+    assert answer is not None
+    assert answer.num_cached_tokens == bench.core.load().loaded_prompt_tokens == 12
+    assert bench.core.load().computed_prompt_tokens - num_computed == num_tokens - 12
+
+
+def test_only_what_the_prefix_cache_lacks_is_asked_for() -> None:
+    bench, tokens = forgotten(24)
+    bench.generate(request("head", tokens[:8], max_tokens=1))
+    load(bench, "head", 0)
+    bench.run()
+    bench.submit(request("r", tokens))
+    bench.run()
+    reserved = bench.heard["r"].reserved
+    assert reserved is not None
+    assert (reserved.num_cached_blocks, len(reserved.block_ids)) == (2, 5)
+
+
+def test_a_load_that_brings_nothing_is_not_asked_for_again() -> None:
+    bench, tokens = forgotten(24)
+    bench.submit(request("r", tokens))
+    bench.run()
+    load(bench, "r", 0)
+    bench.run()
+    assert bench.heard["r"].tokens == continuation(tokens, 4)
+    assert bench.core.load().loaded_prompt_tokens == 0
+
+
+def test_whoever_may_bring_more_than_the_store_is_asked_for_all_of_it() -> None:
+    bench, tokens = forgotten(16)
+    longer = [*tokens, *prompt(7, 20)]
+    bench.submit(request("r", longer, import_tokens=28))
+    bench.run()
+    reserved = bench.heard["r"].reserved
+    assert reserved is not None
+    assert list(reserved.block_hashes) == hashes_of(longer)[:7]
+    load(bench, "r", 4)
+    bench.run()
+    assert bench.heard["r"].tokens == continuation(longer, 4)
+    assert (bench.core.load().loaded_prompt_tokens, bench.core.load().imported_prompt_tokens) == (16, 16)
+
+
+def test_an_import_is_told_the_addresses_of_its_full_blocks() -> None:
+    bench = Bench()
+    bench.submit(request("r", prompt(1, 14), Mode.IMPORT))
+    bench.run()
+    reserved = bench.heard["r"].reserved
+    assert reserved is not None
+    assert not reserved.prefix
+    assert (len(reserved.block_ids), list(reserved.block_hashes)) == (4, hashes_of(prompt(1, 14)))
+
+
+@pytest.mark.parametrize("brings", [True, False])
+@pytest.mark.parametrize("mode", [Mode.GENERATE, Mode.IMPORT])
+def test_a_preempted_decode_comes_back_from_the_store(mode: Mode, brings: bool) -> None:
+    store = BenchStore(eager=True)
+    bench = Bench(24, store=store)
+    old, young = prompt(1, 40), prompt(2, 40)
+    bench.submit(request("old", old, max_tokens=30))
+    bench.submit(request("young", young, mode, max_tokens=30))
+    for _ in range(2000):
+        if mode is Mode.IMPORT and bench.heard["young"].awaiting and not bench.heard["young"].tokens:
+            activate(bench, "young", young)
+        elif bench.heard["young"].awaiting:
+            load(bench, "young", None if brings else 0)
+        bench.save()
+        if not bench.step() and all(heard.over for heard in bench.heard.values()):
+            break
+    assert bench.heard["old"].tokens == continuation(old, 30)
+    assert bench.heard["young"].tokens == continuation(young, 30)
+    loads = bench.core.load()
+    assert loads.preemptions > 0
+    assert (loads.loaded_prompt_tokens > 0) == brings
+    assert bench.busy_blocks == 0
+
+
+def activate(bench: Bench, name: str, tokens: list[int]) -> None:
+    reserved = bench.heard[name].reserved
+    assert reserved is not None
+    other = Bench()
+    other.generate(request("source", tokens, Mode.PREFILL_ONLY))
+    for source, block_id in zip(other.heard["source"].block_ids, reserved.block_ids, strict=True):
+        bench.runner.import_block(other.runner.memory, source, block_id)
+    bench.activate(name, continuation(tokens, 1)[0])
+
+
+@given(
+    actions=st.lists(
+        st.tuples(
+            st.sampled_from(["submit", "submit", "step", "step", "save", "lose", "load"]), st.integers(0, 1 << 16)
+        )
+    ),
+    num_blocks=st.integers(16, 40),
+    eager=st.booleans(),
+    async_scheduling=st.sampled_from(["off", "on"]),
+)
+def test_tokens_are_right_whatever_is_offered_saved_lost_and_loaded(
+    actions: list[tuple[str, int]], num_blocks: int, eager: bool, async_scheduling: str
+) -> None:
+    bench = Bench(num_blocks, store=BenchStore(eager=eager), async_scheduling=async_scheduling)
+    for count, (action, dice) in enumerate(actions):
+        awaiting = [name for name, heard in bench.heard.items() if heard.awaiting]
+        match action:
+            case "submit":
+                tokens = prompt(dice % 5, 6 + dice % 37)
+                bench.submit(request(f"r{count}", tokens, max_tokens=1 + dice % 20))
+            case "step":
+                for _ in range(1 + dice % 20):
+                    bench.step()
+            case "save" | "lose" if bench.offers:
+                bench.save(sorted(bench.offers)[dice % len(bench.offers)], kept=action == "save")
+            case "load" if awaiting:
+                load(bench, awaiting[dice % len(awaiting)])
+            case _:
+                pass
+    for _ in range(10_000):
+        for name, heard in bench.heard.items():
+            if heard.awaiting:
+                load(bench, name)
+        bench.save()
+        if not bench.step() and all(heard.over for heard in bench.heard.values()) and not bench.offers:
+            break
+    for name, heard in bench.heard.items():
+        context, limit = bench.requests[name].prompt_token_ids, bench.requests[name].sampling.max_tokens
+        assert heard.tokens == continuation(context, min(limit, num_blocks * BLOCK_SIZE - len(context)))
+    assert bench.busy_blocks == 0
+
+
+def test_an_offer_is_an_event_like_any_other() -> None:
+    """Nothing is offered twice at a time, and every id is new."""
+    bench = full()
+    seen: set[PinId] = set()
+    for number in range(20, 30):
+        bench.generate(request(f"q{number}", prompt(number, 4 * BLOCK_SIZE), max_tokens=1))
+        assert all(isinstance(offer, BlocksOffered) for offer in bench.offers.values())
+        assert seen.isdisjoint(bench.offers)
+        seen |= set(bench.offers)
+        bench.save()
+    assert len(seen) >= 10
