@@ -47,6 +47,7 @@ def test_too_much_to_tell_becomes_a_snapshot() -> None:
     log.removed([B])
     assert log.take() == KVEventBatch("i", 2, (BlocksRemoved((B,)),))
 
+
 def test_tiers_are_told_apart_and_only_the_device_is_cleared() -> None:
     log = KVEventLog(Incarnation("i"))
     log.stored([A, B])
@@ -74,7 +75,12 @@ def test_of_a_tier_too_large_to_tell_what_came_first_is_said_to_be_gone() -> Non
     assert log.snapshot() == KVEventBatch("i", 2, (AllBlocksCleared(), BlocksStored((B, C), "disk")))
 
 
-@given(st.lists(st.tuples(st.sampled_from(["toggle", "clear", "take", "snapshot"]), st.integers(0, 5), st.sampled_from(TIERS)), max_size=60))
+@given(
+    st.lists(
+        st.tuples(st.sampled_from(["toggle", "clear", "take", "snapshot"]), st.integers(0, 5), st.sampled_from(TIERS)),
+        max_size=60,
+    )
+)
 def test_a_reader_that_follows_knows_the_cache(actions: list[tuple[str, int, StorageTier]]) -> None:
     log = KVEventLog(Incarnation("i"), max_pending_blocks=4)
     truth: set[tuple[bytes, StorageTier]] = set()
