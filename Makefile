@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench bench-engine bench-block-pool bench-disaggregation bench-handoff bench-interference bench-transfer bench-quantization bench-speculation clean
+.PHONY: help serve test check bench bench-engine bench-block-pool bench-cache bench-disaggregation bench-handoff bench-interference bench-kv-index bench-transfer bench-quantization bench-speculation clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
@@ -43,6 +43,9 @@ bench-engine: $(VENV)/.installed-test ## measure the engine beside vLLM, llama.c
 bench-block-pool: $(VENV)/.installed-test ## measure how long the runs are that blocks are handed out in
 	$(BIN)/python -m benchmarks.bench_block_pool $(ARGS)
 
+bench-cache: $(VENV)/.installed-test ## replay a trace against every eviction policy; ARGS="--trace FILE"
+	$(BIN)/python -m benchmarks.bench_cache_policy $(ARGS)
+
 bench-disaggregation: $(VENV)/.installed-test ## measure 1 prefill + 1 decode node beside ordinary replicas, under bursts of long prompts
 	$(BIN)/python -m benchmarks.bench_disaggregation $(ARGS)
 
@@ -51,6 +54,9 @@ bench-handoff: $(VENV)/.installed-test ## measure the exposed hand-off of eight 
 
 bench-interference: $(VENV)/.installed-test ## measure what long prompts do to streams, by token budget
 	$(BIN)/python -m benchmarks.bench_interference $(ARGS)
+
+bench-kv-index: $(VENV)/.installed ## measure the Redis index beside a raw MGET: lookups, writes, memory; ARGS="--entries 10000000" for more
+	$(BIN)/python -m benchmarks.bench_kv_index $(ARGS)
 
 bench-transfer: $(VENV)/.installed ## measure every transport beside memcpy, raw sockets and raw NIXL
 	$(BIN)/headrace bench transfer $(ARGS)

@@ -17,7 +17,8 @@ class BackingStore(Protocol):
         ...
 
     def wanted(self, blocks: Sequence[CachedBlock]) -> list[bool]:
-        """Of blocks that will be forgotten (or, where `eager`, have just been computed): which it lacks and would keep."""
+        """Of blocks that will be forgotten (or, where `eager`, have just been computed): which it lacks and would keep. They are
+        offered next, unless they are gone already, and the answer only counts what was lost."""
         ...
 
     @property

@@ -209,6 +209,10 @@ class Engine:
         """All that is cached, for a reader that has missed events."""
         return self._kv_events.snapshot()
 
+    def num_held(self, block_hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of this chain this process holds, on the device or in another tier; a glance."""
+        return self._kv_events.num_held(block_hashes)
+
     def note_stored(self, block_hashes: Sequence[BlockHash], tier: StorageTier) -> None:
         """Another tier of this process holds these from now on: to be told to whoever takes events."""
         self._kv_events.stored(block_hashes, tier)

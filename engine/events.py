@@ -2,8 +2,9 @@
 
 Every submitted request ends in exactly one of PrefillFinished, Finished or Failed. For an IMPORT request, Reserved comes
 first and obliges the receiver to answer with exactly one `Engine.activate` or `Engine.abandon_import`, even after a
-cancel: until then its blocks belong to the transfer. So it is with a request whose first tokens may come from elsewhere,
-if it is told to bring them; the answer is then `Engine.resume` or `Engine.abandon_import`.
+cancel: until then its blocks belong to the transfer. So it is with a request whose first tokens may come from elsewhere, from
+other nodes or from the store, if Reserved says so; the answer is then `Engine.resume` or `Engine.abandon_import`. That may
+happen again, to any request that decodes here, when it was preempted and the store has its blocks.
 """
 
 import asyncio

@@ -67,6 +67,15 @@ class KVEventLog:
             self._known["device"].clear()
             self._start_over()
 
+    def num_held(self, block_hashes: Sequence[BlockHash]) -> int:
+        """How many leading blocks of this chain are in one tier or another, as far as is known here."""
+        with self._lock:
+            tiers = tuple(self._known.values())
+            for index, block_hash in enumerate(block_hashes):
+                if not any(block_hash in known for known in tiers):
+                    return index
+        return len(block_hashes)
+
     def take(self) -> KVEventBatch | None:
         """What happened since the last `take` or `snapshot`; None if nothing did."""
         with self._lock:

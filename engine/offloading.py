@@ -26,6 +26,8 @@ WINDOW = 1 / 8
 MAX_OFFERED = 1 / 16
 MAX_BATCH = 64
 """Blocks of one offer."""
+MAX_CONSIDERED = 256
+"""Blocks that the store is asked about between two steps, for each reason: they cost four microseconds each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +69,10 @@ class Offloading:
         token of the context is left to compute."""
         if self._backing is None:
             return 0
-        first, end = (
-            sequence.num_computed // self._tables.block_size,
-            (sequence.context_end - 1) // self._tables.block_size,
-        )
+        block_size = self._tables.block_size
+        first, end = sequence.num_computed // block_size, (sequence.context_end - 1) // block_size
         num_loadable = self._backing.num_loadable(sequence.block_hashes[first:end])
-        return (first + num_loadable) * self._tables.block_size if num_loadable else 0
+        return (first + num_loadable) * block_size if num_loadable else 0
 
     # What it may keep.
 
@@ -120,7 +120,7 @@ class Offloading:
     def _just_computed(self) -> list[int]:
         """The next blocks that have entered the prefix cache, as many as there is room for."""
         block_ids: list[int] = []
-        while self._entered and len(block_ids) < self._room:
+        while self._entered and len(block_ids) < min(self._room, MAX_CONSIDERED):
             block_id, _ = self._entered.popitem(last=False)
             if self._tables.describe(block_id) is not None:  # it may have been forgotten since
                 block_ids.append(block_id)
@@ -132,7 +132,7 @@ class Offloading:
         num_ready = pool.num_empty + pool.num_surveyed + self.num_offered
         if num_ready > self._window // 2:
             return []
-        return pool.survey(min(self._window - num_ready, self._room))
+        return pool.survey(min(self._window - num_ready, self._room, MAX_CONSIDERED))
 
     def _offer(self, block_ids: Sequence[int], *, cold: bool) -> Iterator[BlocksOffered]:
         """Hold what the store wants of these, which have addresses."""

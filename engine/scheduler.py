@@ -7,7 +7,7 @@ Admission reserves the whole context, so that a prefill never stops half-way for
 has where to land; only decodes grow. A sequence whose first tokens somebody may bring is admitted like an import, ahead of
 those that wait for compute, and computes the rest when they have come, or have not: in its turn by age, so that whom it
 passed is not overtaken twice. Some of what it waits for it may compute meanwhile (see engine.sequence). A decode that finds no free block preempts the youngest sequence, which may be
-itself: the oldest always gets on. A preempted sequence is recomputed, mostly from the prefix cache and the store behind it
+itself: the oldest always gets on. Only where blocks are being saved it waits for those. A preempted sequence is recomputed, mostly from the prefix cache and the store behind it
 (engine.offloading), which is asked at every admission, once. Neither the blocks of an import nor those of a prefill for
 somebody else move: others may be writing or reading them.
 

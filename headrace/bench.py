@@ -1,4 +1,4 @@
-"""`headrace bench WHAT`: measure this machine. So far `transfer`: how fast KV blocks move from one process to another."""
+"""`headrace bench WHAT`: `transfer` measures how fast KV blocks move between processes; `cache`, what a store would keep."""
 
 import argparse
 import importlib
@@ -7,6 +7,7 @@ from typing import get_args
 
 import msgspec
 
+from headrace import bench_cache
 from protocol.errors import ConfigError
 from protocol.transfer import TransportKind
 from runtime.config import parse_size
@@ -48,11 +49,12 @@ examples:
 def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     parser = commands.add_parser(
         "bench",
-        help="measure this machine",
-        description="Measure this machine.",
+        help="measure this machine, or replay a trace",
+        description="Measure this machine, or replay a trace of requests.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     what = parser.add_subparsers(title="what to measure", metavar="WHAT", required=True)
+    bench_cache.add_parser(what)
     transfer = what.add_parser(
         "transfer",
         help="how fast KV blocks move between two processes",

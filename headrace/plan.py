@@ -14,7 +14,8 @@ from protocol.errors import ConfigError
 from runtime.config import ENVIRONMENT_KEYS, load_config, parse_size
 from runtime.node_config import MAX_THREADS, NodeConfig
 
-_SETTING_GROUPS = ("router", "node", "prefill", "decode")
+_SETTING_GROUPS = ("router", "node", "prefill", "decode", "store")
+INDEX_VARIABLE = "HEADRACE_REDIS_URL"
 _LAYOUT_SETTINGS = (
     "model.model",
     "model.dtype",
@@ -30,12 +31,17 @@ _LAYOUT_SETTINGS = (
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UpOptions:
     """What the user asked of `headrace up`. None: the setting's own default. `settings` are dotted keys that begin with
-    router, node (both kinds), prefill or decode."""
+    router, node (all kinds), prefill, decode or store. `redis`: a URL, "embedded" or "none"; None is the environment's URL
+    if there is one, and embedded otherwise. `disk`: a folder in which every node has one of its own."""
 
     model: str | None = None
     served_name: str | None = None
     num_prefill: int = 1
     num_decode: int = 1
+    num_stores: int = 0
+    redis: str | None = None
+    host_memory: str | None = None
+    disk: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
     transport: str = "nixl"
@@ -83,12 +89,17 @@ class ClusterPlan:
         return (self.router, *self.nodes)
 
 
-def make_plan(options: UpOptions, cores: Sequence[int], environ: Mapping[str, str]) -> ClusterPlan:
-    """Every process's settings are checked here as the process itself will check them. Raises ConfigError."""
+def make_plan(
+    options: UpOptions, cores: Sequence[int], environ: Mapping[str, str], index_url: str | None = None
+) -> ClusterPlan:
+    """Every process's settings are checked here as the process itself will check them. `index_url`: where the nodes find
+    each other's blocks, None where there is no index. Raises ConfigError."""
     if options.num_decode < 1:
         raise ConfigError("a cluster needs at least one decode node: --decode 1", param="--decode")
     if options.num_prefill < 0:
         raise ConfigError(f"--prefill {options.num_prefill}: a number of nodes, or 0 for none", param="--prefill")
+    if options.num_stores < 0:
+        raise ConfigError(f"--stores {options.num_stores}: a number of nodes, or 0 for none", param="--stores")
     if not 0 <= options.threads <= MAX_THREADS:
         raise ConfigError(f"--threads {options.threads}: from 0 to {MAX_THREADS}; 0: a node's cores", param="--threads")
     by_group = _by_group(options.settings)
@@ -96,31 +107,51 @@ def make_plan(options: UpOptions, cores: Sequence[int], environ: Mapping[str, st
     names += [(f"decode-{i}", "decode") for i in range(options.num_decode)]
     shares = divide_cores(cores, len(names), options.threads)
     exclusive = len(set(shares)) == len(names)
+    index = _index_settings(index_url, environ)
     nodes = []
     for (name, role), cpus in zip(names, shares, strict=True):
         threads = options.threads or (len(cpus) if exclusive else 1)
-        settings = _node_settings(name, threads, options) | by_group["node"] | by_group[role]
+        settings = _node_settings(name, threads, options) | index | by_group["node"] | by_group[role]
         pinned = cpus if exclusive and len(cpus) < len(cores) else ()
         nodes.append(_child(name, role, settings, pinned, environ))
+    for number in range(options.num_stores):
+        name = f"store-{number}"
+        settings = _node_settings(name, 1, options) | index | by_group["node"] | by_group["store"]
+        nodes.append(_child(name, "store", settings, (), environ))
     _check_same_layout(nodes)
     router = _child("router", "router", _router_settings(options) | by_group["router"], (), environ)
     return ClusterPlan(router, tuple(nodes))
 
 
+def wanted_index(options: UpOptions, environ: Mapping[str, str]) -> str:
+    """ "embedded", "none" or a URL."""
+    if options.redis is not None:
+        return options.redis
+    return environ.get(INDEX_VARIABLE) or "embedded"
+
+
+def _index_settings(index_url: str | None, environ: Mapping[str, str]) -> dict[str, object]:
+    """Empty text is no URL, and hides one that the environment has."""
+    if index_url is not None:
+        return {"store.redis": index_url}
+    return {"store.redis": ""} if environ.get(INDEX_VARIABLE) else {}
+
+
 def _check_same_layout(nodes: Sequence[ChildSpec]) -> None:
-    """Raise ConfigError where prefill and decode nodes could not read each other's KV. Nodes of a role are told the same."""
+    """Raise ConfigError where nodes could not read each other's KV. Nodes of a role are told the same."""
     first = {spec.role: load_config(NodeConfig, None, spec.settings, {}) for spec in reversed(nodes)}
-    if len(first) < 2:
-        return
-    for key in _LAYOUT_SETTINGS:
-        of_setting = operator.attrgetter(key)
-        prefill, decode = of_setting(first["prefill"]), of_setting(first["decode"])
-        if prefill != decode:
-            raise ConfigError(
-                f"{key} is {prefill!r} on prefill nodes and {decode!r} on decode nodes, which then cannot read each "
-                f"other's KV; set it for both: --set node.{key}={_as_text(decode)}",
-                param=key,
-            )
+    for role in ("prefill", "store"):
+        if role not in first:
+            continue
+        for key in _LAYOUT_SETTINGS:
+            of_setting = operator.attrgetter(key)
+            ours, decode = of_setting(first[role]), of_setting(first["decode"])
+            if ours != decode:
+                raise ConfigError(
+                    f"{key} is {ours!r} on {role} nodes and {decode!r} on decode nodes, which then cannot read each "
+                    f"other's KV; set it for both: --set node.{key}={_as_text(decode)}",
+                    param=key,
+                )
 
 
 def _by_group(settings: Mapping[str, object]) -> dict[str, dict[str, object]]:
@@ -155,6 +186,8 @@ def _node_settings(name: str, threads: int, options: UpOptions) -> dict[str, obj
             "cache.memory": options.kv_memory,
             "cache.gpu_memory_utilization": options.gpu_memory_utilization,
             "transfer.transport": options.transport,
+            "store.host_memory": options.host_memory,
+            "store.disk_path": None if options.disk is None else str(options.disk / name),
         }
     )
 

@@ -47,6 +47,9 @@ _NODE_FLAGS: Mapping[str, str] = {
     "--threads": "model.threads",
     "--kv-memory": "cache.memory",
     "--gpu-memory-utilization": "cache.gpu_memory_utilization",
+    "--host-memory": "store.host_memory",
+    "--disk": "store.disk_path",
+    "--redis": "store.redis",
 }
 """Flags that are settings of nodes only."""
 
@@ -55,10 +58,12 @@ examples:
   headrace serve router --host 0.0.0.0 --set control_host=10.0.0.1
   headrace serve prefill --router http://10.0.0.1:8001 --host 10.0.0.2 --port 9000
   headrace serve decode --config node.toml --set cache.memory=8GiB
+  headrace serve store --router http://10.0.0.1:8001 --host 10.0.0.4 --host-memory 25% --disk /var/lib/headrace
   headrace serve decode --print-config
 
 Secrets come from the environment: HEADRACE_CLUSTER_KEY (between routers and nodes; needed as soon as one of
-them is reachable from the network) and HEADRACE_API_KEY (what clients of the router show).
+them is reachable from the network), HEADRACE_API_KEY (what clients of the router show) and
+HEADRACE_REDIS_URL (the index, where its URL has a password).
 Flags win over the environment, the environment over the file, the file over the defaults.
 The first SIGTERM or Ctrl-C finishes what runs, the second stops at once.
 """
@@ -68,7 +73,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     parser = commands.add_parser(
         "serve",
         help="run one role of a cluster in this process",
-        description="Run a router, a prefill node or a decode node in this process.",
+        description="Run a router, a prefill node, a decode node or a store node in this process.",
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -96,6 +101,17 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     nodes.add_argument("--kv-memory", metavar="SIZE", help='memory for the KV cache, such as "8GiB"')
     nodes.add_argument(
         "--gpu-memory-utilization", metavar="SHARE", help="of a GPU's memory, for everything together (default: 0.9)"
+    )
+    nodes.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help='host memory for KV blocks beside the device, such as "8GiB" or "25%%"; 0: none',
+    )
+    nodes.add_argument("--disk", metavar="DIR", help="keep KV blocks on disk as well, in this folder of the node's own")
+    nodes.add_argument(
+        "--redis",
+        metavar="URL",
+        help="the index of the cluster's blocks: unix://, redis:// or rediss:// (default: none)",
     )
     add_set_flag(parser, "cache.block_size=32")
     parser.add_argument(

@@ -7,11 +7,13 @@ import os
 import signal
 import time
 from collections.abc import Mapping
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
 from headrace.cores import available_cores, parse_cpus, stay_on
-from headrace.plan import UpOptions, make_plan
+from headrace.index_server import IndexServer
+from headrace.plan import UpOptions, make_plan, wanted_index
 from headrace.prepare import PreparedModel, prepare_model, run_probe
 from headrace.serve import TRANSPORT_CHOICES
 from headrace.settings import add_set_flag, parse_settings
@@ -30,10 +32,11 @@ examples:
   headrace up --model ./my-model --prefill 1 --decode 2  a local Hugging Face folder
   headrace up --model owner/name --dtype bfloat16 --kv-memory 4GiB
   headrace up --cpu-affinity 0-7 --threads 4             on eight cores, four for each of the two nodes
+  headrace up --store --disk /var/lib/headrace           with a store node; KV outlives the processes
   headrace up --colocated 2                              no disaggregation: two replicas that do it all
   headrace up --set prefill.scheduler.max_num_batched_tokens=1024 --set router.retries=2
 
---set names a process (router, prefill, decode, or node for both kinds) and one of its settings, as
+--set names a process (router, prefill, decode, store, or node for all but the router) and one of its settings, as
 `headrace serve ROLE --print-config` lists them.
 The cores are divided between the nodes, so that no node's threads disturb another's. Ctrl-C finishes
 running requests and ends the cluster; a second Ctrl-C ends it at once. HEADRACE_API_KEY, if set, is
@@ -110,6 +113,23 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         metavar="SHARE",
         help="of a GPU's memory, for everything of a node on it (default: 0.9)",
     )
+    keep = parser.add_argument_group("what is kept beside the devices")
+    keep.add_argument(
+        "--host-memory",
+        metavar="SIZE",
+        help='host memory of each node for KV blocks, such as "8GiB" or "25%%"; 0: none',
+    )
+    keep.add_argument(
+        "--disk", type=Path, metavar="DIR", help="keep KV blocks on disk as well, in a folder there a node"
+    )
+    keep.add_argument("--store", action="store_true", help="add a store node, whose blocks outlive the other nodes")
+    keep.add_argument("--stores", type=int, metavar="N", help="the same, N of them")
+    keep.add_argument(
+        "--redis",
+        metavar="URL",
+        help="where nodes find each other's blocks: unix://, redis:// or rediss://; embedded: a server of the cluster's"
+        " own; none (default: HEADRACE_REDIS_URL, or embedded)",
+    )
     how.add_argument("--log-dir", type=Path, metavar="DIR", help="write each process's log to a file there")
     how.add_argument("--no-restart", action="store_true", help="do not start again what dies")
     add_set_flag(parser, "node.cache.block_size=32")
@@ -131,13 +151,15 @@ async def _up(options: UpOptions) -> int:
     life = ProcessLife()
     install_signal_handlers(life)
     asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, life.drain, "the terminal was closed")
-    with make_view([]) as view:
+    async with AsyncExitStack() as stack:
+        view = stack.enter_context(make_view([]))
         model = await _prepare(options, life, view)
         if model is None:
             return INTERRUPTED_STATUS
         name = options.served_name or model.name
         ready_options = dataclasses.replace(options, model=str(model.folder), served_name=name)
-        plan = make_plan(ready_options, available_cores(), os.environ)
+        index_url = await _start_index(options, view, stack)
+        plan = make_plan(ready_options, available_cores(), os.environ, index_url)
 
         def on_ready(url: str) -> None:
             view.settle()
@@ -146,6 +168,22 @@ async def _up(options: UpOptions) -> int:
         supervisor = Supervisor(plan, life, view, restart=options.restart, log_dir=options.log_dir, on_ready=on_ready)
         await supervisor.run()
     return INTERRUPTED_STATUS if life.phase is Phase.STOPPED else 0
+
+
+async def _start_index(options: UpOptions, view: StatusView, stack: AsyncExitStack) -> str | None:
+    """Its URL; None where there is none. Raises ConfigError for one that is wanted and cannot be had."""
+    wanted = wanted_index(options, os.environ)
+    if wanted == "none":
+        return None
+    if wanted != "embedded":
+        return wanted
+    try:
+        return (await stack.enter_async_context(IndexServer(view))).url
+    except ConfigError as error:
+        if options.redis is not None or options.num_stores:
+            raise
+        view.say(f"index | {error.message}; going on without an index")
+        return None
 
 
 async def _prepare(options: UpOptions, life: ProcessLife, view: StatusView) -> PreparedModel | None:
@@ -186,6 +224,10 @@ def _options(arguments: argparse.Namespace) -> UpOptions:
         served_name=arguments.served_name,
         num_prefill=num_prefill,
         num_decode=num_decode,
+        num_stores=arguments.stores if arguments.stores is not None else int(arguments.store),
+        redis=arguments.redis,
+        host_memory=arguments.host_memory,
+        disk=None if arguments.disk is None else arguments.disk.expanduser().absolute(),
         host=arguments.host,
         port=arguments.port,
         transport=arguments.transport,

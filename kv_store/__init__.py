@@ -7,8 +7,10 @@ host_tier          slots of host memory: directory (which block is where, pure),
 policy/            who is evicted
 admission          which blocks are taken at all; load_choice: which are worth bringing back, by measured rates
 mover              copies between the device and host slots; host_copier where both are host memory
+disk/              files of blocks that outlive the process
 demotion           from host slots to disk; promotion: back; disk_worker: the threads for both
 receiving          puts from other nodes
 observer, stats    what is measured and counted; readout puts it together
+bench/             how fast blocks move here, beside memcpy and a plain file
 sizing             "4GiB", "25%" or "auto" of what there is
 """

@@ -111,8 +111,12 @@ class Admission:
         if self._mode == "all":
             return True
         offered_before = self._offered.touch(block.block_hash, now) > 0
-        return not self.second_touch(now) or offered_before or self._requested.count(block.block_hash) > 1
+        return not self.second_touch(now) or offered_before or self.was_wanted_twice(block)
+
+    def was_wanted_twice(self, block: CachedBlock) -> bool:
+        """By requests, as far as they are remembered."""
+        return self._requested.count(block.block_hash) > 1
 
     def evicted(self, used: bool, now: float) -> None:
-        """The host tier has given up a block, which had been of use here or had not."""
+        """A block is in no tier any more, and had been of use here or had not."""
         self._pressure.evicted(used, now)

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from kv_store.disk_worker import DiskWorker
 from kv_store.entries import Entry
 from kv_store.host_tier import HostTier
+from kv_store.tiers import StoredBlock
 from protocol.kv_blocks import CachedBlock
 
 AHEAD_SHARE = 1 / 32
@@ -19,6 +20,19 @@ AHEAD_SHARE = 1 / 32
 MAX_BACKLOG_SHARE = 1 / 8
 MAX_BACKLOG_BYTES = 512 << 20
 """What may wait for the disk: a second of a fast one, and never more than a share of the tier."""
+
+
+class DiskLosses:
+    """A TierListener that lets admission know of what the last tier gives up."""
+
+    def __init__(self, host: HostTier) -> None:
+        self._host = host
+
+    def stored(self, blocks: Sequence[StoredBlock]) -> None:
+        pass
+
+    def removed(self, blocks: Sequence[StoredBlock]) -> None:
+        self._host.lost_from_disk([stored for stored in blocks if stored.tier == "disk"])
 
 
 class Demoter:

@@ -97,13 +97,15 @@ class HostTier:
 
     def snapshot(self) -> list[StoredBlock]:
         with self.lock:
-            return [entry.stored("host") for entry in self._directory.snapshot()]
+            entries = self._directory.snapshot()
+        return [entry.stored("host") for entry in entries]
 
     # Writing
 
     def requested(self, blocks: Sequence[CachedBlock]) -> int:
         with self.lock:
             self.admission.requested(blocks, self._clock.now())
+        with self.lock:
             return self._directory.requested(blocks)
 
     def reserve(self, blocks: Sequence[CachedBlock]) -> Reservation:
@@ -129,6 +131,13 @@ class HostTier:
     def abort(self, entries: Sequence[Entry]) -> None:
         with self.lock:
             self._directory.abort(entries)
+
+    def lost_from_disk(self, blocks: Sequence[StoredBlock]) -> None:
+        """The disk has given these up."""
+        now = self._clock.now()
+        with self.lock:
+            for stored in blocks:
+                self.admission.evicted(self.admission.was_wanted_twice(stored.block), now)
 
     def quarantined(self, num_slots: int) -> None:
         """Bytes may still land in so many slots that are being written."""
@@ -209,7 +218,7 @@ class HostTier:
     def moved(self, move: Move, num_blocks: int, seconds: float) -> None:
         with self.lock:
             num_bytes = num_blocks * self.memory.block_bytes
-            self.rates.note(move, num_blocks, seconds)
+            self.rates.note(move, num_blocks, seconds, self._clock.now())
             self.counters.moved(move, num_blocks, num_bytes, seconds)
             self._observer.moved(move, num_blocks, num_bytes, seconds)
 
@@ -230,9 +239,9 @@ class HostTier:
     def _count_evicted(self, entries: Sequence[Entry]) -> None:
         now = self._clock.now()
         for entry in entries:
-            self.admission.evicted(entry.num_uses > 0, now)
-            if self._disk is not None and entry.block.block_hash not in self._disk:
-                self.counters.dropped_demotions += 1
+            if self._disk is None or entry.block.block_hash not in self._disk:
+                self.admission.evicted(entry.num_uses > 0, now)
+                self.counters.dropped_demotions += self._disk is not None
             if entry.num_uses:
                 self.counters.evicted_used += 1
             else:

@@ -9,6 +9,9 @@ LOAD_OVERHEAD_S = 0.002
 WORTH_SPLITTING = 1 / 8
 """Of a load: what computing the front meanwhile must save, because it takes the engine from other requests."""
 
+PROBE_BLOCKS = 8
+"""Loaded although that is slower, when it has not been measured lately: otherwise one slow moment would be the last."""
+
 LoadPolicy = Literal["auto", "always", "never"]
 
 
@@ -50,8 +53,10 @@ def plan_load(
     promote_s: float | None,
     compute_s: float | None,
     policy: LoadPolicy = "auto",
+    stale: bool = False,
 ) -> LoadPlan:
-    """What to do with blocks that are near; each `_s` is measured seconds a block, None if not known.
+    """What to do with blocks that are near; each `_s` is measured seconds a block, None if not known; `stale`: of loading, not
+    measured lately.
 
     Without measurements everything is loaded: nothing else would measure. A load that takes longer than computing the same
     blocks is split if that is faster than either: with n blocks, c to compute and l to load one, both ends meet after
@@ -66,7 +71,7 @@ def plan_load(
     if policy == "always" or seconds is None or compute_s is None:
         return LoadPlan(0, total)
     if LOAD_OVERHEAD_S + seconds >= total * compute_s:
-        return NOTHING
+        return LoadPlan(0, min(total, PROBE_BLOCKS)) if stale else NOTHING
     per_block = seconds / total
     first = int(total * per_block / (compute_s + per_block))
     if first < total * WORTH_SPLITTING:

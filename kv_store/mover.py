@@ -16,6 +16,9 @@ from protocol.checksum import checksum, num_right
 
 T = TypeVar("T")
 
+PIECE_BYTES = 8 << 20
+"""Copied at once and checked while still in the processor's cache, or the other way round."""
+
 
 class Mover:
     """`copier` None: of a store without a device, which only computes checksums."""
@@ -23,6 +26,7 @@ class Mover:
     def __init__(self, memory: BlockMemory, copier: BlockCopier | None) -> None:
         self._memory = memory
         self._copier = copier
+        self._piece = max(1, PIECE_BYTES // memory.block_bytes)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-kv-mover")
 
     async def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> tuple[list[int], float]:
@@ -30,8 +34,11 @@ class Mover:
 
         def copy() -> list[int]:
             assert self._copier is not None, "a store without a device has nothing to save"
-            self._copier.copy_out(block_ids, slots)
-            return self._checksums(slots)
+            found: list[int] = []
+            for piece in self._pieces(len(slots)):
+                self._copier.copy_out(block_ids[piece], slots[piece])
+                found += self._checksums(slots[piece])
+            return found
 
         return await self._run(copy)
 
@@ -41,9 +48,14 @@ class Mover:
 
         def copy() -> int:
             assert self._copier is not None, "a store without a device has nowhere to load to"
-            count = num_right(checksums, self._checksums(slots))
-            if count:
-                self._copier.copy_in(slots[:count], block_ids[:count])
+            count = 0
+            for piece in self._pieces(len(slots)):
+                right = num_right(checksums[piece], self._checksums(slots[piece]))
+                if right:
+                    self._copier.copy_in(slots[count : count + right], block_ids[count : count + right])
+                count += right
+                if count < piece.stop:
+                    break
             return count
 
         return await self._run(copy)
@@ -55,6 +67,9 @@ class Mover:
     def close(self) -> None:
         """Waits for what is under way."""
         self._thread.shutdown(wait=True)
+
+    def _pieces(self, count: int) -> list[slice]:
+        return [slice(first, min(first + self._piece, count)) for first in range(0, count, self._piece)]
 
     def _checksums(self, slots: Sequence[int]) -> list[int]:
         return [checksum(self._memory.block(slot)) for slot in slots]

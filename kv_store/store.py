@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from typing import Self
 
 from kv_store.admission import Admission
-from kv_store.demotion import Demoter
+from kv_store.demotion import Demoter, DiskLosses
 from kv_store.disk_worker import DiskWorker
 from kv_store.entries import Entry
 from kv_store.host_tier import HostTier
@@ -104,6 +104,7 @@ class KVStore:
         self._promoter: Promoter | None = None
         if disk is not None:
             self._worker = DiskWorker(disk, self._host, self.events)
+            self.events.add(DiskLosses(self._host))
             self._demoter = Demoter(self._host, self._worker, self._batch)
             self._promoter = Promoter(self._host, self._worker, self._demoter, self._batch)
         self._closed = False
@@ -120,10 +121,6 @@ class KVStore:
     @property
     def block_bytes(self) -> int:
         return self._host.memory.block_bytes
-
-    @property
-    def num_slots(self) -> int:
-        return self._host.num_slots
 
     # The engine's questions, from its own thread (an engine.backing.BackingStore)
 
@@ -385,14 +382,16 @@ class KVStore:
                 self._idle.set()
 
     def _plan(self, loadable: LoadableBlocks) -> LoadPlan:
-        tokens_per_s = self._settings.prefill_tokens_per_s()
+        tokens_per_s, now = self._settings.prefill_tokens_per_s(), self._clock.now()
         with self._host.lock:
-            load_s = self._host.rates.seconds_per_block("load")
-            promote_s = self._host.rates.seconds_per_block("promote")
+            rates = self._host.rates
+            load_s, promote_s = rates.seconds_per_block("load"), rates.seconds_per_block("promote")
+            stale = rates.is_stale("load", now) or (loadable.disk > 0 and rates.is_stale("promote", now))
         return plan_load(
             loadable,
             load_s=load_s,
             promote_s=promote_s,
             compute_s=self._settings.block_size / tokens_per_s if tokens_per_s else None,
             policy=self._settings.load,
+            stale=stale,
         )

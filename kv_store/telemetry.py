@@ -86,8 +86,9 @@ class StoreTelemetry:
         metrics = self._metrics
         metrics.tiers.set({(tier.tier,): _tier_values(tier, disk) for tier in stats.tiers})
         for tier in stats.tiers:
-            self._count(metrics.evicted, tier.evicted_used, tier.tier, "used")
-            self._count(metrics.evicted, tier.evicted_unused, tier.tier, "unused")
+            if tier.tier == "host":
+                self._count(metrics.evicted, tier.evicted_used, tier.tier, "used")
+                self._count(metrics.evicted, tier.evicted_unused, tier.tier, "unused")
         largest = sorted(stats.tenants, key=lambda tenant: -tenant.used)[:MAX_TENANTS]
         metrics.tenants.set({(one.tenant, "host"): {"used": one.used, "quota": one.quota} for one in largest})
 
@@ -109,6 +110,7 @@ class StoreTelemetry:
 
     def _show_disk(self, disk: DiskStats) -> None:
         self._metrics.disk_paused.set(disk.paused_s)
+        self._count(self._metrics.evicted, disk.counts.blocks_evicted, "disk", "file")
         failures: Mapping[str, Mapping[str, int]] = {"read": disk.read_failures, "write": disk.write_failures}
         for operation, by_cause in failures.items():
             for cause, count in by_cause.items():

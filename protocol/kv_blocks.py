@@ -40,8 +40,8 @@ def chain(
     root: BlockHash, block_hashes: Sequence[BlockHash], tenant: Tenant = NO_TENANT, first: int = 0
 ) -> list[CachedBlock]:
     """Blocks `first`, `first + 1`, ... of a chain; `root` is the parent of the first of them."""
-    parents = [root, *block_hashes[:-1]]
+    parents = [root, *block_hashes]
     return [
         CachedBlock(block_hash, parent, position, tenant)
-        for position, (block_hash, parent) in enumerate(zip(block_hashes, parents, strict=True), start=first)
+        for position, (block_hash, parent) in enumerate(zip(block_hashes, parents, strict=False), start=first)
     ]

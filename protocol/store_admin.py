@@ -17,7 +17,7 @@ MAX_CHAIN_BLOCKS = 1 << 17
 """A prompt of a million tokens in the smallest blocks."""
 
 MAX_TTL_S = 30 * 86_400.0
-MAX_TENANTS = 1 << 12
+MAX_TENANTS = 512
 
 ChainHashes = Annotated[tuple[HashBytes, ...], msgspec.Meta(max_length=MAX_CHAIN_BLOCKS)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
@@ -110,14 +110,14 @@ class PinBlocks(msgspec.Struct, frozen=True):
 class UnpinBlocks(msgspec.Struct, frozen=True):
     """None: every block that is pinned."""
 
-    block_hashes: ChainHashes | None = None
+    block_hashes: ChainHashes | None
 
 
 class ClearStore(msgspec.Struct, frozen=True):
     """Forget what nobody reads at this moment: of one tier or all, of one tenant or all."""
 
-    tier: StorageTier | None = None
-    tenant: TenantText | None = None
+    tier: StorageTier | None
+    tenant: TenantText | None
 
 
 class BlocksChanged(msgspec.Struct, frozen=True):

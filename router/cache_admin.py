@@ -111,7 +111,7 @@ class CacheAdmin:
 
     async def unpin(self, message: UnpinPrompt) -> CacheChanged:
         if message.prompt is None:
-            return await self._change_all("unpin", [UnpinBlocks()])
+            return await self._change_all("unpin", [UnpinBlocks(None)])
         prompts = await self._address(message.prompt)
         return await self._change_all("unpin", [UnpinBlocks(prompt.block_hashes) for prompt in prompts])
 

@@ -270,7 +270,7 @@ class StoreMetrics:
                 "damaged": counter("checksum_failures", "Blocks whose bytes had changed; dropped", "tier"),
             }
         )
-        self.evicted = counter("evicted_blocks", "Blocks given up, by whether they were ever read", "tier", "reason")
+        self.evicted = counter("evicted_blocks", "Blocks given up: used, unused, or with a file", "tier", "reason")
         self.tenants = LabelledSeries(
             {
                 "used": gauge("tenant_blocks", "Blocks of the largest tenants", "tenant", "tier"),

@@ -112,8 +112,8 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     wanted twice; "auto" changes from the first to the second while blocks are evicted unused. `policy`: who is evicted.
     `tenant_share`: of each tier, that one cache salt may fill at most; `quotas`: of single tenants, each as "tenant=size", with the names that `headrace cache` gives them.
 
-    `stores`: control URLs of store nodes, which get what the host tier evicts (or saves, with `write` "through"). `redis`: URL of
-    the index through which nodes find each other's blocks; none: no index. `namespace` keeps clusters on one server apart.
+    `stores`: control URLs of store nodes, which get a copy of what the host tier takes in; those that the index knows need not be
+    named. `redis`: URL of the index through which nodes find each other's blocks; none, or no host tier: no index. `namespace` keeps clusters on one server apart.
     `redis_budget_s`: how long a request waits for it.
     """
 

@@ -10,6 +10,7 @@ from kv_store.host_copier import HostCopier
 from kv_store.tiers import BlockCopier
 from kv_transfer.memory.arena import HostArena, scratch_blocks
 from kv_transfer.memory.device_blocks import DeviceBlocks
+from protocol.errors import ConfigError
 from protocol.ids import Incarnation
 from protocol.workers import WorkerInfo
 from runtime.node_config import NodeConfig
@@ -37,9 +38,18 @@ class BuiltNode:
         return NodeStore(config, info, engine, self.slab, self._copier(self.slab), client, registry)
 
     def _copier(self, slab: HostArena) -> BlockCopier:
-        if isinstance(self.memory, HostArena):
+        blocks = self.built.device_blocks
+        if blocks is None:
+            assert isinstance(self.memory, HostArena), "a cache that is no device's is in host memory"
             return HostCopier(self.memory, slab)
-        raise NotImplementedError
+        try:
+            return blocks.slot_copier(slab.tensor().view(slab.num_blocks, slab.block_bytes))
+        except RuntimeError as error:
+            raise ConfigError(
+                f"host memory for KV blocks cannot be pinned ({error}); make store.host_memory smaller, or raise what this"
+                " process may lock",
+                param="store.host_memory",
+            ) from error
 
 
 def build_node(config: NodeConfig, incarnation: Incarnation) -> BuiltNode:

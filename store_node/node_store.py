@@ -138,7 +138,7 @@ class NodeStore:
         wires = open_store_wires(config, Incarnation(info.incarnation), info.control_url, slab, owner)
         self._served = ServedStore(config, info, wires, owner, client, TransferMetrics(new_registry()), STORE_PREFIX)
         self._index = open_index(config.store, info, self.store)
-        self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id), self._num_held)
+        self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id), engine.num_held)
         self._offers = Offers(self.store, engine)
         self._puts = PutQueue(
             client, source_of(info), StoreDirectory(config.store, info, self._index).urls, MonotonicClock()
@@ -146,7 +146,7 @@ class NodeStore:
         self._listeners: list[TierListener] = [TierLog(engine.note_stored, engine.note_removed), self._puts]
         index_state = None if self._index is None else self._index.state
         disk_stats = None if disk is None else disk.stats
-        self._telemetry = StoreTelemetry(metrics, self.store.stats, disk_stats, index_state)
+        self._telemetry = StoreTelemetry(metrics, self.store.stats, disk_stats, index_state, self._puts.stats)
         self._managed = ManagedKVStore(
             WorkerId(info.worker_id),
             self.store,

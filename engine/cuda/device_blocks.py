@@ -6,12 +6,12 @@ way writes to either (engine.events says when). So nothing here waits for a step
 
 import threading
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 
 import torch
 
 from engine.cuda.device import Completion, Device
 from engine.cuda.offload_stream import OffloadStream
+from engine.cuda.slot_copier import SlotCopier, consecutive_runs
 from kernels.block_checksum import block_checksums
 
 _LOW_63_BITS = (1 << 63) - 1
@@ -42,6 +42,12 @@ class DeviceBlocks:
         self._device.pin(wire_memory)
         offload = OffloadStream(self.memory, self._device)
         return WireCopier(wire_memory, offload, self._submitting, self._submit_sums)
+
+    def slot_copier(self, slots: torch.Tensor) -> SlotCopier:
+        """Copies to and from the slots of a store, host memory that is pinned from now on: uint8 [num_slots, block_bytes].
+        It must outlive the process's last copy. Raises RuntimeError where it cannot be pinned."""
+        self._device.pin(slots)
+        return SlotCopier(slots, OffloadStream(self.memory, self._device), self._submitting)
 
     def _submit_sums(self, block_ids: Sequence[int]) -> tuple[torch.Tensor, Completion]:
         """Behind all copies before it."""
@@ -78,7 +84,7 @@ class WireCopier:
     def gather(self, block_ids: Sequence[int], wire_ids: Sequence[int]) -> tuple[int, ...]:
         """KV blocks to wire blocks."""
         with self._submitting:
-            for start, end in _runs(wire_ids):
+            for start, end in consecutive_runs(wire_ids):
                 self._offload.copy_out(block_ids[start:end], self._wire(wire_ids[start:end]), after_steps=False)
             found, completion = self._submit_sums(block_ids)
         return _collect(found, completion)
@@ -86,7 +92,7 @@ class WireCopier:
     def scatter(self, wire_ids: Sequence[int], block_ids: Sequence[int]) -> tuple[int, ...]:
         """Wire blocks to KV blocks, all distinct."""
         with self._submitting:
-            for start, end in _runs(wire_ids):
+            for start, end in consecutive_runs(wire_ids):
                 self._offload.copy_in(self._wire(wire_ids[start:end]), block_ids[start:end], after_steps=False)
             found, completion = self._submit_sums(block_ids)
         return _collect(found, completion)
@@ -98,9 +104,3 @@ class WireCopier:
 def _collect(found: torch.Tensor, completion: Completion) -> tuple[int, ...]:
     completion.wait()
     return tuple(digest & _LOW_63_BITS for digest in found.tolist())
-
-
-def _runs(ids: Sequence[int]) -> list[tuple[int, int]]:
-    """Where runs of consecutive ids begin and end in the sequence: each crosses the bus as one piece."""
-    starts = [place for place in range(len(ids)) if place == 0 or ids[place] != ids[place - 1] + 1]
-    return list(pairwise([*starts, len(ids)]))

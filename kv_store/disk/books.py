@@ -56,7 +56,7 @@ class DiskBooks:
         )
 
     def add(self, segment: Segment) -> None:
-        """Blocks of it that are live elsewhere stay there, and are dead here."""
+        """Blocks of it that are live elsewhere stay there, and are dead here: its file is to know."""
         self.segments[segment.number] = segment
         self.used_bytes += segment.file_bytes
         for index, block in enumerate(segment.blocks):
@@ -65,6 +65,7 @@ class DiskBooks:
             if block.block_hash in self._places:
                 segment.blocks[index] = None
                 segment.num_live -= 1
+                self._stale[segment.number] = segment
             else:
                 self._places[block.block_hash] = segment.number * MAX_SEGMENT_BLOCKS + index
                 self.tenants[Tenant(block.tenant)] += 1

@@ -11,6 +11,7 @@ import os
 import re
 import stat
 from collections import deque
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,6 +36,15 @@ class Stranger:
     modified_at: float
 
 
+@contextlib.contextmanager
+def usable(path: Path) -> Iterator[None]:
+    """What the system refuses within is a ConfigError: the user chose this folder."""
+    try:
+        yield
+    except OSError as error:
+        raise ConfigError(f"cannot keep KV blocks in {path}: {error.strerror}", param=_SETTING) from error
+
+
 class DiskFolder:
     """Raises ConfigError, which says how to mend it, where the folder cannot be had for this process alone."""
 
@@ -42,12 +52,10 @@ class DiskFolder:
         self.path = path
         self._fd = self._lock_fd = -1
         try:
-            path.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
-            self._fd = os.open(path.resolve(), _OPEN_FOLDER)
-            self._lock_fd = self._lock()
-        except OSError as error:
-            self.close()
-            raise ConfigError(f"cannot keep KV blocks in {path}: {error.strerror}", param=_SETTING) from error
+            with usable(path):
+                path.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
+                self._fd = os.open(path.resolve(), _OPEN_FOLDER)
+                self._lock_fd = self._lock()
         except ConfigError:
             self.close()
             raise
@@ -60,17 +68,14 @@ class DiskFolder:
 
     def layout(self, fingerprint: str, block_bytes: int) -> SegmentFiles:
         """The sub-folder of one layout, made if it is missing. Raises ConfigError."""
-        try:
+        with usable(self.path / fingerprint):
             with contextlib.suppress(FileExistsError):  # of an earlier life, or not: its owner tells
                 os.mkdir(fingerprint, _FOLDER_MODE, dir_fd=self._fd)
             return SegmentFiles(self._open_own(fingerprint), fingerprint, block_bytes)
-        except OSError as error:
-            raise ConfigError(
-                f"cannot keep KV blocks in {self.path / fingerprint}: {error.strerror}", param=_SETTING
-            ) from error
 
     def strangers(self, served: str) -> deque[Stranger]:
-        """Segments of all layouts but `served`, the oldest first. Deletes what other layouts' writers left unfinished."""
+        """Segments of all layouts but `served`, the oldest first. Deletes what other layouts' writers left unfinished. Raises
+        OSError where the folder cannot be read."""
         found: list[Stranger] = []
         for folder in sorted(os.listdir(self._fd)):  # noqa: PTH208  # of an open folder
             if folder != served and _LAYOUT.fullmatch(folder):

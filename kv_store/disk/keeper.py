@@ -17,14 +17,18 @@ from kv_store.disk.folder import DiskFolder
 from kv_store.disk.segment import Segment, segment_bytes
 from kv_store.disk.segment_files import SegmentFiles
 from kv_store.disk.write_pause import WritePause, cause_of
-from protocol.kv_blocks import CachedBlock
+from kv_store.quotas import Quotas
+from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
+FILES_PER_VICTIM = 256
+"""One is chosen in advance for each."""
+
 
 class SegmentKeeper:
-    """`lock` guards `books`; `size_bytes` is of all files in the folder."""
+    """`lock` guards `books`; `size_bytes` is of all files in the folder, `quotas` of the blocks that fit there."""
 
     def __init__(
         self,
@@ -33,6 +37,7 @@ class SegmentKeeper:
         books: DiskBooks,
         lock: threading.Condition,
         size_bytes: int,
+        quotas: Quotas,
         clock: Clock,
     ) -> None:
         self._folder = folder
@@ -40,8 +45,10 @@ class SegmentKeeper:
         self._books = books
         self._lock = lock
         self._size_bytes = size_bytes
+        self._quotas = quotas
         self._clock = clock
         self._pause = WritePause()
+        self._victims: list[tuple[Segment, float]] = []
         self._numbers = itertools.count(max(books.segments, default=-1) + 1)
         self._strangers = folder.strangers(files.fingerprint)
         self.stranger_bytes = sum(stranger.file_bytes for stranger in self._strangers)
@@ -59,6 +66,10 @@ class SegmentKeeper:
     def paused_s(self) -> float:
         return self._pause.remaining_s(self._clock.now())
 
+    def limit(self, tenant: Tenant) -> int:
+        """Blocks that it may have here."""
+        return self._quotas.limit(tenant, self._size_bytes // self._files.block_bytes)
+
     def fit(self) -> None:
         """Evict what is more than the tier may have."""
         try:
@@ -67,21 +78,27 @@ class SegmentKeeper:
             self._failed(error)
 
     def write(
-        self, blocks: Sequence[CachedBlock], data: Sequence[memoryview], checksums: Sequence[int], direct: bool
+        self,
+        blocks: Sequence[CachedBlock],
+        data: Sequence[memoryview],
+        checksums: Sequence[int],
+        direct: bool,
+        now: float,
     ) -> bool:
-        """One more segment, unless the disk refuses, or has refused a short while ago."""
+        """One more segment of blocks of one tenant, no more than its limit; unless the disk refuses, or has refused a short
+        while ago."""
         if self.paused_s:
             return False
         number = next(self._numbers)
         size = segment_bytes(len(blocks), self._files.block_bytes)
         try:
+            self._make_room_within(Tenant(blocks[0].tenant), len(blocks))
             self._make_room(size)
             self._files.write(number, blocks, checksums, data, direct)
         except OSError as error:
             self._failed(error)
             return False
         self._pause.succeeded()
-        now = self._clock.now()
         with self._lock:
             self._books.add(Segment(number, list(blocks), array("Q", checksums), size, now, now))
             self._books.counts.blocks_written += len(blocks)
@@ -113,6 +130,19 @@ class SegmentKeeper:
                 with self._lock:
                     self._books.remove(segment)
 
+    def _make_room_within(self, tenant: Tenant, num_blocks: int) -> None:
+        """A tenant that would have more than its limit gives up its own. Raises OSError."""
+        excess = self._books.tenants[tenant] + num_blocks - self.limit(tenant)
+        while excess > 0:
+            own = (
+                segment for segment in self._books.segments.values() if segment.tenant == tenant and segment.num_live
+            )
+            victims = least_valuable(own, self._clock.now())
+            if not victims:
+                return
+            excess -= victims[0].num_live
+            self._evict_segment(victims[0])
+
     def _make_room(self, num_bytes: int) -> None:
         """Evict until so many fit: into the tier, and on the disk, which others fill as well. For the disk's sake no more than
         twice of it goes: some filesystems give room back late. Raises OSError."""
@@ -126,15 +156,31 @@ class SegmentKeeper:
         """The least valuable file, layouts that nobody serves any more first: how many bytes it had; 0 if there is none."""
         if self._strangers:
             return self._evict_stranger()
-        segment = least_valuable(self._books.segments.values(), self._clock.now())
+        segment = self._next_victim()
         if segment is None:
             return 0
+        self._evict_segment(segment)
+        return segment.file_bytes
+
+    def _next_victim(self) -> Segment | None:
+        """Of many files, some are chosen at once, so that a choice does not cost more than the write that it makes room for. One
+        that was used since it was chosen stays."""
+        segments = self._books.segments
+        while self._victims:
+            segment, used_at = self._victims.pop()
+            if segment.used_at == used_at and segments.get(segment.number) is segment:
+                return segment
+        count = 1 + len(segments) // FILES_PER_VICTIM
+        chosen = least_valuable(segments.values(), self._clock.now(), count)
+        self._victims = [(segment, segment.used_at) for segment in reversed(chosen[1:])]
+        return chosen[0] if chosen else None
+
+    def _evict_segment(self, segment: Segment) -> None:
         num_live = segment.num_live
         self._drop(segment)
         with self._lock:
             self._books.counts.files_evicted += 1
             self._books.counts.blocks_evicted += num_live
-        return segment.file_bytes
 
     def _evict_stranger(self) -> int:
         """One that cannot be deleted does not count any more: waiting for it would end all writing."""

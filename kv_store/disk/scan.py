@@ -7,23 +7,14 @@ from kv_store.disk.books import DiskBooks
 from kv_store.disk.segment import Segment
 from kv_store.disk.segment_files import SegmentFiles, is_out_of_files, is_unfinished
 from kv_store.disk.stats import DiskScan
-from protocol.errors import ConfigError, MalformedMessage
+from protocol.errors import MalformedMessage
 
 log = logging.getLogger(__name__)
 
 
 def scan(files: SegmentFiles, books: DiskBooks, now: float) -> DiskScan:
     """Fills the books from the headers alone; blocks are verified when they are read. Of a block that two segments have, the
-    one that was written last counts. Raises ConfigError where the folder cannot be read."""
-    try:
-        return _scan(files, books, now)
-    except OSError as error:
-        raise ConfigError(
-            f"cannot read the folder of the disk tier: {error.strerror}", param="store.disk_path"
-        ) from error
-
-
-def _scan(files: SegmentFiles, books: DiskBooks, now: float) -> DiskScan:
+    one that was written last counts. Raises OSError where the folder cannot be read."""
     start = time.perf_counter()
     wall_now = time.time()
     segments: list[Segment] = []

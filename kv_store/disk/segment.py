@@ -76,13 +76,16 @@ class Segment:
     marked_at: float = 0.0
     being_deleted: bool = False
     num_live: int = field(init=False)
+    tenant: str | None = field(init=False)
+    """Of its first live block, and of all that this tier has written."""
     first_position: int = field(init=False)
     """Of the blocks that were live at first, the place nearest to the start of its chain."""
 
     def __post_init__(self) -> None:
-        positions = [block.position for block in self.blocks if block is not None]
-        self.num_live = len(positions)
-        self.first_position = min(positions, default=0)
+        live = [block for block in self.blocks if block is not None]
+        self.num_live = len(live)
+        self.tenant = live[0].tenant if live else None
+        self.first_position = min((block.position for block in live), default=0)
 
 
 def encode_header(identity: SegmentIdentity, blocks: Sequence[CachedBlock | None], checksums: Sequence[int]) -> bytes:

@@ -79,7 +79,9 @@ class SegmentFiles:
         finally:
             os.close(fd)
         blocks, checksums = decode_header(start, status.st_size, self._identity(int(name[:16], 16)))
-        used_at = now - max(0.0, wall_now - status.st_mtime)
+        used_at = now - max(
+            0.0, wall_now - int(status.st_mtime)
+        )  # of one chain, segments are a little apart: not for whole seconds
         return Segment(int(name[:16], 16), blocks, checksums, status.st_size, used_at, used_at)
 
     def write(
@@ -188,6 +190,8 @@ def write_all(fd: int, views: Sequence[memoryview], offset: int) -> None:
     pending = list(views)
     while pending:
         num_bytes = os.pwritev(fd, pending, offset)
+        if not num_bytes:
+            raise OSError(errno.EIO, "nothing was written")
         offset += num_bytes
         pending = _rest(pending, num_bytes)
 

@@ -30,7 +30,7 @@ class DiskCounts:
     files_evicted: int = 0
     checksum_failures: int = 0
     blocks_refused: int = 0
-    """Offered, and not written: the disk failed or was resting, or there was no room to make."""
+    """Offered, and not written: the disk failed or was resting, or a tenant may not have so many."""
 
 
 @dataclass(frozen=True, slots=True)

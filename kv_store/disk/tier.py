@@ -22,7 +22,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from kv_store.disk.books import DiskBooks, Run
-from kv_store.disk.folder import DiskFolder
+from kv_store.disk.folder import DiskFolder, usable
 from kv_store.disk.io_choice import measure_io
 from kv_store.disk.keeper import SegmentKeeper
 from kv_store.disk.scan import scan
@@ -30,11 +30,12 @@ from kv_store.disk.segment import MAX_SEGMENT_BLOCKS, MAX_SEGMENT_BYTES, segment
 from kv_store.disk.segment_files import is_out_of_files
 from kv_store.disk.stats import DiskStats
 from kv_store.disk.write_pause import cause_of
+from kv_store.quotas import Quotas
 from kv_store.tiers import StoredBlock
 from protocol.checksum import checksum
 from protocol.errors import ConfigError
 from protocol.ids import BlockHash
-from protocol.kv_blocks import CachedBlock
+from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock, MonotonicClock
 
 log = logging.getLogger(__name__)
@@ -43,8 +44,12 @@ READ_PIECE_BYTES = 8 << 20
 """Read at once, then verified while it is still in the processor's cache, before more is read."""
 MIN_SEGMENTS = 16
 """That fit in the tier: what is evicted at once is a sixteenth of it at most."""
+MIN_FILES_OF_TENANT = 4
+"""Into which a tenant's blocks go that has as much as it may have."""
 MARK_EVERY_S = 60.0
 """How often a file that is read gets a new time, by which the next start knows for how long it has not been used."""
+
+NO_QUOTAS = Quotas()
 
 Removed = Callable[[Sequence[StoredBlock]], None]
 
@@ -56,7 +61,8 @@ def blocks_per_segment(block_bytes: int, size_bytes: int) -> int:
 
 
 class DiskTier:
-    """`fingerprint`: of the KVLayout; `size_bytes`: of all files, those of other layouts in the same folder included.
+    """`fingerprint`: of the KVLayout; `size_bytes`: of all files, those of other layouts in the same folder included. A tenant that
+    has as many blocks as `quotas` lets it gives up its own for new ones.
 
     `removed` hears of every block that is gone, for whatever reason, before the call that it went by returns; from that
     call's thread, which holds no lock of the tier then. It must neither block nor raise. What one call of `write` keeps and gives
@@ -72,6 +78,7 @@ class DiskTier:
         block_bytes: int,
         size_bytes: int,
         *,
+        quotas: Quotas = NO_QUOTAS,
         removed: Removed = lambda _blocks: None,
         clock: Clock | None = None,
     ) -> None:
@@ -94,14 +101,15 @@ class DiskTier:
         self._closed = False
         self._books = DiskBooks()
         self._read_failures: Counter[str] = Counter()
-        with contextlib.ExitStack() as opened:
+        with usable(path), contextlib.ExitStack() as opened:
             folder = DiskFolder(path)
             opened.callback(folder.close)
             self._files = folder.layout(fingerprint, block_bytes)
             opened.callback(self._files.close)
             self._scan = scan(self._files, self._books, self._clock.now())
             self.io = measure_io(self._files, block_bytes)
-            self._keeper = SegmentKeeper(folder, self._files, self._books, self._lock, size_bytes, self._clock)
+            self._keeper = SegmentKeeper(folder, self._files, self._books, self._lock, size_bytes, quotas, self._clock)
+            self._keeper.settle()
             self._keeper.fit()
             self._books.take_gone()  # of an earlier life: nobody has heard of them in this one
             self._open_files = opened.pop_all()
@@ -145,6 +153,7 @@ class DiskTier:
         What the rest of `into` holds means nothing."""
         if len(block_hashes) != len(into) or any(len(view) != self.block_bytes for view in into):
             raise ValueError(f"{len(block_hashes)} blocks need as many views of {self.block_bytes} bytes")
+        now = self._clock.now()  # one time for a whole chain, so that its tail does not seem newer than its head
         num_read = 0
         with self._kept_open() as is_open:
             if not is_open:
@@ -152,7 +161,7 @@ class DiskTier:
             with self._lock:
                 runs = self._books.runs(block_hashes, max(1, READ_PIECE_BYTES // self.block_bytes))
             for run in runs:
-                num_valid = self._read_run(run, into[num_read : num_read + run.count])
+                num_valid = self._read_run(run, into[num_read : num_read + run.count], now)
                 num_read += num_valid
                 if num_valid < run.count:
                     break
@@ -168,6 +177,7 @@ class DiskTier:
         if not len(blocks) == len(data) == len(checksums) or any(len(view) != self.block_bytes for view in data):
             raise ValueError(f"{len(blocks)} blocks need as many checksums and views of {self.block_bytes} bytes")
         with self._writing:
+            now = self._clock.now()
             if not self._closed:
                 self._keeper.settle()
                 for indices in self._batches(blocks):
@@ -176,6 +186,7 @@ class DiskTier:
                         [data[index] for index in indices],
                         [checksums[index] for index in indices],
                         self.io.direct_writes,
+                        now,
                     ):
                         break
         with self._lock:
@@ -215,10 +226,15 @@ class DiskTier:
 
     @property
     def capacity_bytes(self) -> int:
-        """What the tier may grow to, and the disk has room for as it is now."""
+        """What the tier may grow to, and the disk has room for as it is now; what it has, if the disk does not tell."""
         with self._kept_open() as is_open:
-            room = self._keeper.used_bytes + self._files.free_bytes() if is_open else self._size_bytes
-        return min(self._size_bytes, room)
+            if not is_open:
+                return self._size_bytes
+            used_bytes = self._keeper.used_bytes
+            try:
+                return min(self._size_bytes, used_bytes + self._files.free_bytes())
+            except OSError:
+                return used_bytes
 
     def stats(self) -> DiskStats:
         capacity_bytes = self.capacity_bytes
@@ -253,9 +269,9 @@ class DiskTier:
                 self._num_readers -= is_open
                 self._lock.notify_all()
 
-    def _read_run(self, run: Run, into: Sequence[memoryview]) -> int:
+    def _read_run(self, run: Run, into: Sequence[memoryview], now: float) -> int:
         """How many leading ones arrived and are right. The first that is not is forgotten."""
-        segment, now = run.segment, self._clock.now()
+        segment = run.segment
         mark = now - segment.marked_at >= MARK_EVERY_S
         try:
             num_bytes = self._files.read(
@@ -297,7 +313,8 @@ class DiskTier:
             log.warning("the disk tier cannot read segment %x: %s", run.segment.number, cause)
 
     def _batches(self, blocks: Sequence[CachedBlock]) -> Iterator[list[int]]:
-        """What goes into one file each, of blocks that are not held: those of one tenant, in their order."""
+        """What goes into one file each, of blocks that are not held: those of one tenant, in their order, the first of them where
+        it may not have all. A tenant with a small limit gets small files, to give up a few blocks at a time."""
         with self._lock:
             lacking = {
                 block.block_hash: index for index, block in enumerate(blocks) if block.block_hash not in self._books
@@ -305,9 +322,11 @@ class DiskTier:
         by_tenant: dict[str, list[int]] = {}
         for index in lacking.values():
             by_tenant.setdefault(blocks[index].tenant, []).append(index)
-        for indices in by_tenant.values():
-            for start in range(0, len(indices), self.segment_blocks):
-                yield indices[start : start + self.segment_blocks]
+        for tenant, indices in by_tenant.items():
+            limit = self._keeper.limit(Tenant(tenant))
+            step = max(1, min(self.segment_blocks, limit // MIN_FILES_OF_TENANT))
+            for start in range(0, min(limit, len(indices)), step):
+                yield indices[start : min(start + step, limit)]
 
     def _tell(self) -> None:
         with self._lock:

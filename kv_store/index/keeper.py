@@ -121,6 +121,8 @@ class Keeper:
             self._beat_at = self._refreshed_at + self._settings.heartbeat_s
             await self._publisher.beat(self._server)
             await self._membership.refresh(self._server)
+            if self._publisher.life is not None and self._membership.owner(self._publisher.life) is None:
+                self._publisher.retire()  # somebody has deleted who we are
         published = await self._publish()
         return await self._sweep() or published
 

@@ -16,7 +16,7 @@ from protocol.transfer import Fingerprint, Url
 
 MemberRole = Literal["prefill", "decode", "store"]
 MAX_LIFE = (1 << 32) - 1
-MAX_BUCKETS = 1 << 12
+MAX_BUCKETS = 1 << 14
 MAX_OWNER_BYTES = 2048
 MIN_CHUNK_TOKENS = 256
 
@@ -81,7 +81,7 @@ def owner_of(
 
 
 def num_buckets_for(num_chunks: int, num_shards: int = 16) -> int:
-    """As many as keep the mean bucket at 64 members: servers hold sets of up to 128 short members in one compact piece, at a
+    """As many as keep the mean bucket at 64 members or less: servers hold sets of up to 128 short members in one compact piece, at a
     third of the memory of a large set."""
-    wanted = num_chunks / (num_shards * 64)
-    return min(MAX_BUCKETS, 1 << max(0, (int(wanted) - 1).bit_length())) if wanted > 1 else 1
+    wanted = max(1, -(-num_chunks // (num_shards * 64)))
+    return min(MAX_BUCKETS, 1 << (wanted - 1).bit_length())

@@ -4,6 +4,7 @@ An owner is alive while its record names its life. Everything read is a claim of
 be an Owner is counted and left out, control URLs are of the form that all of ours are.
 """
 
+import re
 from collections.abc import Mapping
 
 import msgspec
@@ -18,6 +19,9 @@ from runtime.clock import Clock
 
 MAX_LIVES = 4096
 MAX_RECORD_BYTES = 256
+RECORD = re.compile(rb"\d{1,10} ([A-Za-z0-9._:-]{1,128})\n\d{1,12}")
+"""Whole: life, incarnation, blocks in use."""
+
 _decode_owner = msgspec.msgpack.Decoder(Owner).decode
 
 

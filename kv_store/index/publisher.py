@@ -20,7 +20,7 @@ from kv_store.index.chunk_book import ChunkBook
 from kv_store.index.events import IndexEvent
 from kv_store.index.keys import NUM_SHARDS, Keyspace, shard_of
 from kv_store.index.members import Owner
-from kv_store.index.membership import fence, record
+from kv_store.index.membership import MAX_RECORD_BYTES, RECORD, fence, record
 from kv_store.index.places import Chunk, pack
 from kv_store.index.scripts import ALLOT, ANNOUNCE, BEAT, FENCE_OFF, PUBLISH, SUPERSEDED, WRITTEN
 from kv_store.index.server import Command, RedisServer, Reply
@@ -110,9 +110,13 @@ class Publisher:
         self._mind([reply[0] for reply in replies])
 
     async def superseded(self, server: RedisServer) -> bool:
-        """Whether a process with our id, other than this one, has a record at present."""
-        (found,) = await _run(server, [("GETRANGE", self._keys.record(0, self._owner.worker_id), 0, 255)])
-        return bool(found) and f" {self._owner.incarnation}\n".encode() not in found
+        """Whether a process with our id, other than this one, has a record at present: one that expires, as all do."""
+        key = self._keys.record(0, self._owner.worker_id)
+        found, expires_in_ms = await server.run([("GETRANGE", key, 0, MAX_RECORD_BYTES), ("PTTL", key)])
+        match = RECORD.fullmatch(found) if isinstance(found, bytes) else None
+        if match is None or not isinstance(expires_in_ms, int) or expires_in_ms < 0:
+            return False
+        return bool(match[1].decode() != self._owner.incarnation)
 
     async def flush(self, server: RedisServer) -> bool:
         """Write what has changed of FLUSH_CHUNKS marked chunks at most. Whether there was anything to do."""

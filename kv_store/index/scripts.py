@@ -70,11 +70,12 @@ ALLOT = Script(
 local last = redis.pcall('GET', KEYS[1])
 last = type(last) == 'string' and tonumber(last) or 0
 local now = tonumber(redis.call('TIME')[1])
-local life = math.max(now, last + 1)
-if life > 4294967295 then life = now end
-redis.call('SET', KEYS[1], string.format('%.0f', life))
 local kind = redis.call('TYPE', KEYS[2]).ok
 if kind ~= 'hash' and kind ~= 'none' then redis.call('DEL', KEYS[2]) end
+local life = now
+if last >= now and last < 4294967295 then life = last + 1 end
+while redis.call('HEXISTS', KEYS[2], string.format('%.0f', life)) == 1 do life = life + 1 end
+redis.call('SET', KEYS[1], string.format('%.0f', life))
 redis.call('HSET', KEYS[2], string.format('%.0f', life), ARGV[1])
 return life
 """
@@ -83,13 +84,15 @@ return life
 clock, than those that a server gave out before it lost its data."""
 
 BEAT = Script(
-    _FENCE
+    "#!lua flags=allow-oom\n"
+    + _FENCE
     + f"""
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return {{{WRITTEN}}}
 """
 )
-"""KEYS: record. ARGV: fence, new record, its TTL in milliseconds. Returns WRITTEN, LOST or SUPERSEDED in a list."""
+"""KEYS: record. ARGV: fence, new record, its TTL in milliseconds. A server without room takes it
+too: its other entries are as good as ever. Returns WRITTEN, LOST or SUPERSEDED in a list."""
 
 PUBLISH = Script(
     _OTHERS

@@ -43,10 +43,13 @@ class RankedBuckets:
     def place(self, stretch: Stretch, now: float) -> None:
         """Into the bucket of its class and age, out of any other."""
         self.take_out(stretch)
+        edges = self._model.edges
         age_bin = self._model.bin_of(now - stretch.last_wanted)
+        while age_bin + 1 < NUM_AGES and stretch.last_wanted + edges[age_bin + 1] <= now:
+            age_bin += 1  # rounding: it would be due at once, for ever
         self._put(stretch, stretch.class_id * NUM_AGES + age_bin)
         if age_bin + 1 < NUM_AGES:
-            stretch.due = stretch.last_wanted + self._model.edges[age_bin + 1]
+            stretch.due = stretch.last_wanted + edges[age_bin + 1]
             heapq.heappush(self._due, (stretch.due, next(self._order), stretch))
             if len(self._due) > 64 + 4 * self._num_stretches:
                 self._due = [item for item in self._due if item[2].bucket >= 0 and item[0] == item[2].due]

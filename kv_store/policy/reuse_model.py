@@ -36,7 +36,8 @@ CLASS_INFLUENCE = 256.0
 
 PRIOR_STRENGTH = 1.0
 PRIOR_SHAPE = 0.5
-"""Before anything is seen: hazard PRIOR_SHAPE / age, weighing as much as one return in each bin. It ranks as LRU does."""
+"""Where nothing is seen, the hazard is taken to be PRIOR_SHAPE / age, times what all that is seen says of its scale; it weighs
+as much as one return in each bin. It ranks as LRU does."""
 
 MEMORY_ENDS = 32_768
 """Lives after whose end old observations are halved, so that the model follows its load."""
@@ -90,8 +91,9 @@ class ReuseModel:
         """The hazards of a family of classes."""
         # Or one head that everybody begins with would speak for all.
         weight = np.minimum(1.0, CLASS_INFLUENCE / np.maximum(returns.sum(axis=1), CLASS_INFLUENCE))
-        pooled_returns = weight @ returns + PRIOR_STRENGTH
-        pooled = pooled_returns / (weight @ watched + PRIOR_STRENGTH / self._prior)
+        family_returns, family_watched = weight @ returns, weight @ watched
+        prior = self._prior * (family_returns.sum() + 1.0) / (family_watched @ self._prior + 1.0)
+        pooled = (family_returns + PRIOR_STRENGTH) / (family_watched + PRIOR_STRENGTH / prior)
         expected = (watched * pooled).sum(axis=1)
         factor = (returns.sum(axis=1) + CLASS_STRENGTH) / (expected + CLASS_STRENGTH)
         base = pooled[None] * factor[:, None]

@@ -115,6 +115,25 @@ def test_a_file_that_somebody_deleted_is_a_miss(tmp_path: Path) -> None:
         assert put(tier, some_blocks(4)) == served(tier, some_blocks(4)) == 4
 
 
+@pytest.mark.failure("file comes back")
+def test_of_a_block_in_two_files_the_later_counts(tmp_path: Path) -> None:
+    blocks = some_blocks(4)
+    with open_tier(tmp_path) as tier:
+        put(tier, blocks)
+        (old,) = files_in(tmp_path)
+        before = old.read_bytes()
+        tier.forget(hashes(blocks))
+        put(tier, blocks[:3])
+    old.write_bytes(before)
+    old.chmod(0o600)
+    with open_tier(tmp_path) as tier:
+        assert {stored.place // 256 for stored in tier.find(hashes(blocks[:3]))} == {1}
+        assert served(tier, blocks) == 4
+        tier.forget(hashes(blocks[:3]))
+    with open_tier(tmp_path) as tier:
+        assert [stored.block for stored in tier.stored()] == blocks[3:]  # neither copy is back
+
+
 Foreign = Callable[[Path, Path], None]
 """Puts something at the first path; the second is a whole segment."""
 

@@ -7,6 +7,14 @@ from completions import Answer
 from store_cluster import BLOCK_SIZE, NUM_BLOCKS, StoreCluster, running_stores
 from tiny_models import make_model
 
+from kv_store.index.embedded import EmbeddedServer
+from protocol.errors import InvalidParameter
+from protocol.ids import BlockHash
+from protocol.kv_blocks import chain
+from protocol.store import StorePut, StorePutDone
+from protocol.transfer import KVSource
+from store_node.put_receiver import PUT_PATH
+
 PROMPT_BLOCKS = 20
 
 
@@ -40,6 +48,14 @@ async def test_from_host_memory(model: Path, monkeypatch: pytest.MonkeyPatch, wr
         assert num_cached(again) == PROMPT_BLOCKS * BLOCK_SIZE
         assert (await cluster.tier("d0")).found == PROMPT_BLOCKS
         await cluster.at_rest()
+
+
+async def test_a_prompt_of_less_than_a_block(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_stores(model, monkeypatch) as cluster:
+        await cluster.start("decode", "d0")
+        answer = await cluster.ask([5, 6, 7])
+        assert len(answer.token_ids) == 4
+        assert num_cached(answer) == 0
 
 
 async def test_from_disk(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -82,6 +98,46 @@ async def test_from_a_store_after_the_node_has_gone(model: Path, monkeypatch: py
         await node.stop()
         del cluster.nodes["d0"]
         await cluster.start("decode", "d1", stores=(store.url,))
+        again = await cluster.ask(prompt(0))
+        assert again.token_ids == first.token_ids
+        assert num_cached(again) == PROMPT_BLOCKS * BLOCK_SIZE
+        await cluster.at_rest()
+
+
+async def test_what_is_no_put_is_refused_and_leaves_nothing(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_stores(model, monkeypatch) as cluster:
+        store = await cluster.start("store", "s0")
+        node = await cluster.start("decode", "d0")
+        blocks = tuple(chain(BlockHash(b"r" * 16), [BlockHash(bytes([i]) * 16) for i in range(4)]))
+        nobody = KVSource(worker="gone", incarnation="i", control_url="http://127.0.0.1:9", num_blocks=4)
+        put = StorePut(request_id="q", source=nobody, blocks=blocks)
+        with pytest.raises(InvalidParameter, match="no store"):
+            await cluster.client.call(node.url + PUT_PATH, put, StorePutDone, 5.0)
+        torn = StorePut(request_id="q", source=nobody, blocks=(blocks[0], blocks[2]))
+        with pytest.raises(InvalidParameter, match="does not continue"):
+            await cluster.client.call(store.url + PUT_PATH, torn, StorePutDone, 5.0)
+        done = await cluster.client.call(store.url + PUT_PATH, put, StorePutDone, 10.0)
+        assert done.num_stored == 0, "its sender has died"
+        lost = KVSource(worker="d0", incarnation="i", control_url=node.url, num_blocks=4)
+        done = await cluster.client.call(
+            store.url + PUT_PATH, StorePut(request_id="q", source=lost, blocks=blocks), StorePutDone, 10.0
+        )
+        assert done.num_stored == 0, "it is of another life"
+        tier = await cluster.tier("s0")
+        assert (tier.used, tier.held) == (0, 0)
+
+
+async def test_two_nodes_find_each_other_through_the_index(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No router tells them: it has not heard of the blocks yet, or serves others."""
+    async with EmbeddedServer() as server, running_stores(model, monkeypatch) as cluster:
+        store = await cluster.start("store", "s0", redis=server.url)
+        node = await cluster.start("decode", "d0", redis=server.url, write="through")
+        first = await cluster.ask(prompt(0))
+        await cluster.until_stored("s0", PROMPT_BLOCKS)
+        await node.stop()
+        del cluster.nodes["d0"]
+        assert store.engine is None
+        await cluster.start("decode", "d1", redis=server.url)
         again = await cluster.ask(prompt(0))
         assert again.token_ids == first.token_ids
         assert num_cached(again) == PROMPT_BLOCKS * BLOCK_SIZE

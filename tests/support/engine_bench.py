@@ -29,6 +29,7 @@ from engine.request import EngineRequest, Mode
 from engine.runner import ScheduledChunk, StepPlan, StepResult
 from engine.simulated_runner import SimulatedCost, SimulatedRunner, next_token
 from engine.speculation import Drafter
+from protocol.block_hash import hash_blocks, root_hash
 from protocol.errors import HeadraceError
 from protocol.ids import BlockHash, Incarnation, PinId, RequestId
 from protocol.kv_layout import KVLayout
@@ -56,6 +57,15 @@ def continuation(context: Sequence[int], count: int) -> list[int]:
     for _ in range(count):
         tokens.append(next_token(tokens, VOCAB_SIZE))
     return tokens[len(context) :]
+
+
+def prompt(number: int, num_tokens: int) -> list[int]:
+    """Prompts of different numbers share nothing, if they are no longer than 100 tokens."""
+    return list(range(100 * number, 100 * number + num_tokens))
+
+
+def hashes_of(tokens: Sequence[int], salt: str | None = None) -> list[BlockHash]:
+    return hash_blocks(tokens, BLOCK_SIZE, root_hash(LAYOUT.identity, salt))
 
 
 def request(
@@ -215,6 +225,18 @@ class Bench:
         self.heard[request_id].awaiting = False
         self.core.resume(RequestId(request_id), num_valid_tokens)
         self.listen()
+
+    def bring(self, request_id: str, num_blocks: int | None = None) -> int:
+        """Load what is awaited from the store, behind the front, or so many leading blocks of it. Returns how many tokens
+        are valid then."""
+        reserved = self.heard[request_id].reserved
+        assert reserved is not None
+        assert self.store is not None
+        end = len(reserved.block_ids) if num_blocks is None else num_blocks
+        for index in range(max(reserved.num_cached_blocks, self.heard[request_id].front_end // BLOCK_SIZE), end):
+            kept = memoryview(self.store.kept[reserved.block_hashes[index]])
+            self.runner.import_block(kept, 0, reserved.block_ids[index])
+        return end * BLOCK_SIZE
 
     def save(self, *pin_ids: PinId, kept: bool = True) -> None:
         """Answer these offers, by default all there are; without `kept` the store has failed."""

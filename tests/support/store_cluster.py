@@ -6,7 +6,7 @@ A simulated runner's tokens depend on the bytes in its KV blocks, so that wrong 
 import asyncio
 import contextlib
 import gc
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,20 +43,17 @@ MODULES = (prefill_node.main, decode_node.main, store_node.main)
 
 @dataclass
 class RunningNode:
-    """`engine` None: of a store. `arenas`: its memory, which is given back when it stops, as by the end of a process."""
+    """`engine` None: of a store."""
 
     name: str
     url: str
     life: ProcessLife
     task: asyncio.Task[None]
     engine: Engine | None = None
-    arenas: Sequence[HostArena] = ()
 
     async def stop(self) -> None:
         self.life.stop("the test stops it")
         await self.task
-        for arena in self.arenas:
-            arena.close()
 
 
 @dataclass
@@ -71,6 +68,8 @@ class StoreCluster:
     """Options of every node's model."""
 
     nodes: dict[str, RunningNode] = field(default_factory=dict)
+    arenas: list[HostArena] = field(default_factory=list)
+    """In production they end with the process."""
 
     async def start(self, role: str, name: str, *, num_blocks: int = NUM_BLOCKS, **store: Any) -> RunningNode:
         with contextlib.closing(bind_socket("127.0.0.1", 0)) as probe:
@@ -89,21 +88,20 @@ class StoreCluster:
         for module in MODULES:
             self.patch.setattr(module, "install_signal_handlers", lambda own: self._adopt(name, own))
         engine: Engine | None = None
-        arenas: list[HostArena] = []
         if role == "store":
             plan = plan_engine(config)
             slab = reserve_host_tier(config.store, plan.layout.block_bytes, None)
             assert slab is not None
-            arenas = [slab]
+            self.arenas.append(slab)
             serving = store_node.main._serve(config, incarnation, plan, slab)
         else:
             built = build_node(config, incarnation)
             engine = built.built.engine
-            arenas = [arena for arena in (built.memory, built.slab) if isinstance(arena, HostArena)]
+            self.arenas += [arena for arena in (built.memory, built.slab) if isinstance(arena, HostArena)]
             module = prefill_node.main if role == "prefill" else decode_node.main
             serving = module._serve(config, incarnation, built)
         task = asyncio.create_task(serving, name=name)
-        node = self.nodes[name] = RunningNode(name, url, life, task, engine, arenas)
+        node = self.nodes[name] = RunningNode(name, url, life, task, engine)
         await self._ready(node)
         return node
 
@@ -178,5 +176,7 @@ async def running_stores(
             for node in cluster.nodes.values():
                 if not node.task.done():
                     await node.stop()
+            for arena in cluster.arenas:
+                arena.close()
             cluster.nodes.clear()
             gc.collect()  # engines and runners refer to each other, and to views of what their arenas have mapped

@@ -7,7 +7,7 @@ await. Bytes of a block can be worked out, so whoever gets any can tell whether 
 import asyncio
 import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from kv_store.host_copier import HostCopier
 from kv_store.policy.factory import POLICY_NAMES, make_policy
@@ -70,8 +70,7 @@ class FailingCopier(HostCopier):
     def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
         self._maybe_fail(lambda count: HostCopier.copy_in(self, slots[:count], block_ids[:count]), len(slots))
 
-    def _maybe_fail(self, copy: "object", count: int) -> None:
-        assert callable(copy)
+    def _maybe_fail(self, copy: Callable[[int], None], count: int) -> None:
         if self._rng.random() < self._share:
             copy(count // 2)
             raise RuntimeError("the device is lost")

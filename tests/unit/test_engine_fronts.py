@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from engine.request import Mode
 from engine.runner import StepPlan, StepResult
-from protocol.errors import Cancelled, DeadlineExceeded, InternalError, PeerLost
+from protocol.errors import Cancelled, DeadlineExceeded, Draining, InternalError, PeerLost
 
 PROMPT = list(range(3, 37))  # 34 tokens: eight full blocks and a half
 NUM_FULL = 8
@@ -23,16 +23,6 @@ def store_of(prompt: list[int]) -> BenchStore:
     source.save()
     store.eager = False
     return store
-
-
-def bring(bench: Bench, name: str, num_blocks: int) -> None:
-    """Load blocks up to `num_blocks` from the store, behind the front."""
-    heard, store = bench.heard[name], bench.store
-    assert heard.reserved is not None
-    assert store is not None
-    for index in range(max(heard.reserved.num_cached_blocks, heard.front_end // BLOCK_SIZE), num_blocks):
-        kept = memoryview(store.kept[heard.reserved.block_hashes[index]])
-        bench.runner.import_block(kept, 0, heard.reserved.block_ids[index])
 
 
 def waiting(async_scheduling: str = "off", **settings: object) -> Bench:
@@ -52,7 +42,7 @@ def test_front_and_rest_meet_whoever_comes_first(num_steps: int, async_schedulin
     bench.proceed("r", 5 * BLOCK_SIZE)
     for _ in range(num_steps):
         bench.step()
-    bring(bench, "r", NUM_FULL)
+    bench.bring("r", NUM_FULL)
     bench.resume("r", NUM_FULL * BLOCK_SIZE)
     bench.run()
     heard, load = bench.heard["r"], bench.core.load()
@@ -94,7 +84,7 @@ def test_an_export_announces_only_what_is_final_and_in_order(async_scheduling: s
     bench.step()
     bench.proceed("r", 4 * BLOCK_SIZE)
     bench.step()
-    bring(bench, "r", NUM_FULL)
+    bench.bring("r", NUM_FULL)
     bench.resume("r", NUM_FULL * BLOCK_SIZE)
     assert len(bench.heard["r"].block_ids) <= 2, "what has come is not announced before what precedes it"
     bench.run()
@@ -157,6 +147,20 @@ def test_blocks_stay_until_the_transfer_and_the_steps_have_ended(
     assert bench.generate(request("again", PROMPT)).tokens == continuation(PROMPT, 4)
 
 
+@pytest.mark.parametrize("async_scheduling", SWITCH)
+def test_a_stop_frees_all_blocks_of_fronts_and_transfers(async_scheduling: str) -> None:
+    bench = waiting(async_scheduling)
+    bench.proceed("r", 6 * BLOCK_SIZE)
+    bench.step()
+    bench.core.close(Draining("stopping"))
+    bench.listen()
+    assert isinstance(bench.heard["r"].error, Draining)
+    assert (bench.busy_blocks, bench.core.load().num_importing) == (0, 0)
+    bench.proceed("r", 6 * BLOCK_SIZE)
+    bench.resume("r", NUM_FULL * BLOCK_SIZE)
+    assert bench.busy_blocks == 0
+
+
 def test_a_front_is_not_preempted_while_others_write_into_its_blocks() -> None:
     bench = waiting(num_blocks=13)
     bench.proceed("r", NUM_FULL * BLOCK_SIZE)
@@ -181,7 +185,7 @@ def test_a_front_whose_rest_has_come_may_be_preempted_and_starts_over() -> None:
     bench.submit(request("r", PROMPT))
     bench.step()
     bench.proceed("r", 7 * BLOCK_SIZE)
-    bring(bench, "r", NUM_FULL)
+    bench.bring("r", NUM_FULL)
     bench.resume("r", NUM_FULL * BLOCK_SIZE)
     assert bench.store is not None
     bench.store.kept.clear()
@@ -240,7 +244,7 @@ def test_tokens_are_those_of_an_undisturbed_run(
             if turn == waits[0] and front is not None and not heard.front_end:
                 bench.proceed("r", min(front, num_reserved) * BLOCK_SIZE)
             if turn >= sum(waits):
-                bring(bench, "r", min(num_came, num_reserved))
+                bench.bring("r", min(num_came, num_reserved))
                 bench.resume("r", min(num_came, num_reserved) * BLOCK_SIZE)
         bench.save()
         if not bench.step() and turn > sum(waits) and heard.over:

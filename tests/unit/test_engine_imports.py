@@ -1,14 +1,13 @@
 """Prefixes that come from elsewhere, prefixes that are held for others, and prefills whose readers are slow."""
 
 import pytest
-from engine_bench import BLOCK_SIZE, LAYOUT, Bench, continuation, request
+from engine_bench import BLOCK_SIZE, Bench, continuation, hashes_of, request
 
 from engine.admission import check_request
 from engine.engine import Engine
 from engine.request import Mode
-from protocol.block_hash import hash_blocks, root_hash
 from protocol.errors import Cancelled, DeadlineExceeded, InvalidParameter, Overloaded, PeerLost
-from protocol.ids import BlockHash, Incarnation
+from protocol.ids import Incarnation
 from runtime.clock import ManualClock
 
 PROMPT = list(range(3, 17))  # 14 tokens: three full blocks and a half
@@ -18,10 +17,6 @@ PREFIX = 3 * BLOCK_SIZE
 @pytest.fixture(autouse=True, params=["off", "on"])
 def with_and_without_running_ahead(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(Bench.DEFAULTS, "async_scheduling", request.param)
-
-
-def hashes_of(prompt: list[int], salt: str | None = None) -> list[BlockHash]:
-    return hash_blocks(prompt, BLOCK_SIZE, root_hash(LAYOUT.identity, salt))
 
 
 def bring(bench: Bench, name: str, num_blocks: int) -> None:

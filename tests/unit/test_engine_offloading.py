@@ -1,27 +1,19 @@
 """What the device is about to forget is offered to the store, once and in time; what the store has comes back."""
 
 import pytest
-from engine_bench import BLOCK_SIZE, LAYOUT, Bench, continuation, request
+from engine_bench import BLOCK_SIZE, LAYOUT, Bench, continuation, hashes_of, prompt, request
 from engine_store import BenchStore
 from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.events import BlocksOffered
 from engine.request import Mode
-from protocol.block_hash import hash_blocks, root_hash
+from protocol.block_hash import root_hash
 from protocol.errors import Cancelled
-from protocol.ids import BlockHash, PinId
+from protocol.ids import PinId
 from protocol.kv_blocks import chain, tenant_of
 
 NUM_BLOCKS = 64  # at most 4 are offered at a time, when no more than 4 can be handed out without loss
-
-
-def prompt(number: int, num_tokens: int) -> list[int]:
-    return list(range(100 * number, 100 * number + num_tokens))
-
-
-def hashes_of(tokens: list[int], salt: str | None = None) -> list[BlockHash]:
-    return hash_blocks(tokens, BLOCK_SIZE, root_hash(LAYOUT.identity, salt))
 
 
 def full(store: BenchStore | None = None, *, num_blocks: int = NUM_BLOCKS, num_prompts: int = 15) -> Bench:
@@ -30,17 +22,6 @@ def full(store: BenchStore | None = None, *, num_blocks: int = NUM_BLOCKS, num_p
     for number in range(num_prompts):
         bench.generate(request(f"p{number}", prompt(number, 4 * BLOCK_SIZE), max_tokens=1))
     return bench
-
-
-def load(bench: Bench, name: str, num_blocks: int | None = None) -> None:
-    """Bring what was asked for from the store, or so many leading blocks of it."""
-    reserved, store = bench.heard[name].reserved, bench.store
-    assert reserved is not None
-    assert store is not None
-    wanted = reserved.block_ids if num_blocks is None else reserved.block_ids[:num_blocks]
-    for index in range(reserved.num_cached_blocks, len(wanted)):
-        bench.runner.import_block(memoryview(store.kept[reserved.block_hashes[index]]), 0, wanted[index])
-    bench.resume(name, len(wanted) * BLOCK_SIZE)
 
 
 # Offers.
@@ -206,116 +187,27 @@ def test_what_there_is_no_room_for_is_offered_to_an_eager_store_when_there_is() 
     assert len(store.asked) == 10
 
 
-# What comes back.
-
-
-def forgotten(num_tokens: int, **settings: object) -> tuple[Bench, list[int]]:
-    """A bench that has forgotten a prompt which its store keeps."""
-    store, tokens = BenchStore(eager=True), prompt(1, num_tokens)
-    bench = Bench(256, store=store, **settings)
-    bench.generate(request("first", tokens, max_tokens=1))
-    bench.save()
-    bench.core.clear_prefix_cache()
-    return bench, tokens
-
-
-@pytest.mark.parametrize("mode", [Mode.GENERATE, Mode.PREFILL_ONLY])
-@pytest.mark.parametrize("num_tokens", [13, 16])
-def test_what_the_store_keeps_is_asked_for_and_not_computed(num_tokens: int, mode: Mode) -> None:
-    bench, tokens = forgotten(num_tokens)
-    num_computed = bench.core.load().computed_prompt_tokens
-    bench.submit(request("r", tokens, mode))
-    bench.run()
-    reserved = bench.heard["r"].reserved
-    assert reserved is not None
-    assert list(reserved.block_hashes) == hashes_of(tokens[:12]), "at least one token is left to compute"
-    load(bench, "r")
-    bench.run()
-    assert bench.heard["r"].tokens == continuation(tokens, 4 if mode is Mode.GENERATE else 1)
-    answer = bench.heard["r"].computed if mode is Mode.GENERATE else bench.heard["r"].prefill
-    assert answer is not None
-    assert answer.num_cached_tokens == bench.core.load().loaded_prompt_tokens == 12
-    assert bench.core.load().computed_prompt_tokens - num_computed == num_tokens - 12
-
-
-def test_only_what_the_prefix_cache_lacks_is_asked_for() -> None:
-    bench, tokens = forgotten(24)
-    bench.generate(request("head", tokens[:8], max_tokens=1))
-    load(bench, "head", 0)
-    bench.run()
-    bench.submit(request("r", tokens))
-    bench.run()
-    reserved = bench.heard["r"].reserved
-    assert reserved is not None
-    assert (reserved.num_cached_blocks, len(reserved.block_ids)) == (2, 5)
-
-
-def test_a_load_that_brings_nothing_is_not_asked_for_again() -> None:
-    bench, tokens = forgotten(24)
-    bench.submit(request("r", tokens))
-    bench.run()
-    load(bench, "r", 0)
-    bench.run()
-    assert bench.heard["r"].tokens == continuation(tokens, 4)
-    assert bench.core.load().loaded_prompt_tokens == 0
-
-
-def test_whoever_may_bring_more_than_the_store_is_asked_for_all_of_it() -> None:
-    bench, tokens = forgotten(16)
-    longer = [*tokens, *prompt(7, 20)]
-    bench.submit(request("r", longer, import_tokens=28))
-    bench.run()
-    reserved = bench.heard["r"].reserved
-    assert reserved is not None
-    assert list(reserved.block_hashes) == hashes_of(longer)[:7]
-    load(bench, "r", 4)
-    bench.run()
-    assert bench.heard["r"].tokens == continuation(longer, 4)
-    assert (bench.core.load().loaded_prompt_tokens, bench.core.load().imported_prompt_tokens) == (16, 16)
-
-
-def test_an_import_is_told_the_addresses_of_its_full_blocks() -> None:
-    bench = Bench()
-    bench.submit(request("r", prompt(1, 14), Mode.IMPORT))
-    bench.run()
-    reserved = bench.heard["r"].reserved
-    assert reserved is not None
-    assert not reserved.prefix
-    assert (len(reserved.block_ids), list(reserved.block_hashes)) == (4, hashes_of(prompt(1, 14)))
-
-
-@pytest.mark.parametrize("brings", [True, False])
-@pytest.mark.parametrize("mode", [Mode.GENERATE, Mode.IMPORT])
-def test_a_preempted_decode_comes_back_from_the_store(mode: Mode, brings: bool) -> None:
+def test_a_block_whose_turn_has_not_come_is_not_offered_for_both_reasons() -> None:
+    tokens = prompt(1, 15 * BLOCK_SIZE)
     store = BenchStore(eager=True)
-    bench = Bench(24, store=store)
-    old, young = prompt(1, 40), prompt(2, 40)
-    bench.submit(request("old", old, max_tokens=30))
-    bench.submit(request("young", young, mode, max_tokens=30))
-    for _ in range(2000):
-        if mode is Mode.IMPORT and bench.heard["young"].awaiting and not bench.heard["young"].tokens:
-            activate(bench, "young", young)
-        elif bench.heard["young"].awaiting:
-            load(bench, "young", None if brings else 0)
-        bench.save()
-        if not bench.step() and all(heard.over for heard in bench.heard.values()):
-            break
-    assert bench.heard["old"].tokens == continuation(old, 30)
-    assert bench.heard["young"].tokens == continuation(young, 30)
-    loads = bench.core.load()
-    assert loads.preemptions > 0
-    assert (loads.loaded_prompt_tokens > 0) == brings
+    source = Bench(256, store=store)
+    source.generate(request("source", tokens, max_tokens=1))
+    source.save()
+    last = hashes_of(tokens)[-1]
+    del store.kept[last]
+    store.asked.clear()
+    bench = Bench(16, store=store)
+    bench.submit(request("r", tokens, max_tokens=1))
+    bench.run()
+    bench.resume("r", bench.bring("r", 0))
+    bench.run()
+    (offer,) = bench.offers.values()
+    assert [block.block_hash for block in offer.blocks] == [last]
+    bench.save()
+    for _ in range(20):
+        bench.step()
+    assert len(store.asked) == len({block.block_hash for block in store.asked})
     assert bench.busy_blocks == 0
-
-
-def activate(bench: Bench, name: str, tokens: list[int]) -> None:
-    reserved = bench.heard[name].reserved
-    assert reserved is not None
-    other = Bench()
-    other.generate(request("source", tokens, Mode.PREFILL_ONLY))
-    for source, block_id in zip(other.heard["source"].block_ids, reserved.block_ids, strict=True):
-        bench.runner.import_block(other.runner.memory, source, block_id)
-    bench.activate(name, continuation(tokens, 1)[0])
 
 
 @given(
@@ -344,13 +236,13 @@ def test_tokens_are_right_whatever_is_offered_saved_lost_and_loaded(
             case "save" | "lose" if bench.offers:
                 bench.save(sorted(bench.offers)[dice % len(bench.offers)], kept=action == "save")
             case "load" if awaiting:
-                load(bench, awaiting[dice % len(awaiting)])
+                bench.resume(awaiting[dice % len(awaiting)], bench.bring(awaiting[dice % len(awaiting)]))
             case _:
                 pass
     for _ in range(10_000):
         for name, heard in bench.heard.items():
             if heard.awaiting:
-                load(bench, name)
+                bench.resume(name, bench.bring(name))
         bench.save()
         if not bench.step() and all(heard.over for heard in bench.heard.values()) and not bench.offers:
             break
@@ -358,6 +250,15 @@ def test_tokens_are_right_whatever_is_offered_saved_lost_and_loaded(
         context, limit = bench.requests[name].prompt_token_ids, bench.requests[name].sampling.max_tokens
         assert heard.tokens == continuation(context, min(limit, num_blocks * BLOCK_SIZE - len(context)))
     assert bench.busy_blocks == 0
+    known = {
+        block.block_hash: block
+        for name, heard in bench.heard.items()
+        for block in chain(
+            root_hash(LAYOUT.identity), hashes_of([*bench.requests[name].prompt_token_ids, *heard.tokens])
+        )
+    }
+    assert bench.store is not None
+    assert all(known[block_hash] == block for block_hash, block in bench.store.blocks.items()), "parents and positions"
 
 
 def test_an_offer_is_an_event_like_any_other() -> None:

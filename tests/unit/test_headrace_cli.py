@@ -10,7 +10,7 @@ from headrace.cli import main
 
 
 def test_every_command_teaches_by_example(capsys: pytest.CaptureFixture[str]) -> None:
-    for command in ([], ["up"], ["serve"], ["model"]):
+    for command in ([], ["up"], ["serve"], ["model"], ["cache"], ["cache", "warm"]):
         with pytest.raises(SystemExit) as ended:
             main([*command, "--help"])
         assert ended.value.code == 0
@@ -41,6 +41,16 @@ def test_every_command_teaches_by_example(capsys: pytest.CaptureFixture[str]) ->
         (["up", "--cpu-affinity", "0,4095"], "asks for cores 4095; this process may use"),
         (["serve", "decode", "--cpu-affinity", "4095"], "asks for cores 4095"),
         (["model", "/no/such/model"], "/no/such/model"),
+        (["cache", "lookup"], "name a prompt"),
+        (["cache", "lookup", "x", "--file", "y"], "name the prompt once"),
+        (["cache", "lookup", "--file", "/no/such/file"], "--file /no/such/file"),
+        (["cache", "pin", "x", "--ttl", "soon"], "--ttl soon: a time such as 90s"),
+        (["cache", "pin", "x", "--ttl", "365d"], "at most 30d"),
+        (["cache", "unpin"], "name a prompt, or say --all"),
+        (["cache", "clear", "--tenant", "Team A", "--yes"], "not its salt"),
+        (["cache", "warm", "/no/such/file"], "/no/such/file"),
+        (["cache", "watch", "--interval", "0"], "--interval 0"),
+        (["cache", "watch", "--events"], "--events needs the index's URL"),
     ],
 )
 def test_a_wrong_setting_is_one_line_and_exit_code_2(
@@ -51,6 +61,23 @@ def test_a_wrong_setting_is_one_line_and_exit_code_2(
     assert message in captured.err
     assert captured.err.startswith("headrace: ")
     assert captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("nonsense", "line 2 is no JSON object"),
+        ("[]", "line 2 is no JSON object"),
+        ('{"prompts": []}', 'line 2: either "prompt" or "messages"'),
+    ],
+)
+def test_a_file_of_prompts_is_read_before_any_is_sent(
+    line: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(f'{{"prompt": "x"}}\n{line}\n')
+    assert main(["cache", "warm", str(path), "--api", "http://127.0.0.1:1"]) == 2
+    assert message in capsys.readouterr().err
 
 
 def test_settings_in_force_are_printed_with_secrets_masked(

@@ -90,7 +90,7 @@ class SmallDiskModel(DiskModel):
 
 
 _settings = settings(
-    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+    max_examples=30, stateful_step_count=25, deadline=None, suppress_health_check=[HealthCheck.too_slow]
 )
 TestDiskModel = DiskModel.TestCase
 TestDiskModel.settings = _settings

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from kv_store.disk.keeper import FILES_PER_VICTIM
 from kv_store.disk.segment import segment_bytes
 from kv_store.disk.tier import DiskTier
+from kv_store.quotas import Quotas
 from kv_store.tiers import StoredBlock
 from protocol.errors import ConfigError
 from protocol.kv_blocks import Tenant
@@ -133,6 +135,20 @@ def test_the_least_recently_used_file_goes_and_its_owner_is_told(tmp_path: Path)
     tier.close()
 
 
+def test_a_file_that_is_used_after_it_was_chosen_to_go_stays(tmp_path: Path) -> None:
+    clock = ManualClock()
+    num_files = 3 * FILES_PER_VICTIM
+    tier = DiskTier(tmp_path, FINGERPRINT, 4000, num_files * segment_bytes(1, 4000), clock=clock)
+    for seed in range(num_files + 1):  # the last one chooses four to go, and needs one
+        clock.advance(1.0)
+        put(tier, some_blocks(1, seed=seed))
+    assert served(tier, some_blocks(1, seed=1)) == 1
+    for seed in range(num_files + 1, num_files + 5):
+        put(tier, some_blocks(1, seed=seed))
+    assert [served(tier, some_blocks(1, seed=seed)) for seed in range(8)] == [0, 1, 0, 0, 0, 0, 1, 1]
+    tier.close()
+
+
 def test_what_was_read_lately_is_known_after_a_restart(tmp_path: Path) -> None:
     with open_tier(tmp_path, 1000) as tier:
         put(tier, some_blocks(1))
@@ -198,6 +214,23 @@ def test_tenants_do_not_share_files(tmp_path: Path) -> None:
         assert len(files_in(tmp_path)) == 1
     with open_tier(tmp_path) as tier:
         assert tier.stats().tenants == {"yours": 4}
+
+
+def test_a_tenant_over_its_quota_gives_up_its_own(tmp_path: Path) -> None:
+    quotas = Quotas(blocks_by_tenant={Tenant("greedy"): 8})
+    tier = DiskTier(tmp_path, FINGERPRINT, 1000, 1 << 20, quotas=quotas)
+    put(tier, some_blocks(20))
+    first = some_blocks(6, seed=1, tenant=Tenant("greedy"))
+    assert put(tier, first) == 6
+    more = some_blocks(30, seed=2, tenant=Tenant("greedy"))
+    assert put(tier, more) == served(tier, more) == 8
+    assert served(tier, first) == 0
+    assert tier.stats().counts.blocks_refused == 22
+    assert put(tier, first[:2]) == 2  # in the place of the chain's tail
+    assert tier.stats().tenants == {"none": 20, "greedy": 8}
+    assert served(tier, more) == 6
+    assert served(tier, some_blocks(20)) == 20
+    tier.close()
 
 
 def test_a_folder_has_one_process(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
-from store_parts import FakeDisk, PlainMemory, TailsFirst, blocks_of, hashes_of
+from store_parts import BLOCK_BYTES, FakeDisk, PlainMemory, TailsFirst, blocks_of, hashes_of
 
 from kv_store.disk.stats import DiskCounts, DiskScan, DiskStats
 from kv_store.host_copier import HostCopier
@@ -186,10 +186,11 @@ async def test_every_figure_becomes_a_metric() -> None:
         assert found["store_missed_blocks_total"] == 2
         assert found["store_capacity_blocks host"] == 4
         assert found["store_moved_blocks_total save"] == 7
-        assert found["store_moved_bytes_total load"] == 3 * bench.store.block_bytes
+        assert found["store_moved_bytes_total load"] == 3 * BLOCK_BYTES
         assert found["store_move_seconds_count load"] == 3, "in batches of a quarter of the tier"
         assert found["store_reuse_gap_seconds_sum host"] == 30, "three blocks, ten seconds after they were stored"
         assert found["store_evicted_blocks_total used host"] == 3
+        assert found["store_evicted_blocks_total file disk"] == 3
         assert found["store_idle_before_eviction_seconds_sum host"] == 15
         assert found["store_block_lifetime_seconds_sum host"] == 45
         assert found[f"store_tenant_blocks {OTHER} host"] == 4

@@ -307,6 +307,8 @@ async def test_a_load_slower_than_computing_is_not_begun() -> None:
         assert s.store.estimate_load_s(hashes_of(blocks)) is not None
         rate[0] = 1e12
         assert s.store.num_loadable(hashes_of(blocks)) == 0
+        s.clock.advance(60.0)
+        assert s.store.num_loadable(hashes_of(blocks)) == 4, "it is time to measure again"
         rate[0] = 1.0
         assert s.store.num_loadable(hashes_of(blocks)) == 4
 
@@ -357,3 +359,16 @@ async def test_counts_of_what_requests_found() -> None:
         s.store.num_loadable([BlockHash(bytes(16))])
         stats = s.store.stats()
         assert (stats.lookups, stats.hits, stats.tiers[0].found, stats.missed_blocks) == (2, 1, 3, 3)
+
+
+async def test_pressure_is_what_no_tier_keeps() -> None:
+    settings = StoreSettings(16, load="always", admission="auto")
+    async with scene(num_slots=8, settings=settings, with_disk=True) as s:
+        for index in range(60):
+            await s.save(blocks_of(f"chain {index}", 8))
+        assert not s.store.stats().second_touch, "the disk has it all"
+    async with scene(num_slots=8, settings=settings) as s:
+        for index in range(60):
+            await s.save(blocks_of(f"chain {index}", 8))
+        assert s.store.stats().second_touch
+        assert not any(s.store.wanted(blocks_of("new", 4)))

@@ -18,11 +18,13 @@ from protocol.cache_admin import (
     UnpinPrompt,
 )
 from protocol.errors import ErrorInfo, InvalidParameter, MalformedMessage
+from protocol.kv_blocks import CachedBlock
 from protocol.kv_events import AllBlocksCleared, BlocksRemoved, BlocksStored, KVEvent, KVEventBatch
 from protocol.kv_layout import KVLayout
 from protocol.phases import DecodePhases, HandoffPhases, PrefillPhases
 from protocol.requests import CancelRequest, DecodeAccepted, DecodeRequest, PrefillAccepted, PrefillRequest
 from protocol.sampling import SamplingParams
+from protocol.store import StorePut, StorePutDone
 from protocol.store_admin import (
     BlocksChanged,
     BlocksLocated,
@@ -198,6 +200,12 @@ MESSAGES: dict[str, object] = {
     "locate_blocks": LocateBlocks((b"a" * 16,)),
     "blocks_located": BlocksLocated(bytes([1, 14])),
     "pin_blocks": PinBlocks((b"a" * 16,), 60.0),
+    "store_put": StorePut(
+        request_id="q",
+        source=KVSource(worker="d0", incarnation="i", control_url="http://127.0.0.1:1", num_blocks=1),
+        blocks=(CachedBlock(b"a" * 16, b"p" * 16, 3),),
+    ),
+    "store_put_done": StorePutDone(1),
     "unpin_blocks": UnpinBlocks((b"a" * 16,)),
     "clear_store": ClearStore("host", "none"),
     "blocks_changed": BlocksChanged(3),
@@ -333,6 +341,12 @@ GOLDEN: dict[str, str] = {
     "locate_blocks": "81ac626c6f636b5f68617368657391c41061616161616161616161616161616161",
     "blocks_located": "81a57469657273c402010e",
     "pin_blocks": ("82ac626c6f636b5f68617368657391c41061616161616161616161616161616161a574746c5f73cb404e000000000000"),
+    "store_put": (
+        "83aa726571756573745f6964a171a6736f7572636584a6776f726b6572a26430ab696e6361726e6174696f6ea169ab636f6e"
+        "74726f6c5f75726cb2687474703a2f2f3132372e302e302e313a31aa6e756d5f626c6f636b7301a6626c6f636b739194c410"
+        "61616161616161616161616161616161c4107070707070707070707070707070707003a46e6f6e65"
+    ),
+    "store_put_done": "81aa6e756d5f73746f72656401",
     "unpin_blocks": "81ac626c6f636b5f68617368657391c41061616161616161616161616161616161",
     "clear_store": "82a474696572a4686f7374a674656e616e74a46e6f6e65",
     "blocks_changed": "81aa6e756d5f626c6f636b7303",

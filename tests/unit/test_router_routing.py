@@ -182,6 +182,24 @@ class TestPrefixIndex:
         self.index.apply(KVEventBatch(A, 4, (BlocksRemoved((HASHES[0],), "host"),)))
         assert self.index.match(HASHES) == {}
 
+    def test_a_block_that_left_the_device_for_the_host_tier_is_still_here_and_may_come_back(self) -> None:
+        self.snapshot(A, 0, HASHES[:3])
+        self.stored(A, 2, HASHES[1:3], "host")
+        self.index.apply(KVEventBatch(A, 3, (BlocksRemoved(tuple(HASHES[1:3])),)))
+        assert self.index.match(HASHES) == {A: 3}, "a chain may lie in several tiers"
+        self.stored(A, 4, HASHES[1:2])
+        removed = (BlocksRemoved(tuple(HASHES[1:3]), "host"), BlocksStored((HASHES[2],), "disk"))
+        self.index.apply(KVEventBatch(A, 5, removed))
+        assert self.index.match(HASHES) == {A: 3}
+        self.index.apply(KVEventBatch(A, 7, (BlocksRemoved((HASHES[2],), "disk"), BlocksRemoved((HASHES[2],)))))
+        assert self.index.match(HASHES) == {A: 2}
+        assert len(self.index) == 2
+
+    def test_a_snapshot_tells_of_every_tier(self) -> None:
+        stored = (BlocksStored(tuple(HASHES[:1])), BlocksStored(tuple(HASHES[1:2]), "host"))
+        assert self.index.apply(KVEventBatch(A, 0, (AllBlocksCleared(), *stored)))
+        assert self.index.match(HASHES) == {A: 2}
+
     def test_what_was_just_sent_is_expected_for_a_while(self) -> None:
         self.index.expect(A, HASHES)
         assert self.index.match(HASHES) == {}, "a worker that never stored a block does not cache"

@@ -1,5 +1,8 @@
 """Every metric is declared with a name that says what it counts, and a registry is a process's own."""
 
+import re
+from pathlib import Path
+
 import pytest
 from prometheus_client import CollectorRegistry
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,6 +20,7 @@ from runtime.metrics import (
     render,
 )
 
+MANUAL = Path(__file__).resolve().parents[2] / "docs" / "operations.md"
 GROUPS = (EngineMetrics, TransferMetrics, NodeMetrics, StoreMetrics)
 
 
@@ -39,6 +43,24 @@ def test_names_are_ours_and_documented(groups: tuple[type, ...]) -> None:
     for family in families:
         assert family.name.startswith("headrace_")
         assert family.documentation
+
+
+def test_the_manual_names_metrics_that_exist() -> None:
+    node, router = CollectorRegistry(), CollectorRegistry()
+    for group in GROUPS:
+        group(node)
+    RouterMetrics(router)
+    declared = {
+        family.name
+        for registry in (node, router)
+        for family in text_string_to_metric_families(render(registry).decode())
+    }
+    named = set(re.findall(r"`(headrace_[a-z_]+)`", MANUAL.read_text(encoding="utf-8")))
+    assert len(named) > 50
+    assert {name for name in named if not {name, name.removesuffix("_total")} & declared} == set()
+    known = named | {name.removesuffix("_total") for name in named}
+    store = {name for name in declared if name.startswith(("headrace_store", "headrace_index"))}
+    assert {name for name in store if not name.endswith("_created")} - known == set(), "all of it is explained"
 
 
 def test_two_processes_in_one_do_not_share_metrics() -> None:

@@ -1,0 +1,197 @@
+"""Every eviction policy: its books, its order, its bounds; and that ours is worth having."""
+
+from collections.abc import Callable
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kv_store.policy import density
+from kv_store.policy.arc import ARCPolicy
+from kv_store.policy.density import DensityPolicy
+from kv_store.policy.factory import POLICY_NAMES, PolicyName, make_policy
+from kv_store.policy.lru import LRUPolicy
+from kv_store.policy.policy import EvictionPolicy
+from kv_store.policy.s3fifo import S3FIFOPolicy
+from protocol.ids import BlockHash
+from protocol.kv_blocks import CachedBlock
+
+CAPACITY = 12
+
+
+def block_hash(path: tuple[int, ...]) -> BlockHash:
+    return BlockHash(bytes(path).rjust(16, b"\xff"))
+
+
+def chain(path: tuple[int, ...]) -> list[CachedBlock]:
+    """The blocks whose addresses are the leading parts of `path`: equal beginnings are equal blocks."""
+    return [CachedBlock(block_hash(path[: i + 1]), block_hash(path[:i]), i) for i in range(len(path))]
+
+
+PATHS = st.lists(st.integers(0, 2), min_size=1, max_size=6).map(tuple)
+STEPS = st.lists(
+    st.one_of(
+        st.tuples(st.just("request"), PATHS, st.floats(0, 300)),
+        st.tuples(st.just("only want"), PATHS, st.floats(0, 300)),
+        st.tuples(st.just("only add"), PATHS, st.integers(0, 5)),
+        st.tuples(st.just("drop"), PATHS, st.integers(0, 5)),
+        st.tuples(st.just("ask"), PATHS, st.integers(0, CAPACITY)),
+    ),
+    max_size=60,
+)
+
+
+class Tier:
+    """What a policy is told of, and checks of what it answers."""
+
+    def __init__(self, policy: EvictionPolicy) -> None:
+        self.policy = policy
+        self.held: dict[BlockHash, CachedBlock] = {}
+        self.now = 0.0
+
+    def victims(self, count: int, may_evict: Callable[[BlockHash], bool] = lambda _: True) -> list[BlockHash]:
+        chosen = self.policy.victims(count, self.now, may_evict)
+        assert len(chosen) <= count
+        assert len(set(chosen)) == len(chosen)
+        left = set(self.held)
+        for victim in chosen:
+            assert victim in left, "not held"
+            assert may_evict(victim)
+            assert not any(self.held[other].parent == victim for other in left), "went before what continues it"
+            left.remove(victim)
+        if len(chosen) < count:
+            # Whatever stayed may not go, or something that continues it may not.
+            for stayed in left:
+                assert not may_evict(stayed) or any(self.held[other].parent == stayed for other in left)
+        return chosen
+
+    def remove(self, block_hashes: list[BlockHash]) -> None:
+        self.policy.removed(block_hashes)
+        for gone in block_hashes:
+            self.held.pop(gone, None)
+
+    def add(self, blocks: list[CachedBlock], protected: set[BlockHash]) -> None:
+        new = [block for block in blocks if block.block_hash not in self.held]
+        over = len(self.held) + len(new) - CAPACITY
+        if over > 0:
+            self.remove(self.victims(over, lambda candidate: candidate not in protected))
+        new = new[: CAPACITY - len(self.held)]
+        self.policy.added(new, self.now)
+        self.held.update((BlockHash(block.block_hash), block) for block in new)
+
+    def want(self, blocks: list[CachedBlock]) -> None:
+        num_held = next((i for i, block in enumerate(blocks) if block.block_hash not in self.held), len(blocks))
+        self.policy.wanted(blocks, num_held, self.now)
+
+    def step(self, kind: str, path: tuple[int, ...], amount: float) -> None:
+        blocks = chain(path)
+        if kind in ("request", "only want"):
+            self.now += amount
+            self.want(blocks)
+        if kind == "request":
+            self.add(blocks, {BlockHash(block.block_hash) for block in blocks})
+        elif kind == "only add":
+            self.add(blocks[int(amount) :], set())
+        elif kind == "drop":
+            # As after a checksum failure: from the middle of a chain, too, and what is not there.
+            self.remove([BlockHash(block.block_hash) for block in blocks[int(amount) :][:2]])
+        elif kind == "ask":
+            self.victims(int(amount), lambda candidate: candidate[-1] != path[0])
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@given(steps=STEPS)
+@settings(max_examples=60, deadline=None)
+def test_books_stay_true_and_tails_go_first(name: PolicyName, steps: list[tuple[str, tuple[int, ...], float]]) -> None:
+    tier = Tier(make_policy(name, CAPACITY))
+    for step in steps:
+        tier.step(*step)
+    everything = tier.victims(len(tier.held))
+    assert set(everything) == set(tier.held)
+    tier.remove(everything)
+    assert tier.victims(1) == []
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_choosing_is_repeatable_until_it_is_done(name: PolicyName) -> None:
+    """What was chosen counts as held until `removed`; the same history gives the same choice."""
+    tiers = [Tier(make_policy(name, CAPACITY)) for _ in range(2)]
+    for tier in tiers:
+        for number in range(30):
+            tier.step("request", (number % 5, number % 3, number % 7), 10.0)
+    assert tiers[0].victims(4) == tiers[1].victims(4)
+    assert set(tiers[0].victims(4)) <= set(tiers[0].held)
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+def test_whatever_may_not_go_stands_in_nobodys_way(name: PolicyName) -> None:
+    tier = Tier(make_policy(name, CAPACITY))
+    for number in range(6):
+        tier.step("request", (number, 1), 1.0)
+    pinned = {block_hash((number, 1)) for number in range(5)}
+    assert tier.victims(CAPACITY, lambda candidate: candidate not in pinned) == [block_hash((5, 1)), block_hash((5,))]
+    assert len(tier.victims(CAPACITY)) == CAPACITY
+
+
+def test_lru_gives_up_the_oldest_conversation_from_its_end() -> None:
+    tier = Tier(LRUPolicy())
+    for path in ((1, 2, 3), (4, 5), (1, 6)):
+        tier.step("request", path, 1.0)
+    assert tier.victims(3) == [block_hash((1, 2, 3)), block_hash((1, 2)), block_hash((4, 5))]
+
+
+@pytest.mark.parametrize("make", [ARCPolicy, S3FIFOPolicy])
+def test_ghosts_are_no_more_than_the_tier_is_large(make: Callable[[int], ARCPolicy | S3FIFOPolicy]) -> None:
+    policy = make(CAPACITY)
+    tier = Tier(policy)
+    for number in range(200):
+        tier.step("request", (number, number % 3), 1.0)
+        assert policy.num_ghosts <= CAPACITY
+
+
+def test_density_forgets_the_oldest_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(density, "MIN_GHOSTS", 40)
+    policy = DensityPolicy(CAPACITY // 2)
+    tier = Tier(policy)
+    for number in range(250):
+        tier.step("request", (number, 1, 2), 1.0)
+        assert policy.num_ghosts <= max(40, density.GHOSTS_PER_BLOCK * (CAPACITY // 2))
+    # What is neither held nor remembered has left no trace at all.
+    assert len(policy._stretches) <= policy.num_ghosts + len(tier.held)
+    assert len(policy._owners) == policy.num_ghosts + len(tier.held)
+
+
+@pytest.mark.parametrize("name", ["s3fifo", "arc", "density"])
+def test_what_many_begin_with_stays(name: PolicyName) -> None:
+    """A system prompt outlives the conversations of one request that pass by."""
+    tier = Tier(make_policy(name, CAPACITY))
+    for number in range(250):
+        tier.step("request", (9, 9, number), 5.0)
+    assert {block_hash((9,)), block_hash((9, 9))} <= set(tier.held)
+
+
+def num_hits(name: PolicyName, paths: list[tuple[int, ...]], gap_s: float) -> int:
+    tier = Tier(make_policy(name, CAPACITY))
+    hits = 0
+    for path in paths:
+        hits += sum(block.block_hash in tier.held for block in chain(path))
+        tier.step("request", path, gap_s)
+    return hits
+
+
+def test_density_keeps_a_part_of_a_scan_that_is_too_long() -> None:
+    """LRU gives each block up just before it is wanted again."""
+    scan = [(number % 20,) for number in range(2_000)]
+    assert num_hits("lru", scan, 2.0) == 0
+    assert num_hits("density", scan, 2.0) > 0.8 * 2_000 * CAPACITY / 20
+
+
+def test_density_keeps_who_comes_back_rather_than_passers_by() -> None:
+    """Four conversations are continued every twelve requests for good; the others, which come between, never are."""
+    paths: list[tuple[int, ...]] = []
+    for number in range(1_500):
+        paths.append((number % 200, number // 200, 1, 1))
+        if number % 3 == 0:
+            paths.append((250, number // 3 % 4))
+    assert num_hits("lru", paths, 2.0) == 0
+    assert num_hits("density", paths, 2.0) > 500
