@@ -5,6 +5,7 @@ A simulated runner's tokens depend on the bytes in its KV blocks, so that wrong 
 
 import asyncio
 import contextlib
+import gc
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ import prefill_node.main
 import store_node.main
 from engine.build import plan_engine
 from engine.engine import Engine
+from engine.load import EngineLoad
 from kv_store.admin import PATH
 from kv_transfer.memory.arena import HostArena
 from protocol.ids import new_incarnation
@@ -35,6 +37,7 @@ from tests.support.router_process import running_router
 
 NUM_BLOCKS = 320
 BLOCK_SIZE = 16
+TASKS_OF_REQUESTS = ("borrow:", "prefix:", "kv-hold:", "kv-save:", "fetch:")
 MODULES = (prefill_node.main, decode_node.main, store_node.main)
 
 
@@ -61,6 +64,9 @@ class StoreCluster:
     patch: pytest.MonkeyPatch
     client: RpcClient
     session: aiohttp.ClientSession
+    model: dict[str, Any] = field(default_factory=lambda: {"runner": "simulated"})
+    """Options of every node's model."""
+
     nodes: dict[str, RunningNode] = field(default_factory=dict)
     arenas: list[HostArena] = field(default_factory=list)
     """In production they end with the process."""
@@ -73,9 +79,9 @@ class StoreCluster:
             port=int(url.rsplit(":", 1)[1]),
             routers=(self.control_url,),
             drain_timeout_s=5.0,
-            model=ModelOptions(model=str(self.folder), runner="simulated"),
+            model=ModelOptions(model=str(self.folder), **self.model),
             cache=CacheOptions(num_blocks=num_blocks, block_size=BLOCK_SIZE),
-            transfer=TransferOptions(transport="tcp"),
+            transfer=TransferOptions(transport="tcp", borrow="always"),
             store=StoreOptions(**({"host_memory": "4MiB", "admission": "all", "load": "always"} | store)),
         )
         life, incarnation = ProcessLife(), new_incarnation()
@@ -94,7 +100,8 @@ class StoreCluster:
             self.arenas += [arena for arena in (built.memory, built.slab) if isinstance(arena, HostArena)]
             module = prefill_node.main if role == "prefill" else decode_node.main
             serving = module._serve(config, incarnation, built)
-        node = self.nodes[name] = RunningNode(name, url, life, asyncio.create_task(serving, name=name), engine)
+        task = asyncio.create_task(serving, name=name)
+        node = self.nodes[name] = RunningNode(name, url, life, task, engine)
         await self._ready(node)
         return node
 
@@ -115,13 +122,20 @@ class StoreCluster:
                 await asyncio.sleep(0.02)
 
     async def at_rest(self) -> None:
-        """Until every engine has all its blocks back, and nobody reads from a store."""
+        """Until every engine has all its blocks back, nobody reads from a store, and no task of a request is left."""
+        await self.engines_at_rest()
         async with asyncio.timeout(10):
             for node in self.nodes.values():
-                while node.engine is not None and node.engine.load().free_blocks != NUM_BLOCKS:
-                    await asyncio.sleep(0.02)
                 while any(tier.held for tier in await self._tiers(node.name)):
                     await asyncio.sleep(0.02)
+            while any(task.get_name().startswith(TASKS_OF_REQUESTS) for task in asyncio.all_tasks()):
+                await asyncio.sleep(0.02)
+
+    async def engines_at_rest(self) -> None:
+        async with asyncio.timeout(10):
+            for node in self.nodes.values():
+                while node.engine is not None and not _is_idle(node.engine.load()):
+                    await asyncio.sleep(0.002)
 
     async def _tiers(self, name: str) -> tuple[TierReport, ...]:
         return (await self.client.get(f"{self.nodes[name].url}{PATH}/stats", StoreReport, 5.0)).tiers
@@ -137,8 +151,15 @@ class StoreCluster:
                 await asyncio.sleep(0.02)
 
 
+def _is_idle(load: EngineLoad) -> bool:
+    held = (load.running, load.waiting, load.num_importing, load.num_held, load.num_pins, load.num_offered_blocks)
+    return not any(held) and load.free_blocks == load.total_blocks
+
+
 @contextlib.asynccontextmanager
-async def running_stores(folder: Path, patch: pytest.MonkeyPatch, **router: Any) -> AsyncIterator[StoreCluster]:
+async def running_stores(
+    folder: Path, patch: pytest.MonkeyPatch, model_options: dict[str, Any] | None = None, **router: Any
+) -> AsyncIterator[StoreCluster]:
     """A router; nodes are for the test to start. All are stopped at the end."""
     model = load_model(RouterConfig(model=str(folder)))
     async with (
@@ -147,6 +168,8 @@ async def running_stores(folder: Path, patch: pytest.MonkeyPatch, **router: Any)
         aiohttp.ClientSession() as session,
     ):
         cluster = StoreCluster(running.url, running.control_url, folder, patch, client, session)
+        if model_options is not None:
+            cluster.model = model_options
         try:
             yield cluster
         finally:
@@ -155,3 +178,5 @@ async def running_stores(folder: Path, patch: pytest.MonkeyPatch, **router: Any)
                     await node.stop()
             for arena in cluster.arenas:
                 arena.close()
+            cluster.nodes.clear()
+            gc.collect()  # engines and runners refer to each other, and to views of what their arenas have mapped
