@@ -57,7 +57,7 @@ class ServedStore:
             num_blocks=wires.transports.arena.num_blocks,
             transports=wires.transports.kinds,
         )
-        self.exchange = KVExchange(config, own, wires, owner, client, metrics)
+        self.exchange = KVExchange(config, own, wires, owner, client, metrics, memory="host")
         owner.on_pinned = self.exchange.lender.pinned
         self._stack = AsyncExitStack()
 
