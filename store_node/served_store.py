@@ -59,6 +59,7 @@ class ServedStore:
         )
         self.exchange = KVExchange(config, own, wires, owner, client, metrics, memory="host")
         owner.on_pinned = self.exchange.lender.pinned
+        self.exchange.lender.on_doubt = owner.inspect
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
