@@ -1,25 +1,29 @@
-"""Demotion: what the host tier gives up goes to disk first, where there is one.
+"""Demotion: what the host tier is about to give up goes to disk first, where there is one.
 
-Room is made in two ways: ahead, so that a few slots are free whenever a load or a put needs them, and on demand, when a
-save lacks room. Blocks are found and read as ever until they are on disk. What waits for the disk is bounded in bytes: beyond
-that the disk is slower than blocks are evicted, and they are dropped and counted.
+    ready ──chosen, held──▶ written ──▶ clean: next to go, found and read as ever ──a slot is needed──▶ gone
+                               └──the disk did not keep it──▶ stays as it was
+
+It is done ahead of need, and nobody waits for it: who needs a slot takes that of a clean block, or else that of a block which
+is then lost, and counted. One batch at a time is on its way to the disk, so little is bound up in a disk that hangs.
 """
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 
 from kv_store.disk_worker import DiskWorker
 from kv_store.entries import Entry
 from kv_store.host_tier import HostTier
 from kv_store.tiers import StoredBlock
-from protocol.kv_blocks import CachedBlock
+from protocol.kv_blocks import CachedBlock, Tenant
 
-AHEAD_SHARE = 1 / 32
-"""Of the slots, kept free where there is a disk: what a burst of loads takes before it has to push anything out."""
+AHEAD_SHARE = 1 / 8
+"""Of the slots, free or clean: what a burst of saves and loads takes before it has to push out what is nowhere else."""
 
-MAX_BACKLOG_SHARE = 1 / 8
-MAX_BACKLOG_BYTES = 512 << 20
-"""What may wait for the disk: a second of a fast one, and never more than a share of the tier."""
+SMALL_AHEAD = 64
+"""At least so many in a small tier, but never more than half of it."""
+
+DRAIN_SHARE = 7 / 8
+"""Of the disk, filled by a drain: its files have headers, and blocks that are there already are not to be pushed out."""
 
 
 class DiskLosses:
@@ -42,48 +46,79 @@ class Demoter:
         self._host = host
         self._worker = worker
         self._batch_blocks = batch_blocks
-        self._num_ahead = max(1, int(host.num_slots * AHEAD_SHARE))
-        share = int(host.num_slots * MAX_BACKLOG_SHARE)
-        self._max_backlog = max(batch_blocks, min(share, MAX_BACKLOG_BYTES // host.memory.block_bytes))
-        self._num_waiting = 0
+        self._tenants: set[Tenant] = set()
         self._ahead: asyncio.Task[None] | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
 
-    async def make_room(self, blocks: Sequence[CachedBlock]) -> None:
-        """Before these are saved: whatever must go for them goes to disk, as far as the disk keeps up."""
-        for count, tenant in self._host.lacking(blocks):
-            room = self._max_backlog - self._num_waiting
-            await self._demote(self._host.leave(min(count, room), tenant))
-
-    def keep_ahead(self) -> None:
-        """Have some slots freed, unless that is under way."""
-        if self._ahead is None and self._host.num_free < self._num_ahead:
-            self._ahead = asyncio.get_running_loop().create_task(self._free_some())
+    def keep_ahead(self, blocks: Iterable[CachedBlock] = ()) -> None:
+        """After these were stored: have more blocks made clean, unless that is under way."""
+        self._tenants.update(Tenant(block.tenant) for block in blocks)
+        if self._ahead is None and self._lacking() is not None:
+            self._ahead = self._start(self._write_ahead())
 
     async def idle(self) -> None:
-        if self._ahead is not None:
-            await asyncio.wait((self._ahead,))
+        if self._tasks:
+            await asyncio.wait(self._tasks)
 
-    async def _free_some(self) -> None:
+    async def drain(self, deadline_s: float) -> None:
+        """Write what is not on disk, the most valuable first, for so long. What is being written then is left to be."""
+        task = self._start(self._write_all(asyncio.get_running_loop().time() + deadline_s))
+        await asyncio.wait((task,), timeout=deadline_s)
+
+    def _start(self, work: Coroutine[None, None, None]) -> asyncio.Task[None]:
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return task
+
+    async def _write_ahead(self) -> None:
         try:
-            lacking = self._num_ahead - self._host.num_free
-            room = self._max_backlog - self._num_waiting
-            await self._demote(self._host.leave(min(lacking, room)))
+            while (lacking := self._lacking()) is not None:
+                count, tenant = lacking
+                entries = self._host.leave(min(count, self._batch_blocks), tenant)
+                if not await self._make_clean(entries):
+                    if tenant is None:
+                        return
+                    self._tenants.discard(tenant)
         finally:
             self._ahead = None
 
-    async def _demote(self, leaving: Sequence[Entry]) -> None:
-        """Write what is not on disk yet, then let go of what is. What the disk does not keep stays until its slot is needed."""
-        self._num_waiting += len(leaving)
+    def _lacking(self) -> tuple[int, Tenant | None] | None:
+        """How many more of a tenant's blocks, or of anybody's, are to be made clean."""
+        for tenant in list(self._tenants):
+            ahead = _ahead(self._host.quotas.limit(tenant, self._host.num_slots))
+            if (count := self._host.short_of(ahead, tenant)) > 0:
+                return count, tenant
+            self._tenants.discard(tenant)
+        count = self._host.short_of(_ahead(self._host.num_slots))
+        return (count, None) if count > 0 else None
+
+    async def _make_clean(self, entries: Sequence[Entry]) -> int:
+        """How many are clean now. They are held while the disk reads them: their slots are nobody else's until it has."""
         try:
-            for first in range(0, len(leaving), self._batch_blocks):
-                await self._write_some(leaving[first : first + self._batch_blocks])
+            await self._write_some(entries)
         finally:
-            self._num_waiting -= len(leaving)
-            self._host.stay(leaving)
+            num_clean = self._host.written(entries)
+        return num_clean
 
     async def _write_some(self, entries: Sequence[Entry]) -> None:
-        new = [entry for entry in entries if entry.block.block_hash not in self._worker.disk]
-        new.sort(key=lambda entry: entry.block.position)
-        if new:
-            await self._worker.write(new)
-        self._host.take_out([entry for entry in entries if entry.block.block_hash in self._worker.disk])
+        if any(entry.block.block_hash not in self._worker.disk for entry in entries):
+            await self._worker.write(sorted(entries, key=lambda entry: entry.block.position))
+
+    async def _write_all(self, until: float) -> None:
+        loop = asyncio.get_running_loop()
+        hashes = await asyncio.to_thread(self._host.by_value)
+        hashes = hashes[: int(await self._worker.capacity_blocks() * DRAIN_SHARE)]
+        for first in range(0, len(hashes), self._batch_blocks):
+            if loop.time() >= until:
+                return
+            entries = self._host.hold_each(hashes[first : first + self._batch_blocks])
+            try:
+                await self._write_some(entries)
+            finally:
+                self._host.let_go(entries)
+
+
+def _ahead(num_slots: int) -> int:
+    """How many of so many slots are to be free or clean."""
+    return max(1, int(num_slots * AHEAD_SHARE), min(num_slots // 2, SMALL_AHEAD))

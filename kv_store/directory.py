@@ -93,15 +93,25 @@ class TierDirectory:
         )
 
     def snapshot(self) -> list[Entry]:
-        """All that is ready, in no order that means anything."""
-        return [entry for entry in self._entries.values() if entry.ready]
+        """All that is ready or on its way, in no order that means anything."""
+        return list(self._entries.values())
+
+    def by_value(self) -> list[BlockHash]:
+        """All that is ready, what would be evicted last first; so a block comes after the one that it continues."""
+        return self._policy.victims(len(self._entries), self._clock.now(), lambda _: True)[::-1]
+
+    def over(self, tenant: Tenant, count: int) -> int:
+        """How many blocks beyond its quota a tenant would be with `count` more; not above 0 if none. A quota of the whole
+        tier is none."""
+        limit = self._quotas.limit(tenant, self.num_slots)
+        return self._slots_of.get(tenant, 0) + count - limit if limit < self.num_slots else 0
 
     # Writing
 
     def lacking(self, blocks: Sequence[CachedBlock]) -> list[tuple[int, Tenant | None]]:
         """What must be given up before these blocks have room: so many of a tenant's own, so many of anybody's."""
         new = self._new(blocks)
-        over = [(over, tenant) for tenant, count in _by_tenant(new).items() if (over := self._over(tenant, count)) > 0]
+        over = [(over, tenant) for tenant, count in _by_tenant(new).items() if (over := self.over(tenant, count)) > 0]
         room = len(self._free) + sum(count for count, _ in over)
         return [*over, (len(new) - room, None)] if len(new) > room else list(over)
 
@@ -157,6 +167,10 @@ class TierDirectory:
         entries = [self._entries[block_hash] for block_hash in block_hashes[: self.num_ready(block_hashes)]]
         self._add_readers(entries)
         return entries
+
+    def hold_these(self, entries: Iterable[Entry]) -> None:
+        """Ready ones, as `hold` does."""
+        self._add_readers(entries)
 
     def used(self, entries: Sequence[Entry]) -> None:
         """Held blocks have been read."""
@@ -253,17 +267,12 @@ class TierDirectory:
         unique = {block.block_hash: block for block in blocks}
         return [block for block in unique.values() if block.block_hash not in self._entries]
 
-    def _over(self, tenant: Tenant, count: int) -> int:
-        """How many blocks beyond its quota a tenant would be with `count` more. A quota of the whole tier is none."""
-        limit = self._quotas.limit(tenant, self.num_slots)
-        return self._slots_of.get(tenant, 0) + count - limit if limit < self.num_slots else 0
-
     def _within_quotas(self, new: Sequence[CachedBlock], evicted: list[Entry]) -> list[CachedBlock]:
         room: dict[str, int] = {}
         for tenant, count in _by_tenant(new).items():
-            if (over := self._over(tenant, count)) > 0:
+            if (over := self.over(tenant, count)) > 0:
                 evicted += self._evict(self._victims(min(over, count), tenant))
-            room[tenant] = count - max(0, self._over(tenant, count))
+            room[tenant] = count - max(0, self.over(tenant, count))
         granted = []
         for block in new:
             if room[block.tenant] > 0:

@@ -1,20 +1,24 @@
 """DiskWorker: the threads on which a store talks to its disk, one that reads and one that writes, so that no request waits
-behind a demotion. A disk that raises is one that has kept or read nothing."""
+behind a demotion. A disk that raises is one that has kept or read nothing, and one that hangs is left behind at the end."""
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor
 
+from kv_store.daemon_thread import DaemonThread
 from kv_store.entries import Entry
-from kv_store.finish import finish
+from kv_store.finish import end, finish
 from kv_store.host_tier import HostTier
 from kv_store.observer import Move
 from kv_store.tier_events import TierEvents
 from kv_store.tiers import BlockDisk, StoredBlock
 from protocol.checksum import checksum
 from protocol.ids import BlockHash
-from protocol.kv_blocks import CachedBlock
+from protocol.kv_blocks import CachedBlock, Tenant
+
+FORGET_BLOCKS = 512
+"""At once: who asks the disk a question waits no longer than for these."""
 
 
 class DiskWorker:
@@ -24,15 +28,18 @@ class DiskWorker:
         self.disk = disk
         self._host = host
         self._events = events
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="headrace-kv-disk-read")
-        self._writer = ThreadPoolExecutor(1, thread_name_prefix="headrace-kv-disk-write")
+        self._reader = DaemonThread("headrace-kv-disk-read")
+        self._writer = DaemonThread("headrace-kv-disk-write")
 
     async def write(self, entries: Sequence[Entry]) -> None:
-        """Held or leaving blocks, to disk, as far as it keeps them. What has changed in memory is dropped."""
+        """Held blocks that it does not have, to disk, as far as it keeps them. What has changed in memory is dropped."""
 
         def write() -> int:
-            right = [entry for entry in entries if checksum(self._host.memory.block(entry.slot)) == entry.checksum]
-            damaged.extend(entry for entry in entries if entry not in right)
+            right: list[Entry] = []
+            for entry in entries:
+                if entry.block.block_hash not in self.disk:
+                    is_right = checksum(self._host.memory.block(entry.slot)) == entry.checksum
+                    (right if is_right else damaged).append(entry)
             blocks = [entry.block for entry in right]
             data = [self._host.memory.block(entry.slot) for entry in right]
             count = self.disk.write(blocks, data, [entry.checksum for entry in right])
@@ -50,21 +57,42 @@ class DiskWorker:
         into = [self._host.memory.block(slot) for slot in slots]
         return await self._run(self._reader, "promote", lambda: self.disk.read(hashes, into))
 
-    async def forget(self, block_hashes: Sequence[BlockHash]) -> None:
-        """Wherever they are by then: after whatever is being written."""
-        await finish(asyncio.get_running_loop().run_in_executor(self._writer, self.disk.forget, block_hashes))
+    async def clear(self, tenant: Tenant | None) -> int:
+        """Forget all blocks, or one tenant's, those included that are being written when this is called. How many."""
 
-    def close(self) -> None:
-        self._reader.shutdown(wait=True)
-        self._writer.shutdown(wait=True)
-        self.disk.close()
+        def work() -> int:
+            blocks = [stored.block for stored in self.disk.stored()]
+            hashes = [BlockHash(block.block_hash) for block in blocks if tenant is None or block.tenant == tenant]
+            for first in range(0, len(hashes), FORGET_BLOCKS):
+                self.disk.forget(hashes[first : first + FORGET_BLOCKS])
+            return len(hashes)
+
+        return await finish(asyncio.get_running_loop().run_in_executor(self._writer, work))
+
+    async def capacity_blocks(self) -> int:
+        """Of the whole disk tier."""
+
+        def work() -> int:
+            return self.disk.stats().capacity_bytes // self._host.memory.block_bytes
+
+        return await finish(asyncio.get_running_loop().run_in_executor(self._writer, work))
+
+    async def close(self) -> None:
+        """Once."""
+        await end(self._reader)
+        await end(self._writer, self.disk.close)
+
+    def abandon(self) -> int:
+        """Waits for nothing, and leaves the disk open; how many jobs were given up."""
+        return self._reader.abandon() + self._writer.abandon()
 
     def _kept(self, blocks: Sequence[CachedBlock]) -> list[StoredBlock]:
         return [stored for block in blocks for stored in self.disk.find([BlockHash(block.block_hash)])]
 
     async def _run(self, thread: Executor, move: Move, work: Callable[[], int]) -> int:
+        begin = time.perf_counter()  # who reads next will wait for its turn as well
+
         def timed() -> tuple[int, float]:
-            begin = time.perf_counter()
             count = work()
             return count, time.perf_counter() - begin
 

@@ -10,6 +10,7 @@ class Entry:
     """One block in a slot, from `reserve` until the slot is free again. Only the directory changes it."""
 
     __slots__ = (
+        "begun",
         "block",
         "checksum",
         "doomed",
@@ -25,6 +26,8 @@ class Entry:
     )
 
     def __init__(self, block: CachedBlock, slot: int) -> None:
+        self.begun = 0
+        """The store's mark when the job began that writes it (kv_store.clears)."""
         self.block = block
         self.slot = slot
         self.checksum = 0
@@ -76,3 +79,12 @@ class Occupancy:
     held: int
     pinned: int
     leaving: int
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlaces:
+    """Of one block; `pinned` in host memory."""
+
+    host: bool
+    disk: bool
+    pinned: bool

@@ -11,6 +11,8 @@ import threading
 from collections.abc import Iterable, Sequence
 
 from kv_store.admission import Admission
+from kv_store.clean_blocks import CleanBlocks
+from kv_store.clears import Clears
 from kv_store.directory import TierDirectory
 from kv_store.entries import Entry, Occupancy, Reservation
 from kv_store.load_choice import LoadableBlocks
@@ -21,6 +23,7 @@ from kv_store.rates import Rates
 from kv_store.stats import Counters
 from kv_store.tier_events import TierEvents
 from kv_store.tiers import BlockDisk, BlockMemory, StoredBlock
+from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock
 
@@ -57,6 +60,8 @@ class HostTier:
             num_slots, policy, clock=clock, quotas=self.quotas, tier="host", observer=self._observer
         )
         self._events = events
+        self._clean = CleanBlocks()
+        self._clears = Clears()
         self._logged: set[tuple[Move, type[BaseException]]] = set()
 
     # Questions
@@ -78,14 +83,11 @@ class HostTier:
         with self.lock:
             return [block_hash in self._directory for block_hash in block_hashes]
 
-    def lacking(self, blocks: Sequence[CachedBlock]) -> list[tuple[int, Tenant | None]]:
+    def short_of(self, count: int, tenant: Tenant | None = None) -> int:
+        """How many of `count` new blocks (of one tenant, if given) have neither a free slot nor a clean block's."""
         with self.lock:
-            return self._directory.lacking(blocks)
-
-    @property
-    def num_free(self) -> int:
-        with self.lock:
-            return self._directory.num_free
+            lacking = count - self._directory.num_free if tenant is None else self._directory.over(tenant, count)
+            return lacking - self._clean.count(tenant)
 
     def occupancy(self) -> Occupancy:
         with self.lock:
@@ -96,9 +98,15 @@ class HostTier:
             return self._directory.slots_by_tenant()
 
     def snapshot(self) -> list[StoredBlock]:
+        """All that was ready at some moment of the call; listeners hear of what changes meanwhile. Long, but for the lock."""
         with self.lock:
             entries = self._directory.snapshot()
-        return [entry.stored("host") for entry in entries]
+        return [entry.stored("host") for entry in entries if entry.ready]
+
+    def by_value(self) -> list[BlockHash]:
+        """All that is ready, the most valuable first. Long, and holds the lock: for when nobody else is left."""
+        with self.lock:
+            return self._directory.by_value()
 
     # Writing
 
@@ -108,25 +116,39 @@ class HostTier:
         with self.lock:
             return self._directory.requested(blocks)
 
-    def reserve(self, blocks: Sequence[CachedBlock]) -> Reservation:
+    def mark(self) -> int:
+        """Of a job that begins now, for `reserve`."""
         with self.lock:
+            return self._clears.mark
+
+    def reserve(self, blocks: Sequence[CachedBlock], begun: int | None = None) -> Reservation:
+        """`begun`: the job's mark, if it is not only beginning."""
+        with self.lock:
+            gone = self._give_up_clean(blocks)
             reservation = self._directory.reserve(blocks)
-            self._count_evicted(reservation.evicted)
+            for entry in reservation.entries:
+                entry.begun = self._clears.mark if begun is None else begun
+            gone += reservation.evicted
+            self._count_evicted(gone)
             self.counters.refused_without_room += reservation.num_without_room
             if reservation.num_over_quota:
                 given = {entry.block.block_hash for entry in reservation.entries}
                 tenant = next(Tenant(block.tenant) for block in blocks if block.block_hash not in given)
                 self.counters.over_quota(tenant, reservation.num_over_quota)
-        self._tell_removed(reservation.evicted)
+        self._tell_removed(gone)
         return reservation
 
-    def commit(self, entries: Sequence[Entry], checksums: Sequence[int], *, held: bool = False) -> None:
-        if not entries:
-            return
+    def commit(self, entries: Sequence[Entry], checksums: Sequence[int], *, held: bool = False) -> list[Entry]:
+        """Those that are kept: all, but for what was cleared since its job began."""
         with self.lock:
-            self._directory.commit(entries, checksums, held=held)
-            self.counters.stored_host += len(entries)
-        self._events.stored([entry.stored("host") for entry in entries])
+            cleared = [self._clears.since(entry.begun, entry.block.tenant) for entry in entries]
+            kept = [entry for entry, is_cleared in zip(entries, cleared, strict=True) if not is_cleared]
+            self._directory.abort(entry for entry, is_cleared in zip(entries, cleared, strict=True) if is_cleared)
+            right = [value for value, is_cleared in zip(checksums, cleared, strict=True) if not is_cleared]
+            self._directory.commit(kept, right, held=held)
+            self.counters.stored_host += len(kept)
+        self._events.stored([entry.stored("host") for entry in kept])
+        return kept
 
     def abort(self, entries: Sequence[Entry]) -> None:
         with self.lock:
@@ -156,9 +178,15 @@ class HostTier:
         with self.lock:
             return self._directory.hold(block_hashes)
 
+    def hold_each(self, block_hashes: Sequence[bytes]) -> list[Entry]:
+        """Those of the blocks that are ready."""
+        with self.lock:
+            return [entry for block_hash in block_hashes for entry in self._directory.hold([block_hash])]
+
     def used(self, entries: Sequence[Entry]) -> None:
         with self.lock:
             self._directory.used(entries)
+            self._keep(entries)
             self.counters.read_host += len(entries)
 
     def let_go(self, entries: Sequence[Entry]) -> None:
@@ -168,23 +196,37 @@ class HostTier:
     # Going
 
     def leave(self, count: int, tenant: Tenant | None = None) -> list[Entry]:
+        """Chosen to go next, and held for whoever writes them to disk, until `written`."""
         with self.lock:
-            return self._directory.leave(count, tenant)
+            entries = self._directory.leave(count, tenant)
+            self._directory.hold_these(entries)
+            return entries
 
-    def stay(self, entries: Sequence[Entry]) -> None:
+    def written(self, entries: Sequence[Entry]) -> int:
+        """Those that are on disk now, and that nobody has used meanwhile, are clean; how many. The others stay."""
         with self.lock:
-            self._directory.stay(entries)
+            self._directory.let_go(entries)
+            clean = [e for e in entries if e.leaving and self._disk is not None and e.block.block_hash in self._disk]
+            self._directory.stay(set(entries).difference(clean))
+            for entry in clean:
+                self._clean.add(entry)
+            return len(clean)
 
-    def take_out(self, entries: Sequence[Entry]) -> None:
+    def nothing_leaves(self) -> None:
+        """What was to go next stays."""
         with self.lock:
-            gone = self._directory.take_out(entries)
-            self._count_evicted(gone)
-        self._tell_removed(gone)
+            self._keep(self._clean.take(self.num_slots))
+
+    def clear_begins(self, tenant: Tenant | None) -> None:
+        """Of all tenants or one, what is being written is not kept."""
+        with self.lock:
+            self._clears.note(tenant)
 
     def drop_damaged(self, entry: Entry) -> None:
         """Its bytes are not what they were. Counted once, however many readers find out."""
         with self.lock:
             gone = self._directory.drop([entry])
+            self._clean.discard(gone)
             self.counters.checksum_failures += len(gone)
         if gone:
             log.warning("a KV block in host memory has changed since it was stored; it is dropped")
@@ -193,6 +235,7 @@ class HostTier:
     def forget(self, block_hashes: Iterable[bytes]) -> int:
         with self.lock:
             gone = self._directory.forget(block_hashes)
+            self._clean.discard(gone)
         self._tell_removed(gone)
         return len(gone)
 
@@ -236,6 +279,21 @@ class HostTier:
             self._logged.add((move, type(error)))
         if first:
             log.error("KV store: %s failed (%s: %s); such blocks are misses", move, type(error).__name__, error)
+
+    def _give_up_clean(self, blocks: Sequence[CachedBlock]) -> list[Entry]:
+        """As many clean ones as these blocks lack slots; those that are being read or pinned stay."""
+        gone: list[Entry] = []
+        for count, tenant in self._directory.lacking(blocks):
+            lacking = count
+            while lacking > 0 and (chosen := self._clean.take(lacking, tenant)):
+                taken = self._directory.take_out(chosen)
+                gone += taken
+                lacking -= len(taken)
+        return gone
+
+    def _keep(self, entries: Sequence[Entry]) -> None:
+        self._directory.stay(entries)
+        self._clean.discard(entries)
 
     def _count_evicted(self, entries: Sequence[Entry]) -> None:
         now = self._clock.now()

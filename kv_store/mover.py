@@ -1,16 +1,20 @@
 """Mover: one thread that copies blocks between a device and host slots, and checks them on the way.
 
-Jobs are batches, done one after the other in the order of being asked. Whoever awaits one is answered, or hears of its
-own cancel, when nothing moves any more. Started with its store and closed by it.
+Jobs are batches, done one after the other. Loads come first, because somebody waits for their tokens: of saves and puts one
+batch at a time is at the thread, and the others wait for it here, so a load never has more than one of them before it.
+Whoever awaits a batch is answered, or hears of its own cancel, when nothing moves any more. Started with its store and
+closed by it.
+
+Times are from when a batch's turn came: those of loads include what was before them, as the next load will find it too.
 """
 
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
-from kv_store.finish import finish
+from kv_store.daemon_thread import DaemonThread
+from kv_store.finish import end, finish
 from kv_store.tiers import BlockCopier, BlockMemory
 from protocol.checksum import checksum, num_right
 
@@ -27,7 +31,8 @@ class Mover:
         self._memory = memory
         self._copier = copier
         self._piece = max(1, PIECE_BYTES // memory.block_bytes)
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="headrace-kv-mover")
+        self._thread = DaemonThread("headrace-kv-mover")
+        self._saving = asyncio.Lock()
 
     async def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> tuple[list[int], float]:
         """From the device into slots. Checksums of what is there now, and how long it took. Raises whatever the copier does."""
@@ -40,7 +45,8 @@ class Mover:
                 found += self._checksums(slots[piece])
             return found
 
-        return await self._run(copy)
+        async with self._saving:
+            return await self._run(copy)
 
     async def load(self, slots: Sequence[int], checksums: Sequence[int], block_ids: Sequence[int]) -> tuple[int, float]:
         """From slots to the device, up to the first slot whose bytes are not what they were. How many, and how long it took.
@@ -61,12 +67,17 @@ class Mover:
         return await self._run(copy)
 
     async def checksums(self, slots: Sequence[int]) -> list[int]:
-        found, _ = await self._run(lambda: self._checksums(slots))
+        async with self._saving:
+            found, _ = await self._run(lambda: self._checksums(slots))
         return found
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Waits for what is under way."""
-        self._thread.shutdown(wait=True)
+        await end(self._thread)
+
+    def abandon(self) -> int:
+        """Waits for nothing; how many batches were given up."""
+        return self._thread.abandon()
 
     def _pieces(self, count: int) -> list[slice]:
         return [slice(first, min(first + self._piece, count)) for first in range(0, count, self._piece)]
@@ -75,8 +86,9 @@ class Mover:
         return [checksum(self._memory.block(slot)) for slot in slots]
 
     async def _run(self, work: Callable[[], T]) -> tuple[T, float]:
+        begin = time.perf_counter()
+
         def timed() -> tuple[T, float]:
-            begin = time.perf_counter()
             result = work()
             return result, time.perf_counter() - begin
 

@@ -5,7 +5,8 @@ is evicted between a read and its use. The disk keeps its copy. Whoever waits ma
 """
 
 import asyncio
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 from kv_store.demotion import Demoter
 from kv_store.disk_worker import DiskWorker
@@ -34,6 +35,7 @@ class Promoter:
         self._batch_blocks = batch_blocks
         self._under_way: dict[bytes, _Promotion] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._num_resting = 0
 
     async def hold(self, block_hashes: Sequence[BlockHash]) -> list[Entry]:
         """Some leading blocks, at least one, held; none if the first is in no tier, or cannot be read."""
@@ -56,11 +58,22 @@ class Promoter:
         if self._tasks:
             await asyncio.wait(self._tasks)
 
+    @contextlib.contextmanager
+    def resting(self) -> Iterator[None]:
+        """Nothing is promoted within, but for what is under way."""
+        self._num_resting += 1
+        try:
+            yield
+        finally:
+            self._num_resting -= 1
+
     def _promotion(self, block_hashes: Sequence[BlockHash]) -> _Promotion | None:
         """The one that brings the first of these, begun now if need be."""
         under_way = self._under_way.get(block_hashes[0])
         if under_way is not None:
             return under_way
+        if self._num_resting:
+            return None
         run = self._worker.disk.find(block_hashes[: self._batch_blocks])
         hashes = [stored.block.block_hash for stored in run]
         here = [
@@ -69,33 +82,29 @@ class Promoter:
         run = run[: here.index(True) if True in here else len(run)]
         if not run:
             return None
+        entries = self._host.reserve([stored.block for stored in run]).entries
         promotion = _Promotion()
         self._under_way |= {stored.block.block_hash: promotion for stored in run}
-        task = asyncio.get_running_loop().create_task(self._read(promotion, run))
+        task = asyncio.get_running_loop().create_task(self._read(promotion, run, entries))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return promotion
 
-    async def _read(self, promotion: _Promotion, run: Sequence[StoredBlock]) -> None:
-        entries: Sequence[Entry] = ()
+    async def _read(self, promotion: _Promotion, run: Sequence[StoredBlock], entries: Sequence[Entry]) -> None:
         num_right = 0
         try:
-            await self._demoter.make_room([stored.block for stored in run])
-            entries = self._host.reserve([stored.block for stored in run]).entries
             if entries:
                 num_right = await self._worker.read([entry.block for entry in entries], [e.slot for e in entries])
         finally:
             self._host.abort(entries[num_right:])
-            promotion.entries = list(entries[:num_right])
             checksum_of = {stored.block.block_hash: stored.checksum for stored in run}
-            self._host.commit(
-                promotion.entries, [checksum_of[e.block.block_hash] for e in promotion.entries], held=True
-            )
+            right = [checksum_of[entry.block.block_hash] for entry in entries[:num_right]]
+            promotion.entries = self._host.commit(entries[:num_right], right, held=True)
             for stored in run:
                 del self._under_way[stored.block.block_hash]
             promotion.done.set()
             self._let_go(promotion)
-            self._demoter.keep_ahead()
+            self._demoter.keep_ahead(entry.block for entry in entries)
 
     def _let_go(self, promotion: _Promotion) -> None:
         if promotion.done.is_set() and not promotion.num_waiting:

@@ -74,8 +74,7 @@ class Receiver:
             self._host.abort(entries)
             raise
         self._host.moved("receive", len(entries), time.perf_counter() - begin)
-        self._host.commit(entries, checksums)
-        return len(entries)
+        return len(self._host.commit(entries, checksums))
 
     def _quarantine(self, entries: Sequence[Entry], settled: asyncio.Event) -> None:
         if not entries:

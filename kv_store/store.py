@@ -13,14 +13,16 @@ It is made when the memory is there, and closed before the memory goes. Used as 
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass
 from typing import Self
 
 from kv_store.admission import Admission
+from kv_store.clearing import clear
 from kv_store.demotion import Demoter, DiskLosses
 from kv_store.disk_worker import DiskWorker
-from kv_store.entries import Entry, Held
+from kv_store.entries import BlockPlaces, Entry, Held
+from kv_store.finish import finish_or_abandon
 from kv_store.host_tier import HostTier
 from kv_store.inspection import inspect
 from kv_store.load_choice import LoadableBlocks, LoadPlan, load_seconds, plan_load
@@ -38,19 +40,15 @@ from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock, MonotonicClock
 
+log = logging.getLogger(__name__)
+
 BATCH_BYTES = 32 << 20
 MAX_BATCH_BLOCKS = 64
 """A batch is what one job of a thread moves: long enough for the hand-over between threads to cost nothing beside it, short
 enough for a load to wait no longer than a few milliseconds behind a save."""
 
-
-@dataclass(frozen=True, slots=True)
-class BlockPlaces:
-    """Of one block; `pinned` in host memory."""
-
-    host: bool
-    disk: bool
-    pinned: bool
+CLOSE_TIMEOUT_S = 10.0
+"""After that a device, a disk or a sender that does not answer is left behind."""
 
 
 class KVStore:
@@ -175,9 +173,10 @@ class KVStore:
         already are not copied and not counted. Raises nothing but its own cancel, which is heard between batches."""
         kept = 0
         async with self._running() as open_:
+            begun = self._host.mark()
             for first in range(0, len(blocks) if open_ else 0, self._batch):
                 batch = slice(first, first + self._batch)
-                kept += await self._save_batch(blocks[batch], block_ids[batch])
+                kept += await self._save_batch(blocks[batch], block_ids[batch], begun)
         return kept
 
     async def load(self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> int:
@@ -234,9 +233,9 @@ class KVStore:
                 return 0
             first = here.index(False)
             end = here.index(True, first) if True in here[first:] else len(here)
-            if self._demoter is not None:
-                await self._demoter.make_room(blocks[first:end])
-            return await self._receiver.receive(blocks[first:end], fetch)
+            kept = await self._receiver.receive(blocks[first:end], fetch)
+            self._keep_ahead(blocks[first:end])
+            return kept
 
     # Management
 
@@ -260,18 +259,10 @@ class KVStore:
         return self._host.unpin(block_hashes)
 
     async def clear(self, tier: Tier | None = None, tenant: Tenant | None = None) -> int:
-        """Forget blocks, of all tiers or one, of all tenants or one, pinned or not. How many. Blocks that are being written
-        stay; what is being read is not found any more."""
-        count = 0
-        if tier != "disk":
-            blocks = [stored.block for stored in self._host.snapshot()]
-            count += self._host.forget(b.block_hash for b in blocks if tenant is None or b.tenant == tenant)
-        if tier != "host" and self._worker is not None:
-            blocks = [stored.block for stored in self._worker.disk.stored()]
-            hashes = [BlockHash(block.block_hash) for block in blocks if tenant is None or block.tenant == tenant]
-            await self._worker.forget(hashes)
-            count += len(hashes)
-        return count
+        """Forget blocks, of all tiers or one, of all tenants or one, pinned or not. How many. What was here or on its way when
+        this was called is not found any more when it returns."""
+        async with self._running() as open_:
+            return await clear(self._host, self._worker, self._promoter, tier, tenant) if open_ else 0
 
     def snapshot(self) -> list[StoredBlock]:
         """All blocks of all tiers; a block that is in two is listed twice. From any thread."""
@@ -281,25 +272,45 @@ class KVStore:
         """From any thread."""
         return read_stats(self._host, self._disk, self._clock.now())
 
+    async def drain(self, deadline_s: float) -> None:
+        """Before a planned end: what is in host memory alone goes to disk, where there is one, the most valuable first, and
+        whole prefixes. For so long and no longer."""
+        async with self._running() as open_:
+            if open_ and self._demoter is not None:
+                await self._demoter.drain(deadline_s)
+
     async def close(self) -> None:
-        """From now on nothing is kept and nothing is found by loads. Waits for what is under way, then for the threads. Slots that
-        a fetch has not settled are left to whoever owns the memory."""
-        self._closed = True
+        """From now on nothing is kept and nothing is found by loads. Waits for what is under way, then for the threads, but not for
+        ever. Slots that a fetch has not settled are left to whoever owns the memory."""
+        first, self._closed = not self._closed, True
+        if not first:
+            return
+        ending = asyncio.get_running_loop().create_task(self._end())
+        if num_jobs := await finish_or_abandon(ending, CLOSE_TIMEOUT_S, self._abandon):
+            log.error("KV store: %d jobs of a device or disk that does not answer are given up", num_jobs)
+
+    # How
+
+    async def _end(self) -> None:
         await self._idle.wait()
         for part in (self._promoter, self._demoter):
             if part is not None:
                 await part.idle()
+        self._host.nothing_leaves()
         await self._receiver.close()
-        self._mover.close()
-        if self._worker is not None:
-            self._worker.close()
+        for thread in (self._mover, self._worker):
+            if thread is not None:
+                await thread.close()
 
-    # How
+    def _abandon(self) -> int:
+        return self._mover.abandon() + (0 if self._worker is None else self._worker.abandon())
 
-    async def _save_batch(self, blocks: Sequence[CachedBlock], block_ids: Sequence[int]) -> int:
+    def _keep_ahead(self, blocks: Sequence[CachedBlock]) -> None:
         if self._demoter is not None:
-            await self._demoter.make_room(blocks)
-        entries = self._host.reserve(blocks).entries
+            self._demoter.keep_ahead(blocks)
+
+    async def _save_batch(self, blocks: Sequence[CachedBlock], block_ids: Sequence[int], begun: int) -> int:
+        entries = self._host.reserve(blocks, begun).entries
         if not entries:
             return 0
         id_of = dict(zip((block.block_hash for block in blocks), block_ids, strict=True))
@@ -314,10 +325,9 @@ class KVStore:
             self._host.failed("save", error)
             return 0
         self._host.moved("save", len(entries), seconds)
-        self._host.commit(entries, checksums)
-        if self._demoter is not None:
-            self._demoter.keep_ahead()
-        return len(entries)
+        kept = self._host.commit(entries, checksums)
+        self._keep_ahead(blocks)
+        return len(kept)
 
     async def _load_batch(self, entries: Sequence[Entry], block_ids: Sequence[int]) -> int:
         slots, checksums = [entry.slot for entry in entries], [entry.checksum for entry in entries]

@@ -17,6 +17,9 @@ from protocol.errors import ConfigError
 from protocol.kv_layout import KVLayout
 from runtime.node_config import StoreOptions
 
+DRAIN_S = 10.0
+"""At a planned end, for writing what is in host memory to disk: a few tens of gigabytes of a fast one."""
+
 MIN_SLOTS = 4
 """Of a host tier: with fewer, one request at a time would find all of them in use."""
 

@@ -17,7 +17,7 @@ from runtime.node_shell import NodeShell, describe_worker
 from runtime.registration import KVEventFeed
 from runtime.rpc_client import RpcClient
 from runtime.serving import bind_socket, run_on_event_loop, socket_url
-from store_node.build import build_store, reserve_host_tier
+from store_node.build import DRAIN_S, build_store, reserve_host_tier
 from store_node.membership import open_index
 from store_node.node import StoreNode
 from store_node.put_receiver import PutReceiver
@@ -59,6 +59,7 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, plan: EnginePlan,
     log.stored(store.snapshot())
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.close)
+        stack.push_async_callback(store.drain, DRAIN_S)
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
         for listener in (log, index):
             if listener is not None:

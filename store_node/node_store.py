@@ -34,7 +34,7 @@ from runtime.metrics import StoreMetrics, TransferMetrics
 from runtime.node_config import NodeConfig
 from runtime.rpc_client import RpcClient
 from store_node.best_lender import BestLender
-from store_node.build import build_store
+from store_node.build import DRAIN_S, build_store
 from store_node.membership import StoreDirectory, open_index, source_of
 from store_node.near_store import NearStore
 from store_node.offers import Offers, Receive
@@ -163,6 +163,7 @@ class NodeStore:
             self.store.events.add(listener)
             listener.stored(self.store.snapshot())
         self._stack.push_async_callback(self.store.close)
+        self._stack.push_async_callback(self.store.drain, DRAIN_S)
         if self._index is not None:
             self.store.events.add(self._index)
             await self._stack.enter_async_context(self._index)

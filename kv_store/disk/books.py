@@ -129,11 +129,10 @@ class DiskBooks:
         gone, self._gone = self._gone, []
         return gone
 
-    def stored(self) -> list[StoredBlock]:
-        """All live blocks, in the order of their segments."""
+    def stored(self, segment: Segment) -> list[StoredBlock]:
+        """Its live blocks, in their order."""
         return [
             StoredBlock(block, "disk", segment.number * MAX_SEGMENT_BLOCKS + index, segment.checksums[index])
-            for segment in self.segments.values()
             for index, block in enumerate(segment.blocks)
             if block is not None
         ]

@@ -146,7 +146,12 @@ class DiskTier:
     def stored(self) -> list[StoredBlock]:
         """All blocks."""
         with self._lock:
-            return self._books.stored()
+            segments = list(self._books.segments.values())
+        found: list[StoredBlock] = []
+        for segment in segments:  # the lock is free between two of them, for those who ask meanwhile
+            with self._lock:
+                found += self._books.stored(segment)
+        return found
 
     def read(self, block_hashes: Sequence[BlockHash], into: Sequence[memoryview]) -> int:
         """How many leading blocks are now in the memory of `into`, one of `block_bytes` in each, and are what was written.

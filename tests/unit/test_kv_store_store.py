@@ -36,6 +36,17 @@ class Scene:
         self.device.fill(ids, blocks)
         return await self.store.save(blocks, ids)
 
+    async def save_and_write(self, blocks: Sequence[CachedBlock]) -> int:
+        """Also to disk."""
+        count = await self.save(blocks)
+        await self.store.drain(5.0)
+        return count
+
+    async def written_ahead(self, count: int) -> None:
+        """So many blocks are next to go and on disk."""
+        while self.disk.num_blocks < count or self.store.stats().tiers[0].held:
+            await asyncio.sleep(0.001)
+
     async def loads(self, blocks: Sequence[CachedBlock]) -> int:
         """How many come back, all of them right."""
         ids = range(100, 100 + len(blocks))
@@ -126,7 +137,7 @@ async def test_what_leaves_the_host_comes_back_from_disk() -> None:
     async with scene(num_slots=8, with_disk=True) as s:
         chains = [blocks_of(name, 8) for name in "abc"]
         for chain in chains:
-            assert await s.save(chain) == 8
+            assert await s.save_and_write(chain) == 8
         assert s.store.stats().dropped_demotions == 0
         for chain in chains:
             assert s.store.num_loadable(hashes_of(chain)) == 8
@@ -138,7 +149,7 @@ async def test_what_leaves_the_host_comes_back_from_disk() -> None:
 async def test_concurrent_readers_of_a_block_on_disk_read_it_once() -> None:
     async with scene(num_slots=8, with_disk=True) as s:
         chain = blocks_of("a", 4)
-        await s.save(chain)
+        await s.save_and_write(chain)
         await s.save(blocks_of("b", 8))
         assert s.store.match(hashes_of(chain)).host == 0
         loads = [s.store.load(hashes_of(chain), range(at, at + 4)) for at in (100, 110, 120)]
@@ -149,33 +160,174 @@ async def test_concurrent_readers_of_a_block_on_disk_read_it_once() -> None:
         assert set(s.disk.num_reads.values()) == {1}
 
 
-async def test_a_disk_that_cannot_keep_up_costs_blocks_and_not_the_save() -> None:
-    async with scene(num_slots=8, with_disk=True) as s:
-        await s.save(blocks_of("a", 8))
+async def test_no_save_waits_for_a_disk_that_hangs() -> None:
+    async with scene(with_disk=True) as s:
         s.disk.gate.clear()
-        waiting = [asyncio.create_task(s.store.save(blocks_of(name, 4), range(4))) for name in "bcd"]
-        for _ in range(20):
-            await asyncio.sleep(0)
-        assert not all(task.done() for task in waiting)
+        try:
+            for index in range(6):
+                s.device.fill(range(8), blocks_of(f"chain {index}", 8))
+                await asyncio.wait_for(s.store.save(blocks_of(f"chain {index}", 8), range(8)), 5.0)
+            stats = s.store.stats()
+            assert 0 < stats.tiers[0].leaving <= NUM_SLOTS // 4, "little is bound up in the disk"
+            assert stats.dropped_demotions > 0
+        finally:
+            s.disk.gate.set()
+
+
+async def test_what_is_next_to_go_is_on_disk_before_its_slot_is_needed() -> None:
+    async with scene(with_disk=True) as s:
+        await s.save(blocks_of("a", NUM_SLOTS))
+        await s.written_ahead(NUM_SLOTS // 2)
+        assert s.store.match(hashes_of(blocks_of("a", NUM_SLOTS))).host == NUM_SLOTS, "and is here until then"
+        await s.save(blocks_of("b", NUM_SLOTS // 2))
+        assert s.store.stats().dropped_demotions == 0
+        assert await s.loads(blocks_of("a", NUM_SLOTS)) == NUM_SLOTS
+
+
+async def test_what_is_used_while_it_is_next_to_go_stays() -> None:
+    async with scene(with_disk=True) as s:
+        chain = blocks_of("a", NUM_SLOTS)
+        await s.save(chain)
+        await s.written_ahead(NUM_SLOTS // 2)
+        s.disk.keeps = 0
+        assert await s.loads(chain) == NUM_SLOTS
+        assert s.store.stats().tiers[0].leaving < NUM_SLOTS // 2
+
+
+async def test_a_tenant_at_its_quota_is_demoted_and_not_dropped() -> None:
+    settings = StoreSettings(16, load="always", quotas=Quotas(0.5))
+    async with scene(settings=settings, with_disk=True) as s:
+        tenant = Tenant("one")
+        await s.save(blocks_of("a", 8, tenant))
+        await s.written_ahead(4)
+        await s.save(blocks_of("b", 4, tenant))
+        assert s.store.stats().dropped_demotions == 0
+        assert await s.loads(blocks_of("a", 8, tenant)) == 8
+
+
+async def test_what_the_disk_reads_is_nobody_elses_slot() -> None:
+    async with scene(with_disk=True) as s:
+        s.disk.gate.clear()
+        chain = blocks_of("a", NUM_SLOTS)
+        await s.save(chain)
+        while not s.store.stats().tiers[0].leaving:
+            await asyncio.sleep(0.001)
+        leaving = s.store.stats().tiers[0].held
+        try:
+            assert await asyncio.wait_for(s.store.clear("host"), 5.0) == NUM_SLOTS
+            await s.save(blocks_of("b", NUM_SLOTS))
+            assert s.store.match(hashes_of(blocks_of("b", NUM_SLOTS))).total < NUM_SLOTS
+        finally:
+            s.disk.gate.set()
+        await s.store.drain(5.0)
+        assert "demote" in s.store.stats().moves
+        assert s.store.stats().moves["demote"].failures == 0, "FakeDisk verifies what it is given"
+        assert s.disk.num_blocks > leaving > 0
+
+
+async def test_a_clear_takes_what_is_under_way_as_well() -> None:
+    async with scene(with_disk=True) as s:
+        chain, put, on_disk = blocks_of("a", NUM_SLOTS), blocks_of("put", 2), blocks_of("c", 4)
+        await s.save_and_write(on_disk)
+        await s.store.clear("host")
+        s.disk.gate.clear()
+        fetching, arrived = asyncio.Event(), asyncio.Event()
+
+        async def fetch(wanted: Sequence[CachedBlock], slots: Sequence[int]) -> int:
+            s.slab.fill(slots, wanted)
+            fetching.set()
+            await arrived.wait()
+            return len(slots)
+
+        receiving = asyncio.create_task(s.store.receive(put, fetch))
+        await fetching.wait()
+        loading = asyncio.create_task(s.loads(on_disk))
+        s.device.fill(range(len(chain)), chain)
+        saving = asyncio.create_task(s.store.save(chain, range(len(chain))))
+        while not s.store.stats().tiers[0].leaving:
+            await asyncio.sleep(0.001)
+        clearing = asyncio.create_task(s.store.clear())
+        await asyncio.sleep(0)
+        arrived.set()
         s.disk.gate.set()
-        await asyncio.gather(*waiting)
-        await s.save(blocks_of("e", 8))
-        assert s.store.stats().dropped_demotions > 0
+        await asyncio.gather(clearing, receiving, loading, saving)
+        assert s.store.snapshot() == []
+        assert await receiving == 0
+
+
+async def test_a_clear_of_one_tenant_leaves_what_others_have_under_way() -> None:
+    async with scene() as s:
+        puts = {tenant: blocks_of("a", 2, Tenant(tenant)) for tenant in ("one", "other")}
+        arrived = asyncio.Event()
+
+        async def fetch(wanted: Sequence[CachedBlock], slots: Sequence[int]) -> int:
+            s.slab.fill(slots, wanted)
+            await arrived.wait()
+            return len(slots)
+
+        receiving = [asyncio.create_task(s.store.receive(blocks, fetch)) for blocks in puts.values()]
+        await asyncio.sleep(0)
+        await s.store.clear(tenant=Tenant("one"))
+        arrived.set()
+        assert await asyncio.gather(*receiving) == [0, 2]
+
+
+async def test_a_drained_store_is_found_on_disk_by_the_next() -> None:
+    async with scene(with_disk=True) as s:
+        chain = blocks_of("a", NUM_SLOTS // 4)
+        await s.save(chain)
+        assert s.disk.num_blocks < len(chain)
+        await s.store.drain(5.0)
+        assert all(block_hash in s.disk for block_hash in hashes_of(chain))
+        await s.store.drain(5.0)
+        assert max(s.disk.num_writes.values()) == 1
+
+
+async def test_a_drain_writes_heads_first_and_ends_although_the_disk_hangs() -> None:
+    async with scene(with_disk=True) as s:
+        chain = blocks_of("a", 4)
+        s.disk.keeps = 0
+        await s.save(chain)
+        s.disk.gate.clear()
+        await asyncio.wait_for(s.store.drain(0.01), 5.0)
+        s.disk.gate.set()
+        s.disk.keeps, s.disk.num_writes = 99, {}
+        await s.store.drain(5.0)
+        assert list(s.disk.num_writes) == hashes_of(chain)
+
+
+async def test_a_store_ends_although_its_disk_hangs(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("kv_store.store.CLOSE_TIMEOUT_S", 0.05)
+    disk = FakeDisk()
+    device, slab = PlainMemory(32), PlainMemory(NUM_SLOTS)
+    copier = HostCopier(device, slab)
+    store = KVStore(slab, NUM_SLOTS, TailsFirst(), StoreSettings(16), copier=copier, disk=disk)
+    blocks = blocks_of("a", NUM_SLOTS)
+    device.fill(range(NUM_SLOTS), blocks)
+    disk.gate.clear()
+    try:
+        await store.save(blocks, range(NUM_SLOTS))
+        await asyncio.wait_for(store.close(), 20.0)
+        assert "does not answer" in caplog.text
+    finally:
+        disk.gate.set()
 
 
 @pytest.mark.parametrize("fault", ["fails", "keeps nothing", "lies"])
 async def test_a_bad_disk_is_a_miss(fault: str, caplog: pytest.LogCaptureFixture) -> None:
     async with scene(num_slots=4, with_disk=True) as s:
         chain = blocks_of("a", 4)
-        await s.save(chain)
+        s.disk.failing, s.disk.keeps = fault == "fails", 99 if fault == "lies" else 0
+        await s.save_and_write(chain)
         if fault == "lies":
             await s.save(blocks_of("b", 4))
             s.disk.flip(hashes_of(chain)[1])
             assert await s.loads(chain) == 1
         else:
-            s.disk.failing, s.disk.keeps = fault == "fails", 0
-            assert await s.save(blocks_of("b", 4)) == 4
-            assert await s.save(blocks_of("c", 4)) == 4
+            assert await s.save_and_write(blocks_of("b", 4)) == 4
+            assert await s.save_and_write(blocks_of("c", 4)) == 4
             assert await s.loads(chain) == 0
             assert s.store.stats().dropped_demotions == 8
         assert len([record for record in caplog.records if "demote" in record.message]) == (fault == "fails")
@@ -235,6 +387,46 @@ async def test_a_cancelled_load_ends_when_nothing_is_written_any_more() -> None:
         assert s.device.right(range(100, 104), blocks), "it was under way, and has ended"
 
 
+class CountingCopier(HostCopier):
+    """Notes what it is asked for; a save waits to be let through."""
+
+    def __init__(self, device: PlainMemory, slab: PlainMemory) -> None:
+        super().__init__(device, slab)
+        self.calls: list[str] = []
+        self.gate = threading.Event()
+        self.gate.set()
+
+    def copy_out(self, block_ids: Sequence[int], slots: Sequence[int]) -> None:
+        self.calls.append("save")
+        self.gate.wait()
+        super().copy_out(block_ids, slots)
+
+    def copy_in(self, slots: Sequence[int], block_ids: Sequence[int]) -> None:
+        self.calls.append("load")
+        super().copy_in(slots, block_ids)
+
+
+async def test_a_load_waits_for_one_batch_of_a_save_and_no_more() -> None:
+    copiers: list[CountingCopier] = []
+
+    def counting(device: PlainMemory, slab: PlainMemory) -> BlockCopier:
+        copiers.append(CountingCopier(device, slab))
+        return copiers[0]
+
+    async with scene(num_slots=64, copier=counting) as s:
+        await s.save(blocks_of("a", 4))
+        copier = copiers[0]
+        copier.calls.clear()
+        copier.gate.clear()
+        saves = [asyncio.create_task(s.store.save(blocks_of(name, 4), range(4))) for name in "bcdefg"]
+        await asyncio.sleep(0)
+        loading = asyncio.create_task(s.loads(blocks_of("a", 4)))
+        await asyncio.sleep(0.01)
+        copier.gate.set()
+        await asyncio.gather(loading, *saves)
+        assert copier.calls[:3] == ["save", "load", "save"]
+
+
 async def test_a_put_is_fetched_into_slots_and_kept_as_far_as_it_came() -> None:
     async with scene() as s:
         blocks = blocks_of("a", 6)
@@ -275,7 +467,7 @@ async def test_slots_of_a_fetch_that_has_not_settled_are_nobodys() -> None:
 async def test_pins_outlive_pressure_until_their_time_has_passed() -> None:
     async with scene(num_slots=8, with_disk=True) as s:
         chain = blocks_of("a", 4)
-        await s.save(chain)
+        await s.save_and_write(chain)
         await s.save(blocks_of("b", 8))
         assert await s.store.pin(hashes_of(chain), 60.0) == 4, "from disk, where it was"
         await s.save(blocks_of("c", 8))
@@ -365,7 +557,7 @@ async def test_pressure_is_what_no_tier_keeps() -> None:
     settings = StoreSettings(16, load="always", admission="auto")
     async with scene(num_slots=8, settings=settings, with_disk=True) as s:
         for index in range(60):
-            await s.save(blocks_of(f"chain {index}", 8))
+            await s.save_and_write(blocks_of(f"chain {index}", 8))
         assert not s.store.stats().second_touch, "the disk has it all"
     async with scene(num_slots=8, settings=settings) as s:
         for index in range(60):
