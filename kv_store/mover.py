@@ -32,10 +32,12 @@ class Mover:
         self._copier = copier
         self._piece = max(1, PIECE_BYTES // memory.block_bytes)
         self._thread = DaemonThread("headrace-kv-mover")
-        self._saving = asyncio.Lock()
+        self.turn = asyncio.Lock()
+        """Of whoever is about to save: taken before its slots are, so none is given up before its bytes can come."""
 
     async def save(self, block_ids: Sequence[int], slots: Sequence[int]) -> tuple[list[int], float]:
-        """From the device into slots. Checksums of what is there now, and how long it took. Raises whatever the copier does."""
+        """From the device into slots. Checksums of what is there now, and how long it took. Raises whatever the copier does.
+        The caller has the turn."""
 
         def copy() -> list[int]:
             assert self._copier is not None, "a store without a device has nothing to save"
@@ -45,8 +47,7 @@ class Mover:
                 found += self._checksums(slots[piece])
             return found
 
-        async with self._saving:
-            return await self._run(copy)
+        return await self._run(copy)
 
     async def load(self, slots: Sequence[int], checksums: Sequence[int], block_ids: Sequence[int]) -> tuple[int, float]:
         """From slots to the device, up to the first slot whose bytes are not what they were. How many, and how long it took.
@@ -67,7 +68,7 @@ class Mover:
         return await self._run(copy)
 
     async def checksums(self, slots: Sequence[int]) -> list[int]:
-        async with self._saving:
+        async with self.turn:
             found, _ = await self._run(lambda: self._checksums(slots))
         return found
 

@@ -176,7 +176,8 @@ class KVStore:
             begun = self._host.mark()
             for first in range(0, len(blocks) if open_ else 0, self._batch):
                 batch = slice(first, first + self._batch)
-                kept += await self._save_batch(blocks[batch], block_ids[batch], begun)
+                async with self._mover.turn:
+                    kept += await self._save_batch(blocks[batch], block_ids[batch], begun)
         return kept
 
     async def load(self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> int:
@@ -234,7 +235,8 @@ class KVStore:
             first = here.index(False)
             end = here.index(True, first) if True in here[first:] else len(here)
             kept = await self._receiver.receive(blocks[first:end], fetch)
-            self._keep_ahead(blocks[first:end])
+            if self._demoter is not None:
+                self._demoter.keep_ahead(blocks[first:end])
             return kept
 
     # Management
@@ -282,9 +284,9 @@ class KVStore:
     async def close(self) -> None:
         """From now on nothing is kept and nothing is found by loads. Waits for what is under way, then for the threads, but not for
         ever. Slots that a fetch has not settled are left to whoever owns the memory."""
-        first, self._closed = not self._closed, True
-        if not first:
+        if self._closed:
             return
+        self._closed = True
         ending = asyncio.get_running_loop().create_task(self._end())
         if num_jobs := await finish_or_abandon(ending, CLOSE_TIMEOUT_S, self._abandon):
             log.error("KV store: %d jobs of a device or disk that does not answer are given up", num_jobs)
@@ -303,11 +305,7 @@ class KVStore:
                 await thread.close()
 
     def _abandon(self) -> int:
-        return self._mover.abandon() + (0 if self._worker is None else self._worker.abandon())
-
-    def _keep_ahead(self, blocks: Sequence[CachedBlock]) -> None:
-        if self._demoter is not None:
-            self._demoter.keep_ahead(blocks)
+        return sum(thread.abandon() for thread in (self._mover, self._worker) if thread is not None)
 
     async def _save_batch(self, blocks: Sequence[CachedBlock], block_ids: Sequence[int], begun: int) -> int:
         entries = self._host.reserve(blocks, begun).entries
@@ -326,7 +324,8 @@ class KVStore:
             return 0
         self._host.moved("save", len(entries), seconds)
         kept = self._host.commit(entries, checksums)
-        self._keep_ahead(blocks)
+        if self._demoter is not None:
+            self._demoter.keep_ahead(blocks)
         return len(kept)
 
     async def _load_batch(self, entries: Sequence[Entry], block_ids: Sequence[int]) -> int:
