@@ -7,7 +7,7 @@ import random
 import struct
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -178,13 +178,15 @@ def kill_at_step(monkeypatch: pytest.MonkeyPatch, server: IndexServer, step: int
     run = RedisServer.run
     steps = iter(range(step + 1))
 
-    async def run_or_die(self: RedisServer, commands: Sequence[Command]) -> list[Reply]:
+    async def run_or_die(
+        self: RedisServer, commands: Sequence[Command], on_open: Callable[[], None] | None = None
+    ) -> list[Reply]:
         if next(steps, None) == step:
             if step % 2:
                 await run(self, commands)
             server.kill()
             server.start()
-        return await run(self, commands)
+        return await run(self, commands, on_open)
 
     monkeypatch.setattr(RedisServer, "run", run_or_die)
 
