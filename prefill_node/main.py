@@ -25,8 +25,8 @@ def run(config: NodeConfig) -> int:
     """Load the model, serve until told to end, return the exit code. Raises ConfigError before anything is served."""
     check_bind(config.host, config.cluster_key)
     incarnation = new_incarnation()
-    node = build_node(config, incarnation)
-    run_on_event_loop(_serve(config, incarnation, node))
+    with build_node(config, incarnation) as node:
+        run_on_event_loop(_serve(config, incarnation, node))
     return 0
 
 

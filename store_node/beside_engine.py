@@ -2,6 +2,7 @@
 engine over the one, and the store in the other."""
 
 from dataclasses import dataclass
+from typing import Self
 
 from prometheus_client import CollectorRegistry
 
@@ -21,12 +22,19 @@ from store_node.node_store import NodeStore, StoreBeside, WithoutStore
 
 @dataclass(frozen=True, slots=True)
 class BuiltNode:
-    """All that takes long or fails, done. `memory` has the KV cache; `slab` is the host tier's, None where there is none. Both
-    stay until the process ends."""
+    """All that takes long or fails, done. `memory` has the KV cache, and stays until the process ends; `slab` is the host
+    tier's, None where there is none. Used as `with`, around the life of its event loop."""
 
     built: BuiltEngine
     memory: HostArena | DeviceBlocks
     slab: HostArena | None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.slab is not None:
+            self.slab.close()
 
     def open_store(
         self, config: NodeConfig, info: WorkerInfo, client: RpcClient, registry: CollectorRegistry

@@ -37,7 +37,8 @@ def run(config: NodeConfig) -> int:
             " sent passes through there",
             param="store.host_memory",
         )
-    run_on_event_loop(_serve(config, new_incarnation(), plan, slab))
+    with slab:
+        run_on_event_loop(_serve(config, new_incarnation(), plan, slab))
     return 0
 
 

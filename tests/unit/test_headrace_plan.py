@@ -3,13 +3,14 @@
 import argparse
 import os
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from headrace.cores import divide_cores, format_cpus, parse_cpus
-from headrace.plan import ChildSpec, ClusterPlan, UpOptions, make_plan
+from headrace.plan import ChildSpec, ClusterPlan, UpOptions, make_plan, wanted_index
 from headrace.settings import parse_settings
 from protocol.errors import ConfigError
 from runtime.config import load_config
@@ -164,3 +165,29 @@ def test_the_plan_takes_this_machines_cores() -> None:
     cores = sorted(os.sched_getaffinity(0))
     made = make_plan(UpOptions(), cores, {})
     assert {core for node in made.nodes for core in node.cpus} <= set(cores)
+
+
+def test_stores_and_the_index_reach_every_node(tmp_path: Path) -> None:
+    options = UpOptions(num_stores=2, disk=tmp_path, host_memory="1GiB", settings={"store.store.host_memory": "2GiB"})
+    plan = make_plan(options, [0, 1], {}, "redis://:secret@cache:6379/0")
+    assert [spec.name for spec in plan.nodes] == ["prefill-0", "decode-0", "store-0", "store-1"]
+    for spec in plan.nodes:
+        assert spec.environment["HEADRACE_REDIS_URL"] == "redis://:secret@cache:6379/0"
+        assert "secret" not in " ".join(spec.arguments({})), "a command line is public"
+        assert spec.settings["store.disk_path"] == str(tmp_path / spec.name)
+        assert spec.settings["store.host_memory"] == ("2GiB" if spec.role == "store" else "1GiB")
+
+
+def test_no_index_hides_the_environments() -> None:
+    environ = {"HEADRACE_REDIS_URL": "redis://elsewhere"}
+    assert wanted_index(UpOptions(), {}) == "embedded"
+    assert wanted_index(UpOptions(), environ) == "redis://elsewhere"
+    assert wanted_index(UpOptions(redis="none"), environ) == "none"
+    plan = make_plan(UpOptions(redis="none"), [0, 1], environ)
+    assert all(not spec.environment["HEADRACE_REDIS_URL"] for spec in plan.nodes)
+
+
+def test_a_store_of_another_layout_is_refused() -> None:
+    options = UpOptions(num_stores=1, settings={"store.cache.block_size": "32"})
+    with pytest.raises(ConfigError, match=r"cache\.block_size is 32 on store nodes and 16 on decode nodes"):
+        make_plan(options, [0, 1], {})
