@@ -118,7 +118,7 @@ class Side:
             if used >= num_blocks and settled:
                 return
             if time.monotonic() > deadline:
-                raise SystemExit(f"{role}: {used} of {num_blocks} blocks came to {tier}")
+                raise SystemExit(f"{role}: {used} of {num_blocks} blocks came to {tier}; index {report.index}")
             await asyncio.sleep(0.05)
 
 
@@ -253,9 +253,9 @@ async def two_clusters(
         common += ["--model", options.model]
     ports = free_port(), free_port()
     mine = ["--host-memory", str((num_blocks + SPARE_BLOCKS) * block_bytes), "--disk", str(folder / "here")]
-    mine += ["--set", f"router.control_port={ports[0]}"]
+    mine += ["--set", f"router.control_port={ports[0]}", "--set", "decode.worker_id=here"]
     theirs = ["--host-memory", str(2 * num_blocks * block_bytes), "--store"]
-    theirs += ["--set", f"router.control_port={ports[1]}"]
+    theirs += ["--set", f"router.control_port={ports[1]}", "--set", "decode.worker_id=there"]
     progress("starting two clusters")
     with cluster([*common, *mine]) as here_url, cluster([*common, *theirs]) as there_url:
         async with RpcClient(None) as rpc:
