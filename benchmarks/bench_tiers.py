@@ -9,8 +9,9 @@ answers, and `there`, a node and a store that hold what it lacks. Each round com
 from the device, from host memory and from disk, then for one that was computed there, from the peer's host memory and from
 the store. What is not to answer is cleared before each question; `cached` says whether what was meant did answer.
 
-Predicted, before anything is measured end to end: TTFT of a short prompt + steps that a load costs + bytes / bandwidth of the moves
-(kv_store.bench, kv_transfer.bench) that bring them here, one after the other.
+Predicted from what was measured before: TTFT of a short prompt + bytes / bandwidth of the moves (kv_store.bench,
+kv_transfer.bench) that bring them here, one after the other. Other nodes are found by the index, in chunks of 256 tokens:
+what is behind the last whole chunk is computed, at the rate at which the whole prompt was.
 """
 
 import argparse
@@ -42,10 +43,12 @@ from runtime.node_config import ModelOptions, NodeConfig
 from runtime.rpc_client import RpcClient
 
 COMPUTED = "computed"
-PLACES = ("device", "host memory", "disk", "peer's host memory", "store node")
+FOUND_BY_INDEX = ("peer's host memory", "store node")
+PLACES = ("device", "host memory", "disk", *FOUND_BY_INDEX)
 BLOCK_SIZE = 16
 OUTPUT_TOKENS = 2
 SHORT_PROMPT_TOKENS = 33
+CHUNK_TOKENS = 256
 SPARE_BLOCKS = 16
 """That host memory here has beside one prompt."""
 
@@ -89,6 +92,14 @@ class Outcomes:
 
     right: list[Outcome] = field(default_factory=list)
     num_missed: int = 0
+
+
+def brought_tokens(place: str, num_tokens: int) -> int:
+    """How many tokens of a prompt need not be computed: all full blocks but the last token's, or all chunks of the index."""
+    if place == COMPUTED:
+        return 0
+    unit = CHUNK_TOKENS if place in FOUND_BY_INDEX else BLOCK_SIZE
+    return (num_tokens - 1) // unit * unit
 
 
 class Side:
@@ -176,7 +187,7 @@ class Contest:
     async def _ask(self, place: str, prompt: list[int]) -> None:
         progress(place)
         sample = await self._here.client.ask(self._session, prompt, OUTPUT_TOKENS)
-        wanted = 0 if place == COMPUTED else (self._num_tokens - 1) // BLOCK_SIZE * BLOCK_SIZE
+        wanted = brought_tokens(place, self._num_tokens)
         outcomes = self.outcomes[place]
         if sample.cached_tokens >= wanted:
             outcomes.right.append(Outcome(sample.ttft_s, sample.cached_tokens))
@@ -285,7 +296,10 @@ def build_report(
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for place, found in outcomes.items():
-        predicted = "" if place == COMPUTED else f"{(short_s + bandwidths.seconds(place, num_bytes)) * 1e3:.0f}"
+        brought = brought_tokens(place, options.prompt_tokens) / options.prompt_tokens
+        rest_s = computed_s * (1 - brought) if place in FOUND_BY_INDEX else 0.0
+        predicted_s = short_s + bandwidths.seconds(place, int(num_bytes * brought)) + rest_s
+        predicted = "" if place == COMPUTED else f"{predicted_s * 1e3:.0f}"
         lines.append(_row(place, found, predicted, computed_s))
     return "\n".join(lines)
 
