@@ -100,8 +100,8 @@ class Scene:
         deadline = time.monotonic() + DEADLINE_S
         while await outcome(self, context) != ("right", PROMPT_BLOCKS * BLOCK_SIZE):
             assert time.monotonic() < deadline, self.cluster.processes["store-0"].tail()
+            await asyncio.sleep(0.3)  # the put is under way
             await self.forget()
-            await asyncio.sleep(0.1)
 
     async def forget(self) -> None:
         """Have the decode node forget everything, on its device as well."""
