@@ -20,6 +20,7 @@ examples:
   headrace cache stats                     what the caches of a running cluster hold
   headrace doctor                          is this machine fit to run it?
   headrace bench transfer --quick          how fast do KV blocks move here?
+  headrace bench cache --trace FILE        which blocks of my requests would a store keep?
 """
 
 

@@ -4,7 +4,7 @@ index/             the index in Redis: who holds what, for all to find
 tiers              the seams: what a tier keeps, how blocks come and go, who hears of it
 store              KVStore: what one process keeps, in host memory and on disk; everything below is how
 host_tier          slots of host memory: directory (which block is where, pure), quotas, and who is told
-policy/            who is evicted
+policy/            who is evicted; replay/: what each policy would have kept of a trace
 admission          which blocks are taken at all; load_choice: which are worth bringing back, by measured rates
 mover              copies between the device and host slots; host_copier where both are host memory
 disk/              files of blocks that outlive the process

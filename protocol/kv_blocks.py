@@ -24,10 +24,10 @@ def tenant_of(cache_salt: str | None) -> Tenant:
     return Tenant(blake3(b"headrace-tenant\x00" + cache_salt.encode()).hexdigest(length=6))
 
 
-class CachedBlock(msgspec.Struct, frozen=True, array_like=True):
+class CachedBlock(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """The full block `position` of a chain of addresses, which continues block `parent` (the chain's root, for position 0).
 
-    Frozen and small: stores keep one for every block that they hold.
+    Small, and nothing for the garbage collector: stores keep one for every block that they hold.
     """
 
     block_hash: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]

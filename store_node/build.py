@@ -6,6 +6,7 @@ from pathlib import Path
 from kv_store.disk.tier import DiskTier
 from kv_store.observer import StoreObserver
 from kv_store.policy.factory import make_policy
+from kv_store.quotas import Quotas
 from kv_store.settings import StoreSettings
 from kv_store.sizing import disk_bytes, host_slots, parse_quotas
 from kv_store.store import KVStore
@@ -45,13 +46,14 @@ def build_store(
 ) -> tuple[KVStore, DiskTier | None]:
     """The store and its disk, which belongs to it. Raises ConfigError."""
     events = TierEvents()
-    disk = _open_disk(options, layout, events)
+    quotas = parse_quotas(options.tenant_share, options.quotas, layout.block_bytes)
+    disk = _open_disk(options, layout, quotas, events)
     settings = StoreSettings(
         block_size=layout.block_size,
         write_through=options.write == "through",
         admission=options.admission,
         load=options.load,
-        quotas=parse_quotas(options.tenant_share, options.quotas, layout.block_bytes),
+        quotas=quotas,
         prefill_tokens_per_s=prefill_tokens_per_s,
     )
     policy = make_policy(options.policy, slab.num_blocks)
@@ -59,14 +61,14 @@ def build_store(
     return store, disk
 
 
-def _open_disk(options: StoreOptions, layout: KVLayout, events: TierEvents) -> DiskTier | None:
+def _open_disk(options: StoreOptions, layout: KVLayout, quotas: Quotas, events: TierEvents) -> DiskTier | None:
     if options.disk_path is None:
         return None
     path = Path(options.disk_path).expanduser()
     size = disk_bytes(options.disk_size, path, layout.block_bytes, used_bytes=_used_bytes(path))
     if not size:
         return None
-    return DiskTier(path, layout.fingerprint, layout.block_bytes, size, removed=events.removed)
+    return DiskTier(path, layout.fingerprint, layout.block_bytes, size, quotas=quotas, removed=events.removed)
 
 
 def _used_bytes(folder: Path) -> int:

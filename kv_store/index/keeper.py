@@ -189,7 +189,7 @@ class Keeper:
             self._counters.outages += 1
             log.warning(
                 "the index is out of reach; going on with what this node has: %s",
-                error or type(error).__name__,
+                str(error) or type(error).__name__,
                 extra={"server": self._settings.shown_url},
             )
 

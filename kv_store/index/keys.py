@@ -25,6 +25,7 @@ class Keyspace:
     """Of one namespace."""
 
     def __init__(self, namespace: str) -> None:
+        self.namespace = namespace
         self._shards = [f"{{{namespace}:{shard:x}}}:".encode() for shard in range(NUM_SHARDS)]
         self._entries = [prefix + b"b:" for prefix in self._shards]
         self.life = self._shards[0] + b"life"

@@ -56,6 +56,8 @@ class RedisServer:
         except BaseException:
             await self.close()
             raise
+        finally:
+            _mind_cancellation()
 
     async def inspect(self) -> str | None:
         """Log, with the cure, whatever of the server's settings costs hits. Returns the server process's own id; None where
@@ -103,3 +105,10 @@ class RedisServer:
             await client.aclose()
         self._client = RedisCluster.from_url(settings.driver_url, retry=Retry(NoBackoff(), 1), **options)
         return self._client
+
+
+def _mind_cancellation() -> None:
+    """redis-py writes under asyncio.wait_for, which on Python 3.11 loses a cancellation that comes as the write ends."""
+    task = asyncio.current_task()
+    if task is not None and task.cancelling():
+        raise asyncio.CancelledError

@@ -109,14 +109,18 @@ class DensityPolicy:
         pick = Pick(self._held, count, may_evict)
         aside: list[Stretch] = []
         while not pick.is_full and (stretch := self._buckets.first()) is not None:
+            num_before = len(pick.chosen)
             stopped_at = self._take_from(stretch, pick)
             if pick.is_full:
                 break
             self._buckets.take_out(stretch)
+            is_parked = False
             if stopped_at is not None and pick.is_continued(stopped_at):
+                is_parked = True
                 stretch.parked_at = stopped_at
                 self._parked[stopped_at] = stretch
-            else:
+            if not is_parked or len(pick.chosen) > num_before:
+                # What it has just given it still has, until `removed`.
                 aside.append(stretch)
         for stretch in aside:
             self._place(stretch)

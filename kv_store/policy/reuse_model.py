@@ -67,7 +67,7 @@ class ReuseModel:
 
     def ended(self, class_id: int, age_s: float, *, returned: bool) -> None:
         """A life ended at that age: wanted again, or forgotten without."""
-        self._watched_s[class_id] += self._time_in_bins(np.array([age_s]))[0]
+        self._watched_s[class_id] += np.clip(age_s - self._starts, 0.0, self._widths)
         if returned:
             self._returns[class_id, self.bin_of(age_s)] += 1
         self._num_ends += 1
@@ -78,10 +78,8 @@ class ReuseModel:
 
     def fit(self, waiting_class: NDArray[np.int64], waiting_age_s: Floats) -> None:
         """Work the index out anew; given what still waits. Linear in its number."""
-        watched = self._watched_s.copy()
-        np.add.at(watched, waiting_class, self._time_in_bins(waiting_age_s))
         returns = _smooth(self._returns)
-        watched = _smooth(watched)
+        watched = _smooth(self._watched_s + self._time_in_bins(waiting_class, waiting_age_s))
         hazard = np.empty_like(returns)
         for family in self._families:
             hazard[family] = self._shrunk(returns[family], watched[family])
@@ -100,10 +98,16 @@ class ReuseModel:
         shrunk: Floats = (returns + CLASS_STRENGTH) / (watched + CLASS_STRENGTH / base)
         return shrunk
 
-    def _time_in_bins(self, age_s: Floats) -> Floats:
-        """[number of ages, bins]"""
-        inside: Floats = np.clip(age_s[:, None] - self._starts, 0.0, self._widths)
-        return inside
+    def _time_in_bins(self, classes: NDArray[np.int64], ages_s: Floats) -> Floats:
+        """[class, bin]: how long all of them together were in that bin up to now."""
+        bins = np.maximum(np.searchsorted(self._starts, ages_s, side="right") - 1, 0)
+        inside_s = np.minimum(ages_s - self._starts[bins], self._widths[bins])
+        shape, cells = self._returns.shape, classes * NUM_AGES + bins
+        counts = np.bincount(cells, minlength=self._returns.size).reshape(shape)
+        passed = np.cumsum(counts[:, ::-1], axis=1)[:, ::-1] - counts
+        spent_s = np.bincount(cells, weights=inside_s, minlength=self._returns.size).reshape(shape)
+        total_s: Floats = np.asarray(spent_s + passed * self._widths, dtype=np.float64)
+        return total_s
 
 
 def gittins_index(hazard: Floats, widths: Floats) -> Floats:

@@ -5,8 +5,10 @@ import asyncio
 import os
 import random
 import struct
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import msgspec
 import pytest
@@ -36,6 +38,13 @@ GARBAGE = random.Random(4).randbytes(1 << 20)
 def server(request: pytest.FixtureRequest) -> Iterator[IndexServer]:
     with index_server(request.param) as server:
         yield server
+
+
+@pytest.fixture
+def short_folder() -> Iterator[Path]:
+    """pytest's own would be too long for the name of a socket."""
+    with tempfile.TemporaryDirectory(prefix="hr-") as folder:
+        yield Path(folder)
 
 
 async def finds(reader: RedisIndex, chain: Sequence[bytes], num_blocks: int) -> None:
@@ -255,8 +264,9 @@ async def test_an_owner_that_is_killed_is_void_when_its_record_expires_and_swept
             await until(lambda: not server.keys("*:b:*") and not server.keys("*:o:*"), "swept")
 
 
-async def test_the_embedded_server_ends_with_the_process_that_started_it() -> None:
+async def test_the_embedded_server_ends_with_the_process_that_started_it(short_folder: Path) -> None:
     command, environment = child_python("tests.support.index_owner", "embedded", "0")
+    environment["TMPDIR"] = str(short_folder)  # nobody is left to remove what the server had
     process = await asyncio.create_subprocess_exec(*command, env=environment, stdout=asyncio.subprocess.PIPE)
     assert process.stdout is not None
     pid = int(await process.stdout.readline())

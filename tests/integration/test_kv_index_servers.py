@@ -134,16 +134,18 @@ async def test_an_owner_that_is_gone_is_void_at_once_and_swept_to_the_last_key(s
 async def test_a_restarted_owner_takes_the_place_of_its_earlier_life(server: IndexServer) -> None:
     """Also while the earlier one's process is still there: the newer one wins, and the other's writes are refused."""
     chain = addresses_of(8)
+    held = stored_blocks(chain)
     settings = settings_for(server.url)
     async with (
         RedisIndex(settings, owner_named("reader"), lambda: []) as reader,
-        RedisIndex(settings, owner_named("a", "first"), lambda: stored_blocks(chain)) as first,
+        RedisIndex(settings, owner_named("a", "first"), lambda: list(held)) as first,
     ):
         await published(first, 2)
         async with RedisIndex(settings, owner_named("a", "second"), lambda: stored_blocks(chain[:4])) as second:
             await published(second, 1)
             await until(lambda: not first.state().registered)
-            first.stored(stored_blocks(addresses_of(4, text=5)))
+            held += stored_blocks(addresses_of(4, text=5))
+            first.stored(held[-4:])
             await until(lambda: [m.incarnation for m in reader.members() if m.worker_id == "a"] == ["second"])
             (source,) = await reader.find(chain)
             assert (source.incarnation, source.num_blocks) == ("second", 4)

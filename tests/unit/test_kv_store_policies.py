@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from kv_store.policy import density
@@ -99,8 +99,18 @@ class Tier:
             self.victims(int(amount), lambda candidate: candidate[-1] != path[0])
 
 
+FORKED: list[tuple[str, tuple[int, ...], float]] = [
+    ("request", (0,), 0.0),
+    ("request", (0, 1, 0, 0), 0.0),
+    ("request", (0, 1, 0, 1), 0.0),
+    ("ask", (0,), 2),
+]
+"""A choice that is not carried out, and stops at a fork one of whose ends may not go."""
+
+
 @pytest.mark.parametrize("name", POLICY_NAMES)
 @given(steps=STEPS)
+@example(steps=FORKED)
 @settings(max_examples=60, deadline=None)
 def test_books_stay_true_and_tails_go_first(name: PolicyName, steps: list[tuple[str, tuple[int, ...], float]]) -> None:
     tier = Tier(make_policy(name, CAPACITY))
