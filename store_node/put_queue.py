@@ -89,7 +89,11 @@ class PutQueue:
             self._loop.call_soon_threadsafe(self._add, chosen)
 
     def removed(self, blocks: Sequence[StoredBlock]) -> None:
-        """What has gone meanwhile the store is not lent any more, and takes no harm."""
+        """What has gone meanwhile the store is not lent any more, and takes no harm. When it is here again it is offered
+        again: the store may have restarted since, and one that has it says so at no cost."""
+        gone = [each.block.block_hash for each in blocks if each.tier == "host"]
+        if gone and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(self._forget, gone)
 
     async def run(self) -> None:
         """Put what there is, until cancelled."""
@@ -110,6 +114,10 @@ class PutQueue:
             self._waiting[block.block_hash] = block
         self._filled.set()
 
+    def _forget(self, block_hashes: Sequence[bytes]) -> None:
+        for block_hash in block_hashes:
+            self._put.pop(block_hash, None)
+
     async def _put_next(self) -> None:
         batch = self._take_chain()
         chain = self._name_chain(batch)
@@ -127,7 +135,7 @@ class PutQueue:
         self._pauses.pop(url, None)
         self._num_put += done.num_stored
         self._num_refused += len(batch) - done.num_stored
-        self._remember(batch, chain)
+        self._remember(batch, chain, all_put=done.num_stored == len(batch))
 
     def _take_chain(self) -> list[CachedBlock]:
         """The block that waits longest, and those around it that its chain connects."""
@@ -149,9 +157,11 @@ class PutQueue:
         known = self._chain_of.get(last.block_hash) or self._chain_of.get(first.parent)
         return known or (first.parent if first.position else first.block_hash)
 
-    def _remember(self, batch: Sequence[CachedBlock], chain: bytes) -> None:
+    def _remember(self, batch: Sequence[CachedBlock], chain: bytes, *, all_put: bool) -> None:
+        """Of a batch that the store has not taken whole it may lack any, because they had gone before it came for them."""
         for block in batch:
-            self._put[block.block_hash] = None
+            if all_put:
+                self._put[block.block_hash] = None
             self._chain_of[block.block_hash] = chain
         if batch[0].position:
             self._chain_of.setdefault(batch[0].parent, chain)

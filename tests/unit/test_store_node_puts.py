@@ -32,12 +32,13 @@ class Stores:
     def __init__(self) -> None:
         self.puts: list[tuple[str, list[int]]] = []
         self.dead: set[str] = set()
+        self.room = MAX_PUT_BLOCKS
 
     async def call(self, url: str, message: StorePut, _reply: type, _timeout_s: float) -> StorePutDone:
         if url.removesuffix("/store/put") in self.dead:
             raise NodeLost("nobody there")
         self.puts.append((url, [block.position for block in message.blocks]))
-        return StorePutDone(len(message.blocks))
+        return StorePutDone(min(self.room, len(message.blocks)))
 
 
 def source(num_blocks: int) -> KVSource:
@@ -83,6 +84,22 @@ async def test_what_was_put_is_not_put_again() -> None:
         await settle(queue)
     running.cancel()
     assert len(stores.puts) == 1
+
+
+async def test_what_a_store_may_lack_is_put_again() -> None:
+    """Because it had gone before the store came for it, or has gone since."""
+    stores = Stores()
+    queue = PutQueue(stores, source, lambda: ["http://a"], ManualClock())  # type: ignore[arg-type]  # a fake
+    running = asyncio.create_task(queue.run())
+    whole = blocks(1, 8)
+    for room, gone in ((3, False), (MAX_PUT_BLOCKS, True), (MAX_PUT_BLOCKS, False), (MAX_PUT_BLOCKS, False)):
+        stores.room = room
+        queue.stored(stored(whole))
+        await settle(queue)
+        if gone:
+            queue.removed(stored(whole))
+    running.cancel()
+    assert len(stores.puts) == 3
 
 
 async def test_a_store_that_fails_is_left_alone_and_its_share_goes_elsewhere() -> None:
