@@ -33,7 +33,7 @@ from kv_store.receiving import Fetch, Receiver
 from kv_store.settings import StoreSettings
 from kv_store.stats import StoreStats
 from kv_store.tier_events import TierEvents
-from kv_store.tiers import BlockCopier, BlockDisk, BlockMemory, StoredBlock, Tier
+from kv_store.tiers import BlockCopier, BlockDisk, BlockMemory, OnLoaded, StoredBlock, Tier
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock, MonotonicClock
@@ -180,17 +180,19 @@ class KVStore:
                 kept += await self._save_batch(blocks[batch], block_ids[batch])
         return kept
 
-    async def load(self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> int:
-        """Leading blocks to the device, verified. How many of `block_ids` hold theirs. Nothing is written any more when this
-        returns or raises, and it raises nothing but its own cancel. While one batch is copied the next comes from disk."""
+    async def load(
+        self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int], on_loaded: OnLoaded = lambda _: None
+    ) -> int:
+        """Leading blocks to the device, verified. How many of `block_ids` hold theirs; `on_loaded` is told of so many more with each
+        batch. Nothing is written any more when this ends, and it raises nothing but its own cancel."""
         done = 0
         async with self._running() as open_, contextlib.aclosing(self._held_batches(block_hashes)) as batches:
             if not open_:
                 return 0
             async for entries in batches:
-                ids = block_ids[done : done + len(entries)]
-                right = await self._load_batch(entries, ids)
+                right = await self._load_batch(entries, block_ids[done : done + len(entries)])
                 done += right
+                on_loaded(right)
                 if right < len(entries):
                     break
         return done

@@ -141,9 +141,8 @@ class NodeStore:
         self._index = open_index(config.store, info, self.store)
         self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id), engine.num_held)
         self._offers = Offers(self.store, engine)
-        self._puts = PutQueue(
-            client, source_of(info), StoreDirectory(config.store, info, self._index).urls, MonotonicClock()
-        )
+        stores = StoreDirectory(config.store, info, self._index)
+        self._puts = PutQueue(client, source_of(info), stores.lives, MonotonicClock(), info.layout.block_bytes)
         self._listeners: list[TierListener] = [TierLog(engine.note_stored, engine.note_removed), self._puts]
         index_state = None if self._index is None else self._index.state
         disk_stats = None if disk is None else disk.stats
