@@ -19,7 +19,7 @@ from headrace.cli import main
 ORDERS = "HEADRACE_TEST_ORDERS"
 STEPS = {
     "copy": "kv_store.host_copier:HostCopier.copy_out",
-    "offer": "store_node.put_queue:PutQueue._put_next",
+    "offer": "store_node.put_queue:PutQueue._put",
     "lend": "kv_transfer.lending.lender:Lender.lend",
     "serve": "kv_transfer.transports.tcp.server:TcpServer._answer",
     "put": "store_node.put_receiver:PutReceiver.put",
