@@ -81,7 +81,8 @@ class Tier:
 
     def want(self, blocks: list[CachedBlock]) -> None:
         num_held = next((i for i, block in enumerate(blocks) if block.block_hash not in self.held), len(blocks))
-        self.policy.wanted(blocks, num_held, self.now)
+        for _ in self.policy.wanted(blocks, num_held, self.now):
+            pass
 
     def step(self, kind: str, path: tuple[int, ...], amount: float) -> None:
         blocks = chain(path)
