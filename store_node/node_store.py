@@ -25,15 +25,13 @@ from kv_transfer.exchange import NodeExchange
 from kv_transfer.lending.near import NearSource, NoNearSource
 from kv_transfer.lending.source_search import NobodyElse, Request, SourceSearch
 from kv_transfer.memory.arena import HostArena
-from protocol.block_hash import hash_blocks, root_hash
 from protocol.ids import BlockHash, Incarnation, WorkerId
-from protocol.kv_blocks import chain, tenant_of
-from protocol.requests import DecodeRequest, PrefillRequest
 from protocol.workers import WorkerInfo
 from runtime.clock import MonotonicClock
 from runtime.metrics import StoreMetrics, TransferMetrics, new_registry
 from runtime.node_config import NodeConfig
 from runtime.rpc_client import RpcClient
+from store_node.arrivals import Arrivals
 from store_node.best_lender import BestLender
 from store_node.build import build_store
 from store_node.membership import StoreDirectory, open_index, source_of
@@ -44,9 +42,6 @@ from store_node.put_receiver import refuse_puts
 from store_node.served_store import STORE_PREFIX, ServedStore, open_store_wires
 from store_node.store_owner import StoreOwner
 from store_node.tier_log import TierLog
-
-MAX_TOKENS_ON_LOOP = 2048
-"""Of a prompt that is hashed and looked up between two other things: half a millisecond. Longer ones are in a thread."""
 
 
 class StoreBeside(Protocol):
@@ -143,7 +138,7 @@ class NodeStore:
         self._served = ServedStore(config, info, wires, owner, client, TransferMetrics(new_registry()), STORE_PREFIX)
         self._index = open_index(config.store, info, self.store)
         self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id))
-        self._near_blocks = engine.num_held
+        self._arrivals = Arrivals(self.store, info.layout.identity, info.layout.block_size, engine.num_held)
         self._offers = Offers(self.store, engine)
         self._puts = PutQueue(
             client, source_of(info), StoreDirectory(config.store, info, self._index).urls, MonotonicClock()
@@ -178,22 +173,8 @@ class NodeStore:
         await self._stack.aclose()
 
     async def prepare(self, request: Request) -> Request:
-        if len(request.prompt_token_ids) + len(request.emitted_token_ids) <= MAX_TOKENS_ON_LOOP:
-            brought, num_held = self._note(request)
-        else:
-            # Cancelled or not, the thread goes on to its end: the request has come, and that is all that it tells.
-            brought, num_held = await asyncio.to_thread(self._note, request)
+        brought, num_held = await self._arrivals.note(request)
         return await self._search.complete(request, brought, num_held, self._layout.block_size)
-
-    def _note(self, request: PrefillRequest | DecodeRequest) -> tuple[list[BlockHash], int]:
-        """Tell the store of a request, from any thread. The blocks that it can be brought, and how many leading ones are in
-        this process."""
-        token_ids = request.prompt_token_ids + request.emitted_token_ids
-        root = root_hash(self._layout.identity, request.cache_salt)
-        hashes = hash_blocks(token_ids, self._layout.block_size, root)
-        self.store.requested(chain(root, hashes, tenant_of(request.cache_salt)))
-        brought = hashes[: (len(token_ids) - 1) // self._layout.block_size]  # the last token is computed in any case
-        return brought, self._near_blocks(brought)
 
     def listening(self, loop: asyncio.AbstractEventLoop, receive: Receive) -> Receive:
         return self._offers.listening(loop, receive)

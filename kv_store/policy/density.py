@@ -28,10 +28,13 @@ than its memory, and a small tier turns over in seconds."""
 MIN_FIT_INTERVAL = 128
 """Requests between two fits of the model; more where more stretches wait, so that fitting stays a small constant for each."""
 
+FIT_STEPS = 8
+"""Requests that a fit takes at least: so much earlier the first one begins."""
+
 RUNS_A_STEP = 16
 """Stretches of a chain that are settled in one step; each may have a life that ends."""
 
-FIT_PORTION = 256
+FIT_PORTION = 512
 """Stretches that one request counts for the fit that is under way, and buckets that it lets grow older: its own work, and what
 waits for it, is bounded."""
 
@@ -46,7 +49,7 @@ class DensityPolicy:
         self._parked: dict[BlockHash, Stretch] = {}
         self._model = ReuseModel(FAMILIES)
         self._buckets = RankedBuckets(self._model)
-        self._num_until_fit = MIN_FIT_INTERVAL
+        self._num_until_fit = MIN_FIT_INTERVAL - FIT_STEPS
         self._num_fits = 0
         self._fitting: Iterator[None] = iter(())
         self._now = 0.0

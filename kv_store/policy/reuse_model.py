@@ -42,7 +42,7 @@ as much as one return in each bin. It ranks as LRU does."""
 MEMORY_ENDS = 32_768
 """Lives after whose end old observations are halved, so that the model follows its load."""
 
-STEP_BINS = 6
+STEP_BINS = 12
 """Of the index, worked out in one step."""
 
 _SMOOTHING = np.array([0.25, 0.5, 0.25])
