@@ -11,6 +11,7 @@ from kv_store.directory import TierDirectory
 from kv_store.entries import Entry
 from kv_store.policy.density import DensityPolicy
 from kv_store.policy.policy import STEP_BLOCKS
+from kv_store.policy.tenant_orders import TenantOrders
 from kv_store.quotas import Quotas
 from protocol.ids import BlockHash
 from protocol.kv_blocks import NO_TENANT, CachedBlock, Tenant
@@ -183,6 +184,22 @@ def test_within_a_quota_the_least_recently_used_goes_first() -> None:
         blocks_of("third", 2, ALICE)[1],
         blocks_of("third", 2, ALICE)[0],
     ]
+
+
+def test_an_order_of_ones_own_lives_as_long_as_a_limited_tenant_has_blocks() -> None:
+    orders = TenantOrders(TailsFirst(), lambda tenant: tenant != BOB)
+    bobs = blocks_of("his", 2, BOB)
+    orders.added(bobs, 0.0)
+    assert orders.num_orders == 0, "nothing limits him"
+    for number in range(50):
+        one_off = blocks_of("a", 2, Tenant(f"tenant{number}"))
+        orders.added(one_off, 0.0)
+        assert orders.victims(5, 0.0, lambda _: True, Tenant(f"tenant{number}")) == hashes_of(one_off[::-1])
+        orders.removed(one_off[:1])
+        assert orders.num_orders == 1
+        orders.removed(one_off[1:])
+        assert orders.num_orders == 0
+    assert orders.victims(5, 0.0, lambda _: True) == hashes_of(bobs[::-1])
 
 
 def test_no_share_binds_requests_without_a_salt_together() -> None:
