@@ -1,6 +1,6 @@
 """Entry: one block in one slot of a tier, and what is said of several at once."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from kv_store.tiers import StoredBlock, Tier
 from protocol.kv_blocks import CachedBlock
@@ -53,6 +53,16 @@ class Reservation:
     num_duplicates: int
     num_over_quota: int
     num_without_room: int
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """Leading blocks of a chain that stay where they are until `KVStore.let_go`, once. Slot `slots[i]` holds `blocks[i]`."""
+
+    blocks: tuple[CachedBlock, ...]
+    slots: tuple[int, ...]
+    checksums: tuple[int, ...]
+    entries: tuple[Entry, ...] = field(repr=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -186,12 +186,13 @@ class HostTier:
         self._tell_removed(gone)
 
     def drop_damaged(self, entry: Entry) -> None:
-        """Its bytes are not what they were."""
+        """Its bytes are not what they were. Counted once, however many readers find out."""
         with self.lock:
-            self.counters.checksum_failures += 1
             gone = self._directory.drop([entry])
-        log.warning("a KV block in host memory has changed since it was stored; it is dropped")
-        self._tell_removed(gone)
+            self.counters.checksum_failures += len(gone)
+        if gone:
+            log.warning("a KV block in host memory has changed since it was stored; it is dropped")
+            self._tell_removed(gone)
 
     def forget(self, block_hashes: Iterable[bytes]) -> int:
         with self.lock:

@@ -14,14 +14,15 @@ It is made when the memory is there, and closed before the memory goes. Used as 
 import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Self
 
 from kv_store.admission import Admission
 from kv_store.demotion import Demoter, DiskLosses
 from kv_store.disk_worker import DiskWorker
-from kv_store.entries import Entry
+from kv_store.entries import Entry, Held
 from kv_store.host_tier import HostTier
+from kv_store.inspection import inspect
 from kv_store.load_choice import LoadableBlocks, LoadPlan, load_seconds, plan_load
 from kv_store.mover import Mover
 from kv_store.observer import StoreObserver
@@ -50,16 +51,6 @@ class BlockPlaces:
     host: bool
     disk: bool
     pinned: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Held:
-    """Leading blocks of a chain that stay where they are until `KVStore.let_go`, once. Slot `slots[i]` holds `blocks[i]`."""
-
-    blocks: tuple[CachedBlock, ...]
-    slots: tuple[int, ...]
-    checksums: tuple[int, ...]
-    entries: tuple[Entry, ...] = field(repr=False)
 
 
 class KVStore:
@@ -229,6 +220,11 @@ class KVStore:
 
     def let_go(self, held: Held) -> None:
         self._host.let_go(held.entries)
+
+    async def inspect(self, block_hashes: Sequence[BlockHash]) -> int:
+        """Verify those that are in host memory, and forget the ones whose bytes have changed. How many."""
+        async with self._running() as open_:
+            return await inspect(self._host, self._mover, block_hashes, self._batch) if open_ else 0
 
     async def receive(self, blocks: Sequence[CachedBlock], fetch: Fetch) -> int:
         """A put from another node. `fetch(blocks, slots)` brings these blocks into these slots and answers how many

@@ -40,7 +40,7 @@ from protocol.ids import BlockHash, Incarnation, PinId, RequestId, TicketId, Wor
 from protocol.transfer import KVSource
 from protocol.workers import WorkerInfo
 from runtime.clock import MonotonicClock
-from runtime.metrics import TransferMetrics
+from runtime.metrics import KVMemory, TransferMetrics
 from runtime.node_config import NodeConfig
 from runtime.rpc_client import RpcClient
 
@@ -95,7 +95,7 @@ def open_wires(
 
 
 class KVExchange:
-    """Takes over `wires`."""
+    """Takes over `wires`. `memory` is what its metrics are told apart by from those of another exchange in this process."""
 
     def __init__(
         self,
@@ -106,6 +106,7 @@ class KVExchange:
         client: RpcClient,
         metrics: TransferMetrics,
         near: NearSource | None = None,
+        memory: KVMemory = "device",
     ) -> None:
         self._cluster_key = config.cluster_key
         self._info = info
@@ -152,7 +153,7 @@ class KVExchange:
             compute_tokens_per_s=lambda: owner.prefill_tokens_per_s,
             near=near or NoNearSource(),
         )
-        self.telemetry = TransferTelemetry(metrics, wires.transports, exports=self.exports, importer=self.importer)
+        self.telemetry = TransferTelemetry(metrics, wires.transports, self.exports, self.importer, memory)
         self._reporter = LinkReporter(
             self._worker_id, wires.transports, clock, peers=self.importer.peers, pushers=self._pushers
         )

@@ -4,11 +4,11 @@ from kv_transfer.handoff.exports import ExportTable
 from kv_transfer.handoff.imports import Importer
 from kv_transfer.transports.transport_set import TransportSet
 from runtime.metric_feeds import Total
-from runtime.metrics import TransferMetrics
+from runtime.metrics import KVMemory, TransferMetrics
 
 
 class TransferTelemetry:
-    """Of the sides that it is given; the others stay at zero."""
+    """Of the sides that it is given; the others stay at zero. A process may have one for each `memory`."""
 
     def __init__(
         self,
@@ -16,52 +16,56 @@ class TransferTelemetry:
         transports: TransportSet,
         exports: ExportTable | None = None,
         importer: Importer | None = None,
+        memory: KVMemory = "device",
     ) -> None:
         self._metrics = metrics
+        self._memory = memory
         self._transports = transports
         self._exports = exports
         self._importer = importer
-        self._expired = Total(metrics.leases_expired)
-        self._released = Total(metrics.leases_released)
-        self._failed = Total(metrics.leases_failed)
-        self._retries = Total(metrics.retries)
-        self._queue_seconds = Total(metrics.queue_seconds)
+        self._expired = Total(metrics.leases_expired.labels(memory))
+        self._released = Total(metrics.leases_released.labels(memory))
+        self._failed = Total(metrics.leases_failed.labels(memory))
+        self._retries = Total(metrics.retries.labels(memory))
+        self._queue_seconds = Total(metrics.queue_seconds.labels(memory))
 
     def update(self) -> None:
-        self._metrics.moved.set(self._moved())
+        self._metrics.moved.set(self._moved(), (self._memory,))
         queues = [side.queue_stats() for side in (self._exports, self._importer) if side is not None]
-        self._metrics.queued_blocks.set(sum(queue.num_waiting_blocks for queue in queues))
-        self._metrics.blocks_in_flight.set(sum(queue.num_blocks_in_flight for queue in queues))
+        self._metrics.queued_blocks.labels(self._memory).set(sum(queue.num_waiting_blocks for queue in queues))
+        self._metrics.blocks_in_flight.labels(self._memory).set(sum(queue.num_blocks_in_flight for queue in queues))
         self._queue_seconds.set(sum(queue.waited_s for queue in queues))
         if self._exports is not None:
             exported = self._exports.stats()
-            self._metrics.leases_open.set(exported.num_open)
+            self._metrics.leases_open.labels(self._memory).set(exported.num_open)
             self._expired.set(exported.num_expired)
             self._released.set(exported.num_released)
             self._failed.set(exported.num_failed)
-            self._metrics.leases_unsettled.set(exported.num_unsettled)
+            self._metrics.leases_unsettled.labels(self._memory).set(exported.num_unsettled)
         if self._importer is not None:
             imported = self._importer.stats()
             self._retries.set(imported.num_retries)
             self._metrics.checksum_failures.set(
-                {(peer,): {"failures": count} for peer, count in imported.checksum_mismatches_of.items()}
+                {(self._memory, peer): {"failures": count} for peer, count in imported.checksum_mismatches_of.items()},
+                (self._memory,),
             )
-            self._metrics.imports_unsettled.set(imported.num_unsettled)
+            self._metrics.imports_unsettled.labels(self._memory).set(imported.num_unsettled)
             self._metrics.links.set(
                 {
-                    (link.worker, link.kind, link.direction): {
+                    (self._memory, link.worker, link.kind, link.direction): {
                         "latency": link.measured.latency_s,
                         "bandwidth": link.measured.bytes_per_s,
                     }
                     for link in self._importer.peers.links()
                     if link.measured is not None
-                }
+                },
+                (self._memory,),
             )
 
     def _moved(self) -> dict[tuple[str, ...], dict[str, float]]:
         block_bytes = self._transports.arena.block_bytes
         return {
-            (peer, transport.kind, direction): {
+            (self._memory, peer, transport.kind, direction): {
                 "bytes": moved.num_bytes,
                 "blocks": moved.num_bytes // block_bytes,
                 "descriptors": moved.num_copies,

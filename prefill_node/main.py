@@ -43,9 +43,10 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, node: BuiltNode) 
     loop = asyncio.get_running_loop()
     async with AsyncExitStack() as stack:
         client = await stack.enter_async_context(RpcClient(config.cluster_key))
-        store = await stack.enter_async_context(node.open_store(config, info, client, registry))
+        transfers = TransferMetrics(registry)
+        store = await stack.enter_async_context(node.open_store(config, info, client, registry, transfers))
         exchange = await stack.enter_async_context(
-            NodeExchange(config, info, wires, engine, client, TransferMetrics(registry), store.near)
+            NodeExchange(config, info, wires, engine, client, transfers, store.near)
         )
         stack.push_async_callback(asyncio.to_thread, engine.stop, ENGINE_STOP_TIMEOUT_S)
         await stack.enter_async_context(exchange.prefixes)

@@ -200,12 +200,16 @@ class LeasesHeld(msgspec.Struct, frozen=True):
     held: tuple[bool, ...]
 
 
-class ReleaseLease(msgspec.Struct, frozen=True):
+class ReleaseLease(msgspec.Struct, frozen=True, omit_defaults=True):
     """The reader has what it wants, or gave up. Idempotent. Answered by LeaseState, which says whether the lease still
-    held at this moment: the confirmation that what was read was not reused memory."""
+    held at this moment: the confirmation that what was read was not reused memory.
+
+    `damaged`: the block of the ticket's context that did not come as it was announced, the first that the reader found. A
+    reason for the owner to look, and no more: it may have been damaged on the way, or the reader may lie."""
 
     ticket_id: IdText
     incarnation: IdText
+    damaged: BlockCount | None = None
 
 
 class BlocksLanded(msgspec.Struct, frozen=True):

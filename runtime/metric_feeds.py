@@ -35,9 +35,10 @@ class LabelledSeries:
         self._metrics = metrics
         self._totals: dict[tuple[str, ...], dict[str, Total]] = {}
 
-    def set(self, told: Mapping[tuple[str, ...], Mapping[str, float]]) -> None:
-        """All label values with, for each, all metrics by the names that the constructor got."""
-        for labels in self._totals.keys() - told.keys():
+    def set(self, told: Mapping[tuple[str, ...], Mapping[str, float]], of: tuple[str, ...] = ()) -> None:
+        """All label values with, for each, all metrics by the names that the constructor got. Of several who tell, each
+        tells of all those that begin with `of`."""
+        for labels in [each for each in self._totals if each[: len(of)] == of and each not in told]:
             del self._totals[labels]
             for metric in self._metrics.values():
                 metric.remove(*labels)

@@ -12,16 +12,19 @@ seconds and sizes in bytes, and the name says so. Histogram buckets start where 
 | RouterMetrics | what clients see | as things happen |
 """
 
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 
 from protocol.phases import HandoffPhases, PhaseLedger
 from runtime.metric_feeds import CountHistogram, LabelledSeries
 
-PEER_LABELS = ("peer", "transport", "direction")
+PEER_LABELS = ("memory", "peer", "transport", "direction")
 
 _Metric = TypeVar("_Metric", Counter, Gauge)
+
+KVMemory = Literal["device", "host"]
+"""Whose blocks move: the engine's own KV cache, wherever that lies, or a host tier."""
 
 _TTFT_BUCKETS_S = (
     *(0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 0.75),
@@ -155,7 +158,7 @@ class EngineMetrics:
 
 
 class TransferMetrics:
-    """Hand-offs and leases, from either end.
+    """Hand-offs and leases, from either end, each series by the `memory` (KVMemory) that the exchange is over.
 
     What moved is told by `peer` (a worker's name), `transport` (nixl, ucx, shm, tcp or inproc) and `direction` ("pull": this
     node read the peer's blocks, "push": it wrote them into the peer's memory), by the side that moves the bytes. Series of
@@ -163,6 +166,12 @@ class TransferMetrics:
     """
 
     def __init__(self, registry: CollectorRegistry) -> None:
+        def counter(name: str, documentation: str) -> Counter:
+            return Counter(name, documentation, ["memory"], registry=registry)
+
+        def gauge(name: str, documentation: str) -> Gauge:
+            return Gauge(name, documentation, ["memory"], registry=registry)
+
         def per_peer(kind: type[_Metric], name: str, documentation: str) -> _Metric:
             return kind(name, documentation, PEER_LABELS, registry=registry)
 
@@ -204,43 +213,30 @@ class TransferMetrics:
                 "failures": Counter(
                     "headrace_checksum_failures_total",
                     "Hand-offs of which a KV block arrived damaged",
-                    ["peer"],
+                    ["memory", "peer"],
                     registry=registry,
                 )
             }
         )
-        self.retries = Counter(
-            "headrace_kv_transfer_retries_total", "Reads that were done again over a new link", registry=registry
+        self.retries = counter("headrace_kv_transfer_retries_total", "Reads that were done again over a new link")
+        self.queued_blocks = gauge(
+            "headrace_kv_queue_blocks", "KV blocks that are ready and wait for their turn on a link"
         )
-        self.queued_blocks = Gauge(
-            "headrace_kv_queue_blocks", "KV blocks that are ready and wait for their turn on a link", registry=registry
-        )
-        self.blocks_in_flight = Gauge("headrace_kv_blocks_in_flight", "KV blocks being moved", registry=registry)
-        self.queue_seconds = Counter(
+        self.blocks_in_flight = gauge("headrace_kv_blocks_in_flight", "KV blocks being moved")
+        self.queue_seconds = counter(
             "headrace_kv_queue_seconds_total",
             "Time that hand-offs had blocks to move and none moving, summed over hand-offs",
-            registry=registry,
         )
-        self.imports_unsettled = Gauge(
-            "headrace_kv_imports_quarantined",
-            "Ended imports whose blocks are kept back because bytes may still land",
-            registry=registry,
+        self.imports_unsettled = gauge(
+            "headrace_kv_imports_quarantined", "Ended imports whose blocks are kept back because bytes may still land"
         )
-        self.leases_open = Gauge("headrace_leases_open", "Exports that a reader may still read", registry=registry)
-        self.leases_unsettled = Gauge(
-            "headrace_leases_unsettled",
-            "Exports that have ended and whose blocks are still being read for a push",
-            registry=registry,
+        self.leases_open = gauge("headrace_leases_open", "Exports that a reader may still read")
+        self.leases_unsettled = gauge(
+            "headrace_leases_unsettled", "Exports that have ended and whose blocks are still being read for a push"
         )
-        self.leases_expired = Counter(
-            "headrace_leases_expired_total", "Exports that no reader showed interest in", registry=registry
-        )
-        self.leases_released = Counter(
-            "headrace_leases_released_total", "Exports that their reader released", registry=registry
-        )
-        self.leases_failed = Counter(
-            "headrace_leases_failed_total", "Exports whose prefill failed or was cancelled", registry=registry
-        )
+        self.leases_expired = counter("headrace_leases_expired_total", "Exports that no reader showed interest in")
+        self.leases_released = counter("headrace_leases_released_total", "Exports that their reader released")
+        self.leases_failed = counter("headrace_leases_failed_total", "Exports whose prefill failed or was cancelled")
 
 
 class StoreMetrics:

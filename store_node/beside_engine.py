@@ -14,6 +14,7 @@ from kv_transfer.memory.device_blocks import DeviceBlocks
 from protocol.errors import ConfigError
 from protocol.ids import Incarnation
 from protocol.workers import WorkerInfo
+from runtime.metrics import TransferMetrics
 from runtime.node_config import NodeConfig
 from runtime.rpc_client import RpcClient
 from store_node.build import reserve_host_tier
@@ -37,13 +38,18 @@ class BuiltNode:
             self.slab.close()
 
     def open_store(
-        self, config: NodeConfig, info: WorkerInfo, client: RpcClient, registry: CollectorRegistry
+        self,
+        config: NodeConfig,
+        info: WorkerInfo,
+        client: RpcClient,
+        registry: CollectorRegistry,
+        transfers: TransferMetrics,
     ) -> StoreBeside:
-        """On the event loop, before the engine starts. Raises ConfigError."""
+        """On the event loop, before the engine starts. `transfers` are the process's. Raises ConfigError."""
         engine = self.built.engine
         if self.slab is None:
             return WithoutStore(info.worker_id, engine, config.cluster_key)
-        return NodeStore(config, info, engine, self.slab, self._copier(self.slab), client, registry)
+        return NodeStore(config, info, engine, self.slab, self._copier(self.slab), client, registry, transfers)
 
     def _copier(self, slab: HostArena) -> BlockCopier:
         blocks = self.built.device_blocks

@@ -28,7 +28,7 @@ from kv_transfer.memory.arena import HostArena
 from protocol.ids import BlockHash, Incarnation, WorkerId
 from protocol.workers import WorkerInfo
 from runtime.clock import MonotonicClock
-from runtime.metrics import StoreMetrics, TransferMetrics, new_registry
+from runtime.metrics import StoreMetrics, TransferMetrics
 from runtime.node_config import NodeConfig
 from runtime.rpc_client import RpcClient
 from store_node.arrivals import Arrivals
@@ -124,6 +124,7 @@ class NodeStore:
         copier: BlockCopier,
         client: RpcClient,
         registry: CollectorRegistry,
+        transfers: TransferMetrics,
     ) -> None:
         metrics = StoreMetrics(registry)
         self.store, disk = build_store(
@@ -135,7 +136,7 @@ class NodeStore:
         self._stack = AsyncExitStack()
         owner = StoreOwner(self.store)
         wires = open_store_wires(config, Incarnation(info.incarnation), info.control_url, slab, owner)
-        self._served = ServedStore(config, info, wires, owner, client, TransferMetrics(new_registry()), STORE_PREFIX)
+        self._served = ServedStore(config, info, wires, owner, client, transfers, STORE_PREFIX)
         self._index = open_index(config.store, info, self.store)
         self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id))
         self._arrivals = Arrivals(self.store, info.layout.identity, info.layout.block_size, engine.num_held)
@@ -199,6 +200,7 @@ class NodeStore:
 
     def report(self) -> None:
         self._telemetry.update()
+        self._served.exchange.telemetry.update()
 
     def _num_held(self, block_hashes: Sequence[BlockHash]) -> int:
         return self.store.match(block_hashes).total

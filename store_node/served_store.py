@@ -57,8 +57,9 @@ class ServedStore:
             num_blocks=wires.transports.arena.num_blocks,
             transports=wires.transports.kinds,
         )
-        self.exchange = KVExchange(config, own, wires, owner, client, metrics)
+        self.exchange = KVExchange(config, own, wires, owner, client, metrics, memory="host")
         owner.on_pinned = self.exchange.lender.pinned
+        self.exchange.lender.on_doubt = owner.inspect
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:

@@ -59,11 +59,12 @@ class ExportStats:
 
 class Export:
     """Created by ExportTable. `changed` is set whenever a reader may find something new; `give_back` is called once, when
-    the blocks are the owner's again."""
+    the blocks are the owner's again; `on_doubt` before that, where the reader calls a block damaged."""
 
     def __init__(self, ticket: TransferTicket, give_back: Callable[[], None], *, scarce: bool = False) -> None:
         self.ticket = ticket
         self.give_back = give_back
+        self.on_doubt: Callable[[int], None] | None = None
         self._scarce = scarce
         self.attached = False
         self.staging: asyncio.Task[None] | None = None

@@ -167,12 +167,15 @@ class ExportTable:
         context_hash: ContextHash,
         block_ids: Sequence[int],
         give_back: Callable[[], None],
+        on_doubt: Callable[[int], None] | None = None,
     ) -> TransferTicket:
         """A ticket to final blocks. `request_id` is the reader's; it may borrow more than once, and be exported too.
-        `give_back()` is called exactly once, when the blocks are the owner's again. The lease is short: who has asked
-        fetches at once, or has gone, and then nobody would return the loan."""
+        `give_back()` is called exactly once, when the blocks are the owner's again; `on_doubt(index)` at most once, before
+        that, if the reader says that this block came damaged. The lease is short: who has asked fetches at once, or
+        has gone, and then nobody would return the loan."""
         ttl_s = min(self._options.lease_ttl_s, LOAN_TTL_STALLS * self._options.stall_timeout_s)
         export = self._enter(self._issuer.issue(request_id, num_tokens, context_hash, ttl_s), give_back)
+        export.on_doubt = on_doubt
         export.submit(0, block_ids)
         export.finish(AllLent(), self._clock.now())
         self._stager.stage_rest(export)
@@ -261,6 +264,8 @@ class ExportTable:
         """Idempotent; False says that the lease had ended before."""
         export = self._find(message.ticket_id, message.incarnation)
         if export is not None:
+            if message.damaged is not None and export.on_doubt is not None:
+                export.on_doubt(message.damaged)
             self._end(export, "released", None)
         ended = self._unsettled.get(TicketId(message.ticket_id))
         return LeaseState(

@@ -243,7 +243,7 @@ class Importer:
             self._totals.num_bytes_moved += result.num_blocks_moved * self._block_bytes
             self._tasks.create_task(self._release(ticket, succeeded=True), name=f"kv-release:{ticket.request_id}")
             return result
-        settled = self._tidy_up(ticket, fetch)
+        settled = self._tidy_up(ticket, fetch, landing.damaged)
         self._note_failure(ticket, failure)
         raise FetchFailed(failure, landing.num_valid_blocks, settled) from failure
 
@@ -269,11 +269,13 @@ class Importer:
     def _count_retry(self) -> None:
         self._totals.num_retries += 1
 
-    def _tidy_up(self, ticket: TransferTicket, fetch: Fetch) -> asyncio.Event:
+    def _tidy_up(self, ticket: TransferTicket, fetch: Fetch, damaged: int | None = None) -> asyncio.Event:
         """After a fetch that did not succeed: release the lease in the background, say when the local blocks are safe."""
         self._leases.drop(ticket)  # the fetch does so too, unless it never ran
         releasing = self._tasks.create_task(
-            self._release_push(ticket, fetch) if fetch.pushed else self._release(ticket, succeeded=False),
+            self._release_push(ticket, fetch, damaged)
+            if fetch.pushed
+            else self._release(ticket, succeeded=False, damaged=damaged),
             name=f"kv-release:{ticket.request_id}",
         )
         if fetch.settled.is_set() and not fetch.pushed:
@@ -294,12 +296,12 @@ class Importer:
         fetch.end_push()
         self._unsettled.pop(ticket_id).set()
 
-    async def _release_push(self, ticket: TransferTicket, fetch: Fetch) -> None:
+    async def _release_push(self, ticket: TransferTicket, fetch: Fetch, damaged: int | None) -> None:
         assert fetch.presence is not None, "no push is asked for before its owner was seen"
-        await self._leases.release_push(ticket, fetch.presence)
+        await self._leases.release_push(ticket, fetch.presence, damaged)
 
-    async def _release(self, ticket: TransferTicket, *, succeeded: bool) -> None:
-        held = await self._leases.release(ticket)
+    async def _release(self, ticket: TransferTicket, *, succeeded: bool, damaged: int | None = None) -> None:
+        held = await self._leases.release(ticket, damaged)
         if succeeded and held is False:
             self._totals.num_lost_leases += 1
             log.warning("%s: the lease had ended before the blocks were read", ticket.request_id)

@@ -40,6 +40,8 @@ class Landing:
         self._proven = Prefix(num_cached_blocks)
         self.num_cached_blocks = num_cached_blocks
         self.num_taken = num_cached_blocks
+        self.damaged: int | None = None
+        """The block of the context that was found not to be what its owner had announced, the first to be found."""
 
     @property
     def num_blocks(self) -> int:
@@ -92,6 +94,8 @@ class Landing:
         """The first `num_right` blocks of a piece are what was sent. Raises ChecksumMismatch if those are not all."""
         self._proven.add(piece.first_block, num_right)
         if num_right < piece.num_blocks:
+            if self.damaged is None:
+                self.damaged = piece.first_block + num_right
             raise ChecksumMismatch(
                 f"block {piece.first_block + num_right} of {self.num_blocks} is not what its owner sent: "
                 "damaged on the way, or its memory was reused"

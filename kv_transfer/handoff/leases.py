@@ -63,24 +63,24 @@ class Leases:
             del self._kept[owner]
             self._renewing.pop(owner).cancel()
 
-    async def release(self, ticket: TransferTicket) -> bool | None:
+    async def release(self, ticket: TransferTicket, damaged: int | None = None) -> bool | None:
         """Whether the lease still held, None if the owner did not say. Tries a little; the lease's end does the rest.
-        Raises nothing: the group that this runs in is everybody's."""
+        `damaged`: see ReleaseLease. Raises nothing: the group that this runs in is everybody's."""
         for attempt in range(RELEASE_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(RELEASE_PAUSE_S)
             try:
-                return (await self._say_released(ticket)).held
+                return (await self._say_released(ticket, damaged)).held
             except HeadraceError as error:
                 log.info("%s: the lease was not released: %s", ticket.request_id, error.message)
         return None
 
-    async def release_push(self, ticket: TransferTicket, presence: Presence) -> None:
+    async def release_push(self, ticket: TransferTicket, presence: Presence, damaged: int | None = None) -> None:
         """Return when no more bytes of the owner's push can land here. That may be never: see above."""
         pause_s = RELEASE_PAUSE_S
         while not presence.dead.is_set():
             try:
-                state = await self._say_released(ticket)
+                state = await self._say_released(ticket, damaged)
             except HeadraceError as error:
                 log.info("%s: its push was not released: %s", ticket.request_id, error.message)
             else:
@@ -97,8 +97,8 @@ class Leases:
         for task in self._renewing.values():
             task.cancel()
 
-    async def _say_released(self, ticket: TransferTicket) -> LeaseState:
-        message = ReleaseLease(ticket.ticket_id, ticket.incarnation)
+    async def _say_released(self, ticket: TransferTicket, damaged: int | None) -> LeaseState:
+        message = ReleaseLease(ticket.ticket_id, ticket.incarnation, damaged)
         return await self._client.call(ticket.control_url + RELEASE_PATH, message, LeaseState, self._timeout_s)
 
     async def _renew(self, owner: _Owner) -> None:

@@ -47,6 +47,9 @@ class Lender:
         self._unpin = unpin
         self._timeout_s = timeout_s
         self._asked: dict[PinId, asyncio.Future[Sequence[int]]] = {}
+        self.on_doubt: Callable[[PinId, int], None] = _trust
+        """`on_doubt(pin_id, index)`: the reader says that this block of the loan came damaged. Before its unpin."""
+
         self.num_lent_blocks = 0
         """Blocks of all open loans; one that is lent twice counts twice."""
 
@@ -78,6 +81,7 @@ class Lender:
             context_hash=ContextHash(hashes[len(block_ids) - 1]),
             block_ids=block_ids,
             give_back=give_back,
+            on_doubt=lambda index: self.on_doubt(pin_id, index),
         )
         return PrefixLent(ticket)
 
@@ -99,3 +103,7 @@ class Lender:
                 return await asked
         except TimeoutError:
             return ()
+
+
+def _trust(_pin_id: PinId, _index: int) -> None:
+    """Of an owner that keeps no checksums of its own to compare with."""

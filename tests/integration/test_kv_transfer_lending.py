@@ -198,10 +198,13 @@ async def test_another_tenant_gets_nothing(owner: Owner, borrower: Borrower) -> 
 async def test_blocks_that_changed_after_they_were_lent_are_not_taken(owner: Owner, borrower: Borrower) -> None:
     assert isinstance(owner.transport, InprocTransport)
     owner.transport.faults.corrupt = True
+    doubts: list[tuple[bool, int]] = []
+    owner.cached.lender.on_doubt = lambda pin_id, index: doubts.append((pin_id in owner.cached.pins, index))
     assert await borrower.borrow(owner.source(6)) == [("resume", 4)], "those before the damaged one are right"
     assert_arrived(owner, borrower, 0, 4)
     assert borrower.reader.importer.stats().num_checksum_mismatches == 1
     await given_back(owner)
+    assert doubts == [(True, 4)], "its owner hears of it while it still holds the loan"
 
 
 @in_process

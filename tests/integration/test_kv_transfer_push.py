@@ -13,7 +13,7 @@ from kv_transfer.meeting.peers import Reader
 from kv_transfer.routes import HANDOFF_PATH
 from kv_transfer.transports.inproc import Faults, InprocTransport
 from protocol.errors import ChecksumMismatch, LeaseExpired, PeerLost, TransferError
-from protocol.ids import RequestId, TicketId, WorkerId, new_incarnation
+from protocol.ids import ContextHash, RequestId, TicketId, WorkerId, new_incarnation
 from protocol.transfer import OpenHandoff, PrefillDone, PushTarget, ReleaseLease, TransferTicket, TransportKind
 from runtime.clock import MonotonicClock
 from runtime.node_config import TransferOptions
@@ -75,6 +75,28 @@ async def test_damage_on_the_way_is_noticed() -> None:
         async with asyncio.timeout(5):
             await failed.value.settled.wait()
         await until_released(owner, "req-1")
+
+
+async def test_who_lent_what_landed_damaged_hears_of_it() -> None:
+    async with pair("inproc") as (owner, reader):
+        assert isinstance(owner.transport, InprocTransport)
+        owner.transport.faults = Faults(corrupt=True)
+        doubts: list[int] = []
+        given_back = asyncio.Event()
+        ticket = owner.exports.lend(
+            RequestId("req-1"),
+            num_tokens=3 * LAYOUT.block_size,
+            context_hash=ContextHash(bytes(16)),
+            block_ids=[0, 1, 2],
+            give_back=given_back.set,
+            on_doubt=doubts.append,
+        )
+        with pytest.raises(FetchFailed) as failed:
+            await reader.importer.fetch_prefix(ticket, [4, 5, 6], 0, 10.0)
+        async with asyncio.timeout(5):
+            await failed.value.settled.wait()
+            await given_back.wait()
+        assert doubts == [failed.value.num_valid_blocks]
 
 
 async def test_a_write_that_fails_is_the_end_of_the_hand_off_and_of_the_lease() -> None:

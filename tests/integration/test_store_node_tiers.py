@@ -1,18 +1,23 @@
 """A prompt that the device has forgotten comes back from wherever it is kept, and the answer is the same."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from completions import Answer
 from store_cluster import BLOCK_SIZE, NUM_BLOCKS, StoreCluster, running_stores
 from tiny_models import make_model
 
+import store_node.main
+from kv_store.disk.tier import DiskTier
 from kv_store.index.embedded import EmbeddedServer
+from kv_store.store import KVStore
 from protocol.errors import InvalidParameter
 from protocol.ids import BlockHash
 from protocol.kv_blocks import chain
 from protocol.store import StorePut, StorePutDone
 from protocol.transfer import KVSource
+from store_node.build import build_store
 from store_node.put_receiver import PUT_PATH
 
 PROMPT_BLOCKS = 20
@@ -86,6 +91,44 @@ async def test_from_a_peers_host_memory(model: Path, monkeypatch: pytest.MonkeyP
         assert again.token_ids == first.token_ids
         assert num_cached(again) >= PROMPT_BLOCKS * BLOCK_SIZE
         await cluster.at_rest()
+        assert await cluster.metric("d0", "headrace_leases_released_total", memory="host") >= 1
+        assert await cluster.metric("d0", "headrace_leases_open", memory="host") == 0
+        assert await cluster.metric("p0", "headrace_kv_transfer_blocks_total", memory="device") >= PROMPT_BLOCKS
+
+
+async def test_a_slot_that_changes_is_forgotten_once_a_reader_has_noticed(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A store that computes nothing never reads its own slots: it hears of it from who borrows."""
+    stores: list[KVStore] = []
+
+    def remember(*args: Any) -> tuple[KVStore, DiskTier | None]:
+        store, disk = build_store(*args)
+        stores.append(store)
+        return store, disk
+
+    monkeypatch.setattr(store_node.main, "build_store", remember)
+    async with running_stores(model, monkeypatch) as cluster:
+        store = await cluster.start("store", "s0")
+        node = await cluster.start("decode", "d0", write="through", stores=(store.url,))
+        first = await cluster.ask(prompt(0))
+        await cluster.until_stored("s0", PROMPT_BLOCKS)
+        slab, bad = cluster.arenas[0], 7
+        place = next(stored.place for stored in stores[0].snapshot() if stored.block.position == bad)
+        slab.block(place)[3] ^= 0x40
+        for number in (1, 2):
+            await cluster.at_rest()
+            await node.stop()
+            del cluster.nodes[node.name]
+            node = await cluster.start("decode", f"d{number}", stores=(store.url,), host_memory="0")
+            again = await cluster.ask(prompt(0))
+            assert again.token_ids == first.token_ids
+            assert num_cached(again) == bad * BLOCK_SIZE, "the rest is computed"
+            await cluster.at_rest()
+            tier = await cluster.tier("s0")
+            assert (tier.damaged, tier.used) == (1, PROMPT_BLOCKS - 1)
+            failures = await cluster.metric(node.name, "headrace_checksum_failures_total", memory="device", peer="s0")
+            assert failures == (number == 1), "the second reader is not lent what is damaged"
 
 
 async def test_from_a_store_after_the_node_has_gone(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import aiohttp
 import pytest
 from completions import Answer, complete
+from prometheus_client.parser import text_string_to_metric_families
 
 import decode_node.main
 import prefill_node.main
@@ -37,7 +38,7 @@ from tests.support.router_process import running_router
 
 NUM_BLOCKS = 320
 BLOCK_SIZE = 16
-TASKS_OF_REQUESTS = ("borrow:", "prefix:", "kv-hold:", "kv-save:", "fetch:")
+TASKS_OF_REQUESTS = ("borrow:", "prefix:", "kv-hold:", "kv-inspect:", "kv-release:", "kv-save:", "fetch:")
 MODULES = (prefill_node.main, decode_node.main, store_node.main)
 
 
@@ -115,6 +116,17 @@ class StoreCluster:
         found = [each for each in await self._tiers(name) if each.tier == tier]
         assert found, f"{name} has no {tier} tier"
         return found[0]
+
+    async def metric(self, name: str, metric: str, **labels: str) -> float:
+        """The value of one metric of a node, summed over the series that carry `labels`."""
+        async with self.session.get(f"{self.nodes[name].url}/metrics") as response:
+            text = await response.text()
+        return sum(
+            sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+            if sample.name == metric and labels.items() <= sample.labels.items()
+        )
 
     async def until_stored(self, name: str, num_blocks: int, tier: str = "host") -> None:
         async with asyncio.timeout(10):

@@ -170,6 +170,7 @@ MESSAGES: dict[str, object] = {
     "handoff_failed": HandoffFailed(ERROR),
     "renew": RenewLease(("t", "u"), "i"),
     "release": ReleaseLease("t", "i"),
+    "release_damaged": ReleaseLease("t", "i", damaged=3),
     "landed": BlocksLanded("t", "i", 9),
     "lease_state": LeaseState(True),
     "borrow": BorrowPrefix(request_id="q", reader="d0", block_hashes=(b"a" * 16,)),
@@ -297,6 +298,7 @@ GOLDEN: dict[str, str] = {
     ),
     "renew": "82aa7469636b65745f69647392a174a175ab696e6361726e6174696f6ea169",
     "release": "82a97469636b65745f6964a174ab696e6361726e6174696f6ea169",
+    "release_damaged": "83a97469636b65745f6964a174ab696e6361726e6174696f6ea169a764616d6167656403",
     "landed": "83a97469636b65745f6964a174ab696e6361726e6174696f6ea169aa6e756d5f626c6f636b7309",
     "lease_state": "83a468656c64c3a777726974696e67c2a56b6e6f776ec3",
     "borrow": (

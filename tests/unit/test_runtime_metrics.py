@@ -118,16 +118,26 @@ def test_series_of_peers_come_and_go() -> None:
     def told(value: float) -> dict[str, float]:
         return dict.fromkeys(names, value)
 
-    first, second = ("prefill-0", "nixl", "pull"), ("prefill-1", "shm", "pull")
+    first, second = ("device", "prefill-0", "nixl", "pull"), ("device", "prefill-1", "shm", "pull")
     moved.set({first: told(5), second: told(7)})
     moved.set({first: told(6), second: told(3)})
     found = samples(registry)
-    assert found["headrace_kv_transfer_bytes_total direction=pull peer=prefill-0 transport=nixl"] == 6
-    assert found["headrace_kv_transfer_bytes_total direction=pull peer=prefill-1 transport=shm"] == 7
-    assert found["headrace_kv_transfers_quarantined direction=pull peer=prefill-1 transport=shm"] == 3
+    assert found["headrace_kv_transfer_bytes_total direction=pull memory=device peer=prefill-0 transport=nixl"] == 6
+    assert found["headrace_kv_transfer_bytes_total direction=pull memory=device peer=prefill-1 transport=shm"] == 7
+    assert found["headrace_kv_transfers_quarantined direction=pull memory=device peer=prefill-1 transport=shm"] == 3
     moved.set({first: told(6)})
     assert not any("prefill-1" in series for series in samples(registry))
     moved.set({first: told(8), second: told(2)})
     found = samples(registry)
-    assert found["headrace_kv_transfer_bytes_total direction=pull peer=prefill-0 transport=nixl"] == 8
-    assert found["headrace_kv_transfer_bytes_total direction=pull peer=prefill-1 transport=shm"] == 2
+    assert found["headrace_kv_transfer_bytes_total direction=pull memory=device peer=prefill-0 transport=nixl"] == 8
+    assert found["headrace_kv_transfer_bytes_total direction=pull memory=device peer=prefill-1 transport=shm"] == 2
+
+
+def test_the_exchanges_of_two_memories_keep_their_own_series() -> None:
+    registry = CollectorRegistry()
+    failures = TransferMetrics(registry).checksum_failures
+    failures.set({("device", "d0"): {"failures": 2}}, ("device",))
+    failures.set({("host", "d0"): {"failures": 5}}, ("host",))
+    failures.set({}, ("device",))
+    found = {name: value for name, value in samples(registry).items() if "failures_total" in name}
+    assert found == {"headrace_checksum_failures_total memory=host peer=d0": 5}
