@@ -71,6 +71,8 @@ class KVStore:
         events: TierEvents | None = None,
     ) -> None:
         self._settings = settings
+        self.quotas = settings.quotas
+        """Of each tier."""
         self._clock = clock or MonotonicClock()
         self.events = events or TierEvents()
         """Where to listen."""

@@ -152,7 +152,7 @@ class Finder:
 @pytest.mark.parametrize(("num_blocks", "num_held", "asks"), [(40, 0, True), (40, 38, False), (2, 0, False)])
 async def test_nobody_is_asked_for_what_is_here_or_too_short(num_blocks: int, num_held: int, asks: bool) -> None:
     finder = Finder()
-    search = SourceSearch(finder, WorkerId("me"), lambda _hashes: num_held)
+    search = SourceSearch(finder, WorkerId("me"))
     request = DecodeRequest(
         request_id=RequestId("r"),
         trace_id=TraceId("t"),
@@ -161,6 +161,6 @@ async def test_nobody_is_asked_for_what_is_here_or_too_short(num_blocks: int, nu
         sampling=SamplingParams(max_tokens=1, seed=0),
         deadline_s=1.0,
     )
-    completed = await search.complete(request, HASHES[:num_blocks], 16)
+    completed = await search.complete(request, HASHES[:num_blocks], num_held, 16)
     assert finder.num_asked == asks
     assert bool(completed.sources) == asks
