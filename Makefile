@@ -58,6 +58,12 @@ bench-interference: $(VENV)/.installed-test ## measure what long prompts do to s
 bench-kv-index: $(VENV)/.installed ## measure the Redis index beside a raw MGET: lookups, writes, memory; ARGS="--entries 10000000" for more
 	$(BIN)/python -m benchmarks.bench_kv_index $(ARGS)
 
+bench-moves: $(VENV)/.installed-test ## measure each move of a store's blocks beside memcpy; ARGS=--quick for a few seconds of it
+	$(BIN)/python -m benchmarks.bench_moves $(ARGS)
+
+bench-tiers: $(VENV)/.installed-test ## measure the TTFT of a long prompt from each tier beside computing it
+	$(BIN)/python -m benchmarks.bench_tiers $(ARGS)
+
 bench-transfer: $(VENV)/.installed ## measure every transport beside memcpy, raw sockets and raw NIXL
 	$(BIN)/headrace bench transfer $(ARGS)
 

@@ -33,11 +33,12 @@ START_TIMEOUT_S = 120
 @dataclass(frozen=True)
 class Sample:
     """One streamed request: seconds from sending to each token's arrival, and the ledger it came back with (ms), that of
-    its hand-off in parts beside it."""
+    its hand-off in parts beside it. `cached_tokens` of the prompt were not computed."""
 
     arrivals_s: tuple[float, ...]
     timing_ms: dict[str, float]
     handoff_ms: dict[str, float] = field(default_factory=dict)
+    cached_tokens: int = 0
 
     @property
     def ttft_s(self) -> float:
@@ -132,9 +133,13 @@ class Client:
         return [self._random.randrange(100, 40_000) for _ in range(num_tokens)]
 
     async def stream(self, session: aiohttp.ClientSession, num_prompt_tokens: int, num_output_tokens: int) -> Sample:
+        """Of a new prompt."""
+        return await self.ask(session, self.prompt(num_prompt_tokens), num_output_tokens)
+
+    async def ask(self, session: aiohttp.ClientSession, prompt: list[int], num_output_tokens: int) -> Sample:
         body = {
             "model": self._model,
-            "prompt": self.prompt(num_prompt_tokens),
+            "prompt": prompt,
             "max_tokens": num_output_tokens,
             "temperature": 0,
             "ignore_eos": True,
@@ -146,6 +151,7 @@ class Client:
         sent = time.perf_counter()
         arrivals: list[float] = []
         timing: dict[str, Any] = {}
+        usage: dict[str, Any] = {}
         async with session.post(f"{self._url}/v1/completions", json=body) as response:
             response.raise_for_status()
             async for line in response.content:
@@ -154,13 +160,15 @@ class Client:
                 chunk = json.loads(line[6:])
                 if "error" in chunk:
                     raise SystemExit(f"request failed: {chunk['error']}")
+                usage = chunk.get("usage") or usage
                 produced = (chunk.get("usage") or {}).get("completion_tokens", 0)
                 arrivals += [time.perf_counter() - sent] * (produced - len(arrivals))
                 for choice in chunk["choices"]:
                     timing = choice.get("timing") or timing
                 timing = (chunk.get("timing") or [timing])[0]
         handoff = timing.pop("handoff", {})
-        return Sample(tuple(arrivals), timing, handoff)
+        cached_tokens = (usage.get("prompt_tokens_details") or {}).get("cached_tokens", 0)
+        return Sample(tuple(arrivals), timing, handoff, cached_tokens)
 
 
 async def run_load(

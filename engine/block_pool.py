@@ -68,6 +68,12 @@ class BlockPool:
         """Blocks with an address, held and free. O(num_blocks)."""
         return sum(self._cached)
 
+    def num_forgotten_by(self, count: int) -> int:
+        """Cached blocks that lose their contents when `count` are allocated."""
+        if count <= len(self._empty):
+            return 0
+        return min(count - len(self._empty) + self._evicted_ahead, self._num_free - len(self._empty))
+
     def is_free(self, block_id: int) -> bool:
         return self._references[block_id] == 0
 

@@ -17,11 +17,14 @@ from protocol.kv_layout import KVLayout
 
 
 class CacheWatcher(Protocol):
-    """Hears what enters the prefix cache, and what falls out of it before BlockPool.survey has come to it."""
+    """Hears what enters the prefix cache, and what falls out of it before BlockPool.survey has come to it. May put
+    off an admission that would make something fall out, and hold blocks until it is asked again."""
 
     def entered(self, block_ids: BlockIds[int]) -> None: ...
 
     def overlooked(self, block: CachedBlock) -> None: ...
+
+    def puts_off(self, sequence: Sequence, num_blocks: int) -> bool: ...
 
 
 class BlockTables:
@@ -43,7 +46,7 @@ class BlockTables:
 
     def reserve(self, sequence: Sequence, keep_free: int) -> bool:
         """Blocks for all tokens of the sequence, those of the prefix cache first. False, and nothing has changed, if
-        fewer than `keep_free` blocks would stay free.
+        fewer than `keep_free` blocks would stay free, or the watcher puts it off.
 
         At least one token is left to compute, since its logits are wanted, unless the sequence gets its first token
         from elsewhere. Costs a look-up per cached block.
@@ -56,6 +59,8 @@ class BlockTables:
             hit = self._prefix_cache.match(sequence.block_hashes, computable // self.block_size)
         num_new = self._layout.num_blocks_for(num_tokens) - len(hit)
         if num_new + sum(map(self.pool.is_free, hit)) + keep_free > self.pool.num_free:
+            return False
+        if self._watcher is not None and self._watcher.puts_off(sequence, num_new):
             return False
         self.pool.share(hit)
         sequence.block_ids = hit + self.pool.allocate(num_new, after=hit[-1] if hit else None)

@@ -209,7 +209,7 @@ class EngineCore:
         assert schedule is not None, "nothing in flight to wait for"
         for sequence in schedule.admitted:
             self._outcomes.admitted(sequence, now)
-        self._outcomes.events += self._offloading.offers()
+        self._outcomes.events += self._offloading.offers(self._scheduler.waiting.num_tokens)
         return schedule if schedule.plan.chunks else None
 
     def run(self, schedule: Schedule | None) -> None:

@@ -3,10 +3,11 @@
     computed ──▶ offered, where the store is eager ──▶ saved: given back as any other
     about to be forgotten ──▶ offered, where the store wants them ──▶ saved: given back to be forgotten
 
-About to be forgotten is what WINDOW of the pool holds that is handed out next. The store is asked about it, once, when half
-of that is left that can be forgotten without loss, so that blocks leave many at a time. Offered blocks are held,
-MAX_OFFERED of the pool at once; whoever needs them waits, since they come back on their own. What is forgotten faster than
-it can be saved is counted.
+About to be forgotten is what the waiting sequences will take the place of, and WINDOW of the pool behind that. The store is
+asked about it, once, when half of WINDOW is left that can be forgotten without loss, so that blocks leave many at a time.
+Offered blocks are held, MAX_OFFERED of the pool at once; whoever needs them waits, since they come back on their own. An
+admission that would still forget what the store has not been asked about is put off, once, while as much is saved. What is
+forgotten faster than that is counted.
 """
 
 from collections import OrderedDict
@@ -23,11 +24,16 @@ from protocol.ids import PinId
 from protocol.kv_blocks import CachedBlock
 
 WINDOW = 1 / 8
-MAX_OFFERED = 1 / 16
+MAX_AHEAD = 1 / 2
+"""Of the pool: WINDOW, and what is before it."""
+MAX_OFFERED = 1 / 4
+MIN_OFFERED = 16
+"""Blocks that may be offered though they are more than MAX_OFFERED, if they are no more than half of the pool."""
 MAX_BATCH = 64
 """Blocks of one offer."""
 MAX_CONSIDERED = 256
-"""Blocks that the store is asked about between two steps, for each reason: they cost four microseconds each."""
+"""Blocks that the store is asked about between two steps, for each reason: they cost four microseconds each. An admission
+asks about what it lacks besides, which it would otherwise count as lost at the same cost."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +51,17 @@ class Offloading:
     def __init__(self, tables: BlockTables) -> None:
         self._tables = tables
         self._pool = tables.pool
-        self._window = ceil(self._pool.num_blocks * WINDOW)
-        self._max_offered = ceil(self._pool.num_blocks * MAX_OFFERED)
+        num_blocks = self._pool.num_blocks
+        self._window = ceil(num_blocks * WINDOW)
+        self._max_ahead = ceil(num_blocks * MAX_AHEAD)
+        self._max_offered = max(ceil(num_blocks * MAX_OFFERED), min(MIN_OFFERED, num_blocks // 2))
         self._backing: BackingStore | None = None
         self._offers: dict[PinId, _Offer] = {}
         self._num_offers = 0
+        self._num_saved = 0
+        """Blocks that offers have given back."""
+        self._hurried: list[BlocksOffered] = []
+        """Made while a step was planned."""
         self._entered: OrderedDict[int, None] = OrderedDict()
         """Blocks that an eager store has not been asked about."""
         self._overlooked: list[CachedBlock] = []
@@ -83,15 +95,33 @@ class Offloading:
     def overlooked(self, block: CachedBlock) -> None:
         self._overlooked.append(block)
 
-    def offers(self) -> list[BlocksOffered]:
-        """What is to be saved now. Between two steps, after blocks have been handed out for the next."""
+    def puts_off(self, sequence: EngineSequence, num_blocks: int) -> bool:
+        """Whether a sequence for which there is room should still wait for so many new blocks: with them the store would lose
+        some of which it has not been asked. It is asked now. A sequence waits once, while blocks are being saved, and until
+        as many have been as were lacking at first; for no more than MAX_AHEAD."""
+        num_lacking = self._num_lacking(num_blocks)
+        if num_lacking <= 0:
+            return False
+        if sequence.admitted_by is None:
+            sequence.admitted_by = self._num_saved + min(num_lacking, self._max_ahead)
+        if self._num_saved >= sequence.admitted_by:
+            return False
+        offers = [*self._offer(self._pool.survey(min(num_lacking, self._room)), cold=True)]
+        self._hurried += offers
+        # What is offered has left the room that there was.
+        return bool(offers) or (self.num_offered > 0 and self._num_lacking(num_blocks) > 0)
+
+    def offers(self, num_waiting_tokens: int) -> list[BlocksOffered]:
+        """What is to be saved now. Between two steps, after blocks have been handed out for the next. Sequences that wait for
+        theirs have so many tokens."""
         if self._backing is None:
             return []
         if self._overlooked:
             self.num_lost += sum(self._backing.wanted(self._overlooked))
             self._overlooked.clear()
-        offers = [*self._offer(self._just_computed(), cold=False)]
-        offers += self._offer(self._next_to_go(), cold=True)
+        offers, self._hurried = self._hurried, []
+        offers += self._offer(self._just_computed(), cold=False)
+        offers += self._offer(self._next_to_go(ceil(num_waiting_tokens / self._tables.block_size)), cold=True)
         return offers
 
     def saved(self, pin_id: PinId) -> None:
@@ -99,6 +129,7 @@ class Offloading:
         offer = self._offers.pop(pin_id, None)
         if offer is not None:
             self.num_offered -= len(offer.block_ids)
+            self._num_saved += len(offer.block_ids)
             self._pool.release(offer.block_ids, cold=offer.cold)
 
     def take_back(self) -> None:
@@ -107,15 +138,19 @@ class Offloading:
             self.saved(pin_id)
 
     @property
-    def num_returning(self) -> int:
-        """Blocks that will be free without anybody's doing. O(num_offered)."""
-        return sum(
+    def any_returning(self) -> bool:
+        """Some blocks will be free without anybody's doing. O(num_offered)."""
+        return any(
             self._pool.num_references(block) == 1 for offer in self._offers.values() for block in offer.block_ids
         )
 
     @property
     def _room(self) -> int:
         return self._max_offered - self.num_offered
+
+    def _num_lacking(self, num_blocks: int) -> int:
+        """Blocks of which the store should have been asked before so many are allocated."""
+        return self._pool.num_forgotten_by(num_blocks) - self._pool.num_surveyed
 
     def _just_computed(self) -> list[int]:
         """The next blocks that have entered the prefix cache, as many as there is room for."""
@@ -126,10 +161,11 @@ class Offloading:
                 block_ids.append(block_id)
         return block_ids
 
-    def _next_to_go(self) -> list[int]:
-        """Blocks to look at now."""
+    def _next_to_go(self, num_awaited: int) -> list[int]:
+        """Blocks to look at now, when so many are waited for. MAX_AHEAD of the pool is clean at most."""
         pool = self._pool
         num_ready = pool.num_empty + pool.num_surveyed + self.num_offered
+        num_ready -= min(num_awaited, self._max_ahead - self._window)
         if num_ready > self._window // 2:
             return []
         return pool.survey(min(self._window - num_ready, self._room, MAX_CONSIDERED))

@@ -216,7 +216,7 @@ class Scheduler:
         """A place for the next token of a decode, at the cost of younger ones. False if it was itself the youngest, or
         blocks are being saved and will be free: nobody is preempted for what comes back on its own."""
         while not self._tables.grow(sequence, sequence.num_scheduled + 1):
-            if self._offloading.num_returning:
+            if self._offloading.any_returning:
                 return False
             victim = max((other for other in self.running.values() if other.preemptable), key=_age)
             self._preempt(victim)

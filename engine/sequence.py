@@ -72,6 +72,8 @@ class Sequence:
         """Leading tokens that are computed here though an import is under way or has just ended; 0 if none are."""
         self.arrived_end = 0
         """Tokens from `front_end` up to here have come from elsewhere, while the front is still computed; otherwise 0."""
+        self.admitted_by: int | None = None
+        """Its admission is put off no more when so many blocks have been saved; None if it has not been put off."""
         self.num_computed = 0
         self.has_penalties = request.sampling.has_penalties
         self.num_steps_in_flight = 0

@@ -9,11 +9,12 @@ be evicted, still found and read until its bytes are elsewhere (`leave`, then `t
 is not evicted. Book-keeping only: no bytes, no locks, no time of its own. It lives as long as its tier.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from kv_store.entries import Entry, Occupancy, Reservation
 from kv_store.observer import NoObserver, StoreObserver
-from kv_store.policy.policy import EvictionPolicy
+from kv_store.policy.policy import EvictionPolicy, steps_of
+from kv_store.policy.tenant_orders import TenantOrders
 from kv_store.quotas import Quotas
 from kv_store.tiers import Tier
 from protocol.ids import BlockHash
@@ -37,9 +38,9 @@ class TierDirectory:
     ) -> None:
         self.num_slots = num_slots
         self.tier = tier
-        self._policy = policy
         self._clock = clock
         self._quotas = quotas or Quotas()
+        self._orders = TenantOrders(policy, self._is_limited)
         self._observer: StoreObserver = observer or NoObserver()
         self._free = list(range(num_slots - 1, -1, -1))
         self._entries: dict[bytes, Entry] = {}
@@ -98,13 +99,13 @@ class TierDirectory:
 
     def by_value(self) -> list[BlockHash]:
         """All that is ready, what would be evicted last first; so a block comes after the one that it continues."""
-        return self._policy.victims(len(self._entries), self._clock.now(), lambda _: True)[::-1]
+        return self._orders.victims(len(self._entries), self._clock.now(), lambda _: True, None)[::-1]
 
     def over(self, tenant: Tenant, count: int) -> int:
-        """How many blocks beyond its quota a tenant would be with `count` more; not above 0 if none. A quota of the whole
-        tier is none."""
-        limit = self._quotas.limit(tenant, self.num_slots)
-        return self._slots_of.get(tenant, 0) + count - limit if limit < self.num_slots else 0
+        """How many blocks beyond its quota a tenant would be with `count` more; not above 0 if none."""
+        if not self._is_limited(tenant):
+            return 0
+        return self._slots_of.get(tenant, 0) + count - self._quotas.limit(tenant, self.num_slots)
 
     # Writing
 
@@ -140,7 +141,7 @@ class TierDirectory:
             entry.checksum, entry.ready = value, True
             entry.stored_at = entry.used_at = now
         self._num_writing -= len(entries)
-        self._policy.added([entry.block for entry in entries], now)
+        self._orders.added([entry.block for entry in entries], now)
         if held:
             self._add_readers(entries)
 
@@ -154,13 +155,19 @@ class TierDirectory:
 
     # Reading
 
-    def requested(self, blocks: Sequence[CachedBlock]) -> int:
-        """A request wants this chain; how many leading blocks are ready. The policy learns from it, also of what is not here."""
-        num_ready = self.num_ready([block.block_hash for block in blocks])
-        self._policy.wanted(blocks, num_ready, self._clock.now())
-        for block in blocks[:num_ready]:
-            self._entries[block.block_hash].heard = True
-        return num_ready
+    def requested(self, blocks: Sequence[CachedBlock]) -> Iterator[None]:
+        """A request wants this chain. The policy learns from it, also of what is not here. Happens as it is iterated, to the end:
+        a step looks at a few hundred blocks, and anything else may be done between two."""
+        num_ready = 0
+        for step in steps_of(blocks):
+            ready = self.num_ready([block.block_hash for block in step])
+            for block in step[:ready]:
+                self._entries[block.block_hash].heard = True
+            num_ready += ready
+            if ready < len(step):
+                break
+            yield
+        yield from self._orders.wanted(blocks, num_ready, self._clock.now())
 
     def hold(self, block_hashes: Sequence[bytes]) -> list[Entry]:
         """The leading blocks that are ready: none of them is evicted before `let_go`, as often as it was held."""
@@ -177,7 +184,8 @@ class TierDirectory:
         now = self._clock.now()
         unheard = [entry.block for entry in entries if not entry.heard and not entry.doomed]
         if unheard:
-            self._policy.wanted(unheard, len(unheard), now)
+            for _ in self._orders.wanted(unheard, len(unheard), now):
+                pass
         for entry in entries:
             self._observer.reused(self.tier, now - entry.used_at)
             entry.heard = False
@@ -267,6 +275,10 @@ class TierDirectory:
         unique = {block.block_hash: block for block in blocks}
         return [block for block in unique.values() if block.block_hash not in self._entries]
 
+    def _is_limited(self, tenant: Tenant) -> bool:
+        """A quota of the whole tier is none."""
+        return self._quotas.limit(tenant, self.num_slots) < self.num_slots
+
     def _within_quotas(self, new: Sequence[CachedBlock], evicted: list[Entry]) -> list[CachedBlock]:
         room: dict[str, int] = {}
         for tenant, count in _by_tenant(new).items():
@@ -297,15 +309,8 @@ class TierDirectory:
         if count <= 0:
             return []
         now = self._clock.now()
-        may_evict = self._may_evict(now, tenant)
-        return [self._entries[block_hash] for block_hash in self._policy.victims(count, now, may_evict)]
-
-    def _may_evict(self, now: float, tenant: Tenant | None) -> Callable[[BlockHash], bool]:
-        def may_evict(block_hash: BlockHash) -> bool:
-            entry = self._entries[block_hash]
-            return _may_go(entry, now) and (tenant is None or entry.block.tenant == tenant)
-
-        return may_evict
+        chosen = self._orders.victims(count, now, lambda block_hash: _may_go(self._entries[block_hash], now), tenant)
+        return [self._entries[block_hash] for block_hash in chosen]
 
     def _evict(self, entries: Sequence[Entry]) -> list[Entry]:
         now = self._clock.now()
@@ -315,7 +320,7 @@ class TierDirectory:
 
     def _remove(self, entries: Iterable[Entry]) -> list[Entry]:
         removed = [entry for entry in entries if entry.ready and not entry.doomed]
-        self._policy.removed([BlockHash(entry.block.block_hash) for entry in removed])
+        self._orders.removed([entry.block for entry in removed])
         for entry in removed:
             del self._entries[entry.block.block_hash]
             self._pinned.pop(entry.block.block_hash, None)

@@ -17,7 +17,7 @@ from kv_store.directory import TierDirectory
 from kv_store.entries import Entry, Occupancy, Reservation
 from kv_store.load_choice import LoadableBlocks
 from kv_store.observer import Move, NoObserver, StoreObserver
-from kv_store.policy.policy import EvictionPolicy
+from kv_store.policy.policy import EvictionPolicy, steps_of
 from kv_store.quotas import Quotas
 from kv_store.rates import Rates
 from kv_store.stats import Counters
@@ -110,11 +110,15 @@ class HostTier:
 
     # Writing
 
-    def requested(self, blocks: Sequence[CachedBlock]) -> int:
-        with self.lock:
-            self.admission.requested(blocks, self._clock.now())
-        with self.lock:
-            return self._directory.requested(blocks)
+    def requested(self, blocks: Sequence[CachedBlock]) -> None:
+        """From any thread. The lock is taken for a few hundred blocks at a time: the engine's thread waits for it."""
+        for step in steps_of(blocks):
+            with self.lock:
+                self.admission.requested(step, self._clock.now())
+        steps, done = self._directory.requested(blocks), False
+        while not done:
+            with self.lock:
+                done = next(steps, True) is True
 
     def mark(self) -> int:
         """Of a job that begins now, for `reserve`."""

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from kv_store.disk.stats import DiskStats
 from kv_store.index.state import IndexState
+from kv_store.quotas import Quotas
 from kv_store.stats import StoreStats, TierStats
 from kv_store.store import KVStore
 from kv_store.telemetry import num_damaged, refusals
@@ -57,7 +58,7 @@ class ManagedKVStore:
             hits=stats.hits,
             missed=stats.missed_blocks,
             refused=refusals(stats),
-            tenants=_tenant_reports(stats, disk),
+            tenants=_tenant_reports(stats, disk, self._store.quotas),
             index=index,
         )
 
@@ -105,8 +106,8 @@ def _tier_report(tier: TierStats, disk: DiskStats | None) -> TierReport:
     )
 
 
-def _tenant_reports(stats: StoreStats, disk: DiskStats | None) -> tuple[TenantReport, ...]:
-    """The largest ones of either tier. The disk has no quotas."""
+def _tenant_reports(stats: StoreStats, disk: DiskStats | None, quotas: Quotas) -> tuple[TenantReport, ...]:
+    """The largest ones of either tier. What the disk refuses it does not count by tenant."""
     reports = [
         TenantReport(tenant=one.tenant, tier="host", used=one.used, quota=one.quota, refused=one.refused)
         for one in stats.tenants
@@ -114,7 +115,8 @@ def _tenant_reports(stats: StoreStats, disk: DiskStats | None) -> tuple[TenantRe
     if disk is not None:
         capacity = next((tier.capacity for tier in stats.tiers if tier.tier == "disk"), 0)
         reports += [
-            TenantReport(tenant=tenant, tier="disk", used=used, quota=capacity) for tenant, used in disk.tenants.items()
+            TenantReport(tenant=tenant, tier="disk", used=used, quota=quotas.limit(tenant, capacity))
+            for tenant, used in disk.tenants.items()
         ]
     return tuple(sorted(reports, key=lambda report: -report.used)[:MAX_TENANTS])
 

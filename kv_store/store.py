@@ -35,7 +35,7 @@ from kv_store.receiving import Fetch, Receiver
 from kv_store.settings import StoreSettings
 from kv_store.stats import StoreStats
 from kv_store.tier_events import TierEvents
-from kv_store.tiers import BlockCopier, BlockDisk, BlockMemory, StoredBlock, Tier
+from kv_store.tiers import BlockCopier, BlockDisk, BlockMemory, OnLoaded, StoredBlock, Tier
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock, MonotonicClock
@@ -69,6 +69,8 @@ class KVStore:
         events: TierEvents | None = None,
     ) -> None:
         self._settings = settings
+        self.quotas = settings.quotas
+        """Of each tier."""
         self._clock = clock or MonotonicClock()
         self.events = events or TierEvents()
         """Where to listen."""
@@ -180,17 +182,19 @@ class KVStore:
                     kept += await self._save_batch(blocks[batch], block_ids[batch], begun)
         return kept
 
-    async def load(self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> int:
-        """Leading blocks to the device, verified. How many of `block_ids` hold theirs. Nothing is written any more when this
-        returns or raises, and it raises nothing but its own cancel. While one batch is copied the next comes from disk."""
+    async def load(
+        self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int], on_loaded: OnLoaded = lambda _: None
+    ) -> int:
+        """Leading blocks to the device, verified. How many of `block_ids` hold theirs; `on_loaded` is told of so many more with each
+        batch. Nothing is written any more when this ends, and it raises nothing but its own cancel."""
         done = 0
         async with self._running() as open_, contextlib.aclosing(self._held_batches(block_hashes)) as batches:
             if not open_:
                 return 0
             async for entries in batches:
-                ids = block_ids[done : done + len(entries)]
-                right = await self._load_batch(entries, ids)
+                right = await self._load_batch(entries, block_ids[done : done + len(entries)])
                 done += right
+                on_loaded(right)
                 if right < len(entries):
                     break
         return done
@@ -235,8 +239,7 @@ class KVStore:
             first = here.index(False)
             end = here.index(True, first) if True in here[first:] else len(here)
             kept = await self._receiver.receive(blocks[first:end], fetch)
-            if self._demoter is not None:
-                self._demoter.keep_ahead(blocks[first:end])
+            self._keep_ahead(blocks[first:end])
             return kept
 
     # Management
@@ -304,6 +307,10 @@ class KVStore:
             if thread is not None:
                 await thread.close()
 
+    def _keep_ahead(self, blocks: Sequence[CachedBlock]) -> None:
+        if self._demoter is not None:
+            self._demoter.keep_ahead(blocks)
+
     def _abandon(self) -> int:
         return sum(thread.abandon() for thread in (self._mover, self._worker) if thread is not None)
 
@@ -324,8 +331,7 @@ class KVStore:
             return 0
         self._host.moved("save", len(entries), seconds)
         kept = self._host.commit(entries, checksums)
-        if self._demoter is not None:
-            self._demoter.keep_ahead(blocks)
+        self._keep_ahead(blocks)
         return len(kept)
 
     async def _load_batch(self, entries: Sequence[Entry], block_ids: Sequence[int]) -> int:

@@ -6,7 +6,7 @@
 A store never touches an engine or a transport. Both meet it through these protocols, put together by the nodes.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -14,6 +14,9 @@ from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
 
 Tier = Literal["host", "disk"]
+
+OnLoaded = Callable[[int], None]
+"""`on_loaded(num_blocks)`: so many further blocks of a chain are on the device, verified."""
 
 
 class BlockMemory(Protocol):

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from kv_transfer.exchange import KVExchange
+from kv_transfer.lending.lender import NOTHING
 from protocol.ids import BlockHash
 from protocol.transfer import BorrowPrefix, PrefixLent, ReleaseLease
 
@@ -25,10 +26,14 @@ class BestLender:
 
     async def lend(self, message: BorrowPrefix) -> PrefixLent:
         lent = await self._device.lender.lend(message)
-        num_near = self._num_held([BlockHash(block_hash) for block_hash in message.block_hashes])
-        if num_near * self._block_size <= _num_tokens(lent):
-            return lent
-        other = await self._host.lender.lend(message)
+        other = NOTHING
+        try:
+            num_near = self._num_held([BlockHash(block_hash) for block_hash in message.block_hashes])
+            if num_near * self._block_size > _num_tokens(lent):
+                other = await self._host.lender.lend(message)
+        except BaseException:  # a cancel is heard there too, and then nobody hears of either loan
+            _give_back(self._device, lent)
+            raise
         if _num_tokens(other) > _num_tokens(lent):
             _give_back(self._device, lent)
             return other

@@ -6,6 +6,7 @@ from kv_store.index.index import RedisIndex
 from kv_store.index.members import Owner
 from kv_store.index.settings import IndexSettings
 from kv_store.store import KVStore
+from protocol.ids import Incarnation
 from protocol.transfer import KVSource
 from protocol.workers import WorkerInfo
 from runtime.node_config import StoreOptions
@@ -40,19 +41,18 @@ def source_of(info: WorkerInfo) -> Callable[[int], KVSource]:
 
 
 class StoreDirectory:
-    """The control URLs of the stores that take what this node puts."""
+    """The stores that take what this node puts."""
 
     def __init__(self, options: StoreOptions, info: WorkerInfo, index: RedisIndex | None) -> None:
         self._configured = frozenset(url.rstrip("/") for url in options.stores)
         self._info = info
         self._index = index
 
-    def urls(self) -> frozenset[str]:
-        if self._index is None:
-            return self._configured
-        found = (
-            member.control_url
-            for member in self._index.members()
-            if member.role == "store" and member.fingerprint == self._info.layout.fingerprint
-        )
-        return self._configured.union(found) - {self._info.control_url}
+    def lives(self) -> dict[str, Incarnation | None]:
+        """By control URL; None where nobody has said which life a store is in."""
+        lives: dict[str, Incarnation | None] = dict.fromkeys(self._configured)
+        for member in () if self._index is None else self._index.members():
+            if member.role == "store" and member.fingerprint == self._info.layout.fingerprint:
+                lives[member.control_url] = member.incarnation
+        lives.pop(self._info.control_url, None)
+        return lives

@@ -25,14 +25,13 @@ from kv_transfer.exchange import NodeExchange
 from kv_transfer.lending.near import NearSource, NoNearSource
 from kv_transfer.lending.source_search import NobodyElse, Request, SourceSearch
 from kv_transfer.memory.arena import HostArena
-from protocol.block_hash import hash_blocks, root_hash
 from protocol.ids import BlockHash, Incarnation, WorkerId
-from protocol.kv_blocks import chain, tenant_of
 from protocol.workers import WorkerInfo
 from runtime.clock import MonotonicClock
 from runtime.metrics import StoreMetrics, TransferMetrics
 from runtime.node_config import NodeConfig
 from runtime.rpc_client import RpcClient
+from store_node.arrivals import Arrivals
 from store_node.best_lender import BestLender
 from store_node.build import DRAIN_S, build_store
 from store_node.membership import StoreDirectory, open_index, source_of
@@ -139,11 +138,11 @@ class NodeStore:
         wires = open_store_wires(config, Incarnation(info.incarnation), info.control_url, slab, owner)
         self._served = ServedStore(config, info, wires, owner, client, transfers, STORE_PREFIX)
         self._index = open_index(config.store, info, self.store)
-        self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id), engine.num_held)
+        self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id))
+        self._arrivals = Arrivals(self.store, info.layout.identity, info.layout.block_size, engine.num_held)
         self._offers = Offers(self.store, engine)
-        self._puts = PutQueue(
-            client, source_of(info), StoreDirectory(config.store, info, self._index).urls, MonotonicClock()
-        )
+        stores = StoreDirectory(config.store, info, self._index)
+        self._puts = PutQueue(client, source_of(info), stores.lives, MonotonicClock(), info.layout.block_bytes)
         self._listeners: list[TierListener] = [TierLog(engine.note_stored, engine.note_removed), self._puts]
         index_state = None if self._index is None else self._index.state
         disk_stats = None if disk is None else disk.stats
@@ -175,12 +174,8 @@ class NodeStore:
         await self._stack.aclose()
 
     async def prepare(self, request: Request) -> Request:
-        token_ids = request.prompt_token_ids + request.emitted_token_ids
-        root = root_hash(self._layout.identity, request.cache_salt)
-        hashes = hash_blocks(token_ids, self._layout.block_size, root)
-        self.store.requested(chain(root, hashes, tenant_of(request.cache_salt)))
-        brought = hashes[: (len(token_ids) - 1) // self._layout.block_size]  # the last token is computed in any case
-        return await self._search.complete(request, brought, self._layout.block_size)
+        brought, num_held = await self._arrivals.note(request)
+        return await self._search.complete(request, brought, num_held, self._layout.block_size)
 
     def listening(self, loop: asyncio.AbstractEventLoop, receive: Receive) -> Receive:
         return self._offers.listening(loop, receive)

@@ -1,11 +1,14 @@
-"""PutQueue: the blocks of a node's host tier on their way to a store node, so that they outlive this one.
+"""PutQueue: the blocks of a node's host tier on their way to store nodes, so that they outlive this one.
 
-    stored here ──▶ waiting, with the rest of its chain ──▶ put ──▶ kept there (or dropped, and counted)
+                               ╭──▶ lane of store a ──put──▶ kept there (or refused, or dropped, and counted)
+    stored here ──▶ waiting ───┼──▶ lane of store b
+                               ╰──▶ ...
 
 A copy leaves as soon as the blocks are in the host tier, not when that gives them up: a node that dies gives nothing up in
-time. With write-back those are the blocks that the device forgot; with write-through, all. Bounded: what does not fit the
-queue, or whose store does not answer, is dropped, because a put is only ever a second copy. A store that fails is left
-alone for a while.
+time. With write-back those are the blocks that the device forgot; with write-through, all. A chain goes to one store. Bounded:
+what does not fit, or whose store does not answer, is dropped, because a put is only ever a second copy. A store that fails is
+left alone for a while, and what waited for it goes to the others. What a store keeps is not offered again until
+it may have lost it (store_node.kept_blocks).
 
 `stored` is called from any thread; the rest lives on the event loop. `run` is a duty of the node.
 """
@@ -13,73 +16,77 @@ alone for a while.
 import asyncio
 import logging
 from collections import OrderedDict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from kv_store.tiers import StoredBlock
 from protocol.errors import HeadraceError
-from protocol.ids import new_request_id
+from protocol.ids import Incarnation, new_request_id
 from protocol.kv_blocks import CachedBlock
 from protocol.store import MAX_PUT_BLOCKS, StorePut, StorePutDone
 from protocol.transfer import KVSource
 from runtime.clock import Clock
 from runtime.rpc_client import RpcClient
+from store_node.kept_blocks import KeptBlocks
 from store_node.placement import store_for
-from store_node.put_receiver import PUT_PATH, PUT_TIMEOUT_S
+from store_node.put_lane import PutLane
+from store_node.put_receiver import PUT_PATH
+from store_node.waiting_blocks import WaitingBlocks
 
 MAX_WAITING_BLOCKS = 1 << 14
-MAX_REMEMBERED = 1 << 16
-"""Blocks that have been put: they are not offered again when they come back from a store."""
+"""For a store to be chosen, and then in each lane."""
 
-FIRST_PAUSE_S = 1.0
-MAX_PAUSE_S = 60.0
+MAX_PLACED = 1 << 16
+"""Blocks of which it is remembered by what their chain is placed."""
+
 GATHER_S = 0.02
 """How long blocks wait for those that follow them: a batch costs little more than a block."""
+
+ANSWER_S = 1.0
+"""How much longer than a put may take its answer is waited for."""
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
 class PutStats:
+    """`num_put` blocks were taken over by stores; `num_refused` they do not keep: for want of room, or because
+    they did not come in time."""
+
     num_put: int
     num_refused: int
     num_dropped: int
     num_waiting: int
 
 
-@dataclass(slots=True)
-class _Pause:
-    """Of a store that has failed."""
-
-    until: float
-    seconds: float
-
-
 class PutQueue:
-    """`myself(num_blocks)`: this node's host tier as a source of so many blocks. `stores()`: control URLs, asked for each
-    batch, since stores come and go."""
+    """`myself(num_blocks)`: this node's host tier as a source of so many blocks, of `block_bytes` each. `stores()`: control
+    URLs, and the lives that they are known to be in; asked for each batch, since stores come and go."""
 
     def __init__(
         self,
         client: RpcClient,
         myself: Callable[[int], KVSource],
-        stores: Callable[[], Collection[str]],
+        stores: Callable[[], Mapping[str, Incarnation | None]],
         clock: Clock,
+        block_bytes: int,
     ) -> None:
         self._client = client
         self._myself = myself
         self._stores = stores
         self._clock = clock
+        self._block_bytes = block_bytes
         self._loop = asyncio.get_running_loop()
-        self._waiting: OrderedDict[bytes, CachedBlock] = OrderedDict()
+        self._waiting = WaitingBlocks()
+        self._lanes: dict[str, PutLane] = {}
+        self._under_way: set[bytes] = set()
         self._chain_of: OrderedDict[bytes, bytes] = OrderedDict()
-        self._put: OrderedDict[bytes, None] = OrderedDict()
-        self._pauses: dict[str, _Pause] = {}
+        self._kept = KeptBlocks(clock)
         self._filled = asyncio.Event()
         self._num_put = self._num_refused = self._num_dropped = 0
 
     def stats(self) -> PutStats:
-        return PutStats(self._num_put, self._num_refused, self._num_dropped, len(self._waiting))
+        return PutStats(self._num_put, self._num_refused, self._num_dropped, len(self._under_way))
 
     # As a TierListener.
 
@@ -93,79 +100,94 @@ class PutQueue:
 
     async def run(self) -> None:
         """Put what there is, until cancelled."""
-        while True:
-            await self._filled.wait()
-            self._filled.clear()
-            await asyncio.sleep(GATHER_S)
-            while self._waiting:
-                await self._put_next()
+        async with asyncio.TaskGroup() as lanes:
+            while True:
+                await self._filled.wait()
+                self._filled.clear()
+                await asyncio.sleep(GATHER_S)
+                while self._waiting:
+                    lane = self._place(self._waiting.take_chain(MAX_PUT_BLOCKS))
+                    if lane is not None and not lane.running:
+                        lane.running = True
+                        lanes.create_task(self._empty(lane), name=f"kv-put:{lane.url}")
+                    await asyncio.sleep(0)
 
     def _add(self, blocks: Sequence[CachedBlock]) -> None:
+        stores = self._stores()
         for block in blocks:
-            if block.block_hash in self._put or block.block_hash in self._waiting:
+            if block.block_hash in self._under_way or self._kept.has(block.block_hash, stores):
                 continue
             if len(self._waiting) >= MAX_WAITING_BLOCKS:
                 self._num_dropped += 1
                 continue
-            self._waiting[block.block_hash] = block
+            self._waiting.add([block])
+            self._under_way.add(block.block_hash)
         self._filled.set()
 
-    async def _put_next(self) -> None:
-        batch = self._take_chain()
-        chain = self._name_chain(batch)
-        url = store_for(chain, self._open_stores())
+    def _place(self, batch: Sequence[CachedBlock]) -> PutLane | None:
+        """Into the lane of its chain's store; None where it is dropped instead."""
+        stores, now = self._stores(), self._clock.now()
+        self._lanes = {url: lane for url, lane in self._lanes.items() if lane.running or url in stores}
+        url = store_for(
+            self._name_chain(batch), [url for url in stores if url not in self._lanes or self._lanes[url].is_open(now)]
+        )
         if url is None:
-            self._num_dropped += len(batch)
-            return
-        message = StorePut(request_id=new_request_id(), source=self._myself(len(batch)), blocks=tuple(batch))
-        try:
-            done = await self._client.call(url + PUT_PATH, message, StorePutDone, PUT_TIMEOUT_S + 1.0)
-        except HeadraceError as error:
-            self._num_dropped += len(batch)
-            self._note_failure(url, error)
-            return
-        self._pauses.pop(url, None)
-        self._num_put += done.num_stored
-        self._num_refused += len(batch) - done.num_stored
-        self._remember(batch, chain)
+            self._drop(batch)
+            return None
+        lane = self._lanes.setdefault(url, PutLane(url, self._block_bytes))
+        if len(lane.waiting) + len(batch) > MAX_WAITING_BLOCKS:
+            self._drop(batch)
+            return None
+        lane.waiting.add(batch)
+        return lane
 
-    def _take_chain(self) -> list[CachedBlock]:
-        """The block that waits longest, and those around it that its chain connects."""
-        _, first = self._waiting.popitem(last=False)
-        before: list[CachedBlock] = []
-        while len(before) < MAX_PUT_BLOCKS - 1 and (parent := self._waiting.pop((before or [first])[-1].parent, None)):
-            before.append(parent)
-        batch = [*reversed(before), first]
-        for block in list(self._waiting.values()):
-            if len(batch) >= MAX_PUT_BLOCKS:
-                break
-            if block.parent == batch[-1].block_hash:
-                batch.append(self._waiting.pop(block.block_hash))
-        return batch
+    async def _empty(self, lane: PutLane) -> None:
+        """Until nothing waits there any more; what waits for a store that fails is placed again."""
+        try:
+            while lane.waiting and await self._put(lane, lane.waiting.take_chain(MAX_PUT_BLOCKS)):
+                pass
+            if lane.waiting:
+                self._waiting.add(lane.waiting.take_all())
+                self._filled.set()
+        finally:
+            lane.running = False
+
+    async def _put(self, lane: PutLane, batch: Sequence[CachedBlock]) -> bool:
+        """Whether the store has answered."""
+        begin, deadline_s = self._clock.now(), lane.patience_s(len(batch))
+        message = StorePut(
+            request_id=new_request_id(), source=self._myself(len(batch)), blocks=tuple(batch), deadline_s=deadline_s
+        )
+        try:
+            done = await self._client.call(lane.url + PUT_PATH, message, StorePutDone, deadline_s + ANSWER_S)
+        except HeadraceError as error:
+            self._drop(batch)
+            now = self._clock.now()
+            pause_s = lane.failed(now, now - begin)
+            if pause_s is not None:
+                log.warning("store %s takes no blocks, leaving it alone for %g s: %s", lane.url, pause_s, error.message)
+            return False
+        lane.answered(done.num_stored, self._clock.now() - begin)
+        kept = [block for block, is_kept in zip(batch, done.kept, strict=False) if is_kept]
+        self._kept.note(kept, lane.url, done.incarnation)
+        self._under_way.difference_update(block.block_hash for block in batch)
+        self._num_put += done.num_stored
+        self._num_refused += len(batch) - len(kept)
+        return True
+
+    def _drop(self, batch: Sequence[CachedBlock]) -> None:
+        self._num_dropped += len(batch)
+        self._under_way.difference_update(block.block_hash for block in batch)
 
     def _name_chain(self, batch: Sequence[CachedBlock]) -> bytes:
-        """What the batch's chain is placed by: the first address of it that this node has put, in either direction."""
+        """What the batch's chain is placed by: the first address of it that this node has placed, in either direction."""
         first, last = batch[0], batch[-1]
         known = self._chain_of.get(last.block_hash) or self._chain_of.get(first.parent)
-        return known or (first.parent if first.position else first.block_hash)
-
-    def _remember(self, batch: Sequence[CachedBlock], chain: bytes) -> None:
+        chain = known or (first.parent if first.position else first.block_hash)
         for block in batch:
-            self._put[block.block_hash] = None
             self._chain_of[block.block_hash] = chain
-        if batch[0].position:
-            self._chain_of.setdefault(batch[0].parent, chain)
-        for remembered in (self._put, self._chain_of):
-            while len(remembered) > MAX_REMEMBERED:
-                remembered.popitem(last=False)
-
-    def _open_stores(self) -> list[str]:
-        now = self._clock.now()
-        return [url for url in self._stores() if (pause := self._pauses.get(url)) is None or pause.until <= now]
-
-    def _note_failure(self, url: str, error: HeadraceError) -> None:
-        before = self._pauses.get(url)
-        seconds = FIRST_PAUSE_S if before is None else min(2 * before.seconds, MAX_PAUSE_S)
-        self._pauses[url] = _Pause(self._clock.now() + seconds, seconds)
-        if before is None:
-            log.warning("store %s takes no blocks, leaving it alone for %g s: %s", url, seconds, error.message)
+        if first.position:
+            self._chain_of.setdefault(first.parent, chain)
+        while len(self._chain_of) > MAX_PLACED:
+            self._chain_of.popitem(last=False)
+        return chain

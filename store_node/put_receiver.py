@@ -1,9 +1,11 @@
 """PutReceiver: a store's side of a put. It borrows, from the node that invites it to, the blocks that it lacks.
 
 A put is taken only from who shows the cluster's key (protocol.store says why), and only for a chain that holds together. A
-put waits for room behind those that came before it; too many at once are refused, and their senders drop them.
+put waits for room behind those that came before it; too many at once are refused, and their senders drop them. What is put
+has been admitted by its sender, which hears of the requests for it: it is asked for here whatever admission would say.
 """
 
+import dataclasses
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 
@@ -15,28 +17,35 @@ from kv_store.store import KVStore
 from kv_transfer.exchange import KVExchange
 from kv_transfer.lending.borrowing import Borrowing, Prefix
 from protocol.errors import InvalidParameter, Overloaded
-from protocol.ids import BlockHash, RequestId, WorkerId
+from protocol.ids import BlockHash, Incarnation, RequestId, WorkerId
 from protocol.kv_blocks import CachedBlock
 from protocol.store import StorePut, StorePutDone
+from runtime.clock import Deadline
 from runtime.rpc_server import message_route
 
 PUT_PATH = "/store/put"
 MAX_PUTS = 16
 """Under way at once. Each holds slots for its blocks until they have come."""
 
-PUT_TIMEOUT_S = 20.0
 RETRY_AFTER_S = 1.0
 
 
 class PutReceiver:
-    """`check_admitting` raises once the store drains."""
+    """`check_admitting` raises once the store drains. Whether the store borrows for itself has no bearing on puts: a put
+    is taken by borrowing."""
 
     def __init__(
-        self, store: KVStore, exchange: KVExchange, myself: WorkerId, check_admitting: Callable[[], None]
+        self,
+        store: KVStore,
+        exchange: KVExchange,
+        myself: WorkerId,
+        incarnation: Incarnation,
+        check_admitting: Callable[[], None],
     ) -> None:
         self._store = store
-        self._context = exchange.borrowing
+        self._context = dataclasses.replace(exchange.borrowing, policy="always")
         self._myself = myself
+        self._incarnation = incarnation
         self._check_admitting = check_admitting
         self._num_puts = 0
 
@@ -57,20 +66,27 @@ class PutReceiver:
             raise Overloaded(f"{self._num_puts} puts are under way", retry_after_s=RETRY_AFTER_S)
         self._num_puts += 1
         try:
+            deadline = Deadline(message.deadline_s)
             num_stored = 0
-            for run in missing_runs(message.blocks, self._store.wanted(message.blocks)):
-                num_stored += await self._take(message, run)
-            return StorePutDone(num_stored)
+            for run in missing_runs(message.blocks, [not held for held in self._are_kept(message.blocks)]):
+                if deadline.passed:
+                    break
+                num_stored += await self._take(message, run, deadline)
+            return StorePutDone(num_stored, self._are_kept(message.blocks), self._incarnation)
         finally:
             self._num_puts -= 1
 
-    async def _take(self, message: StorePut, run: Sequence[CachedBlock]) -> int:
+    def _are_kept(self, blocks: Sequence[CachedBlock]) -> tuple[bool, ...]:
+        places = self._store.locate([BlockHash(block.block_hash) for block in blocks])
+        return tuple(place.host or place.disk for place in places)
+
+    async def _take(self, message: StorePut, run: Sequence[CachedBlock], deadline: Deadline) -> int:
         async def fetch(blocks: Sequence[CachedBlock], slots: Sequence[int]) -> int:
             hashes = tuple(BlockHash(block.block_hash) for block in blocks)
             borrowing = Borrowing(self._context, Prefix(RequestId(message.request_id), hashes, tuple(slots), 0))
             source = msgspec.structs.replace(message.source, num_blocks=len(hashes))
             try:
-                await borrowing.run((source,), PUT_TIMEOUT_S)
+                await borrowing.run((source,), max(0.001, deadline.remaining_s))
             finally:
                 if not borrowing.settled.is_set():
                     raise FetchUnsettled(borrowing.settled, borrowing.num_valid_blocks)

@@ -4,11 +4,12 @@ After Megiddo and Modha, "ARC: A Self-Tuning, Low Overhead Replacement Cache" (F
 p are theirs. Ours: a chain goes from its end, and the target moves when a ghost is brought back, not when it is asked for.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kv_store.policy.chains import HeldBlocks, Pick
 from kv_store.policy.ghosts import Ghosts
 from kv_store.policy.leaf_queue import LeafQueue
+from kv_store.policy.policy import steps_of
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
 
@@ -28,11 +29,13 @@ class ARCPolicy:
         """At most the tier's capacity."""
         return len(self._once_ghosts) + len(self._again_ghosts)
 
-    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> None:  # noqa: ARG002  (the seam's)
-        for block in reversed(blocks):
-            if block.block_hash in self._held:
-                self._once.discard(BlockHash(block.block_hash))
-                self._again.append(BlockHash(block.block_hash))
+    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> Iterator[None]:  # noqa: ARG002
+        for step in steps_of(blocks[::-1]):
+            for block in step:
+                if block.block_hash in self._held:
+                    self._once.discard(BlockHash(block.block_hash))
+                    self._again.append(BlockHash(block.block_hash))
+            yield
 
     def added(self, blocks: Sequence[CachedBlock], now: float) -> None:  # noqa: ARG002  (the seam's)
         for block in reversed(blocks):

@@ -7,13 +7,15 @@ are about to be continued, in place of a little of everybody's; and a system pro
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kv_store.policy.chains import HeldBlocks, Pick
+from kv_store.policy.policy import steps_of
 from kv_store.policy.ranked_buckets import RankedBuckets
-from kv_store.policy.reuse_model import ReuseModel
+from kv_store.policy.reuse_model import Floats, ReuseModel
 from kv_store.policy.stretches import FAMILIES, Stretch
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
@@ -26,6 +28,16 @@ than its memory, and a small tier turns over in seconds."""
 MIN_FIT_INTERVAL = 128
 """Requests between two fits of the model; more where more stretches wait, so that fitting stays a small constant for each."""
 
+FIT_STEPS = 8
+"""Requests that a fit takes at least: so much earlier the first one begins."""
+
+RUNS_A_STEP = 16
+"""Stretches of a chain that are settled in one step; each may have a life that ends."""
+
+FIT_PORTION = 512
+"""Stretches that one request counts for the fit that is under way, and buckets that it lets grow older: its own work, and what
+waits for it, is bounded."""
+
 
 class DensityPolicy:
     def __init__(self, capacity_blocks: int) -> None:
@@ -33,11 +45,13 @@ class DensityPolicy:
         self._held = HeldBlocks()
         self._owners: dict[BlockHash, Stretch] = {}
         self._ghosts: OrderedDict[BlockHash, None] = OrderedDict()
-        self._stretches: dict[Stretch, None] = {}
+        self._stretches: OrderedDict[Stretch, None] = OrderedDict()
         self._parked: dict[BlockHash, Stretch] = {}
         self._model = ReuseModel(FAMILIES)
         self._buckets = RankedBuckets(self._model)
-        self._num_until_fit = MIN_FIT_INTERVAL
+        self._num_until_fit = MIN_FIT_INTERVAL - FIT_STEPS
+        self._num_fits = 0
+        self._fitting: Iterator[None] = iter(())
         self._now = 0.0
 
     @property
@@ -45,26 +59,33 @@ class DensityPolicy:
         """At most the larger of MIN_GHOSTS and GHOSTS_PER_BLOCK times the capacity."""
         return len(self._ghosts)
 
-    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> None:  # noqa: ARG002  (asks its own books)
+    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> Iterator[None]:  # noqa: ARG002
         if not blocks:
             return
         self._now = now
-        own = self._divide(blocks)
-        for block in blocks:
-            block_hash = BlockHash(block.block_hash)
-            owner = self._owners.get(block_hash)
-            if owner is None or owner.kind != "shared":
-                self._give(block_hash, block.position, own)
-            if block_hash in self._ghosts:
-                self._ghosts.move_to_end(block_hash)
-            elif block_hash not in self._held:
-                self._ghosts[block_hash] = None
-        if own.num_known:
-            self._begin(own)
-        self._forget_ghosts()
-        self._num_until_fit -= 1
-        if self._num_until_fit <= 0:
-            self._fit()
+        self._go_on_fitting()
+        self._buckets.grow_older(now, FIT_PORTION)
+        runs: list[tuple[Stretch, list[CachedBlock]]] = []
+        for step in steps_of(blocks):
+            if not self._read(step, runs):
+                break
+            if len(step) < len(blocks):
+                yield
+        own = yield from self._divide(blocks, runs)
+        for step in steps_of(blocks):
+            for block in step:
+                block_hash = BlockHash(block.block_hash)
+                owner = self._owners.get(block_hash)
+                if owner is None or owner.kind != "shared":
+                    self._give(block_hash, block.position, own)
+                if block_hash in self._ghosts:
+                    self._ghosts.move_to_end(block_hash)
+                elif block_hash not in self._held:
+                    self._ghosts[block_hash] = None
+            if own.num_known:
+                self._begin(own)
+            self._forget_ghosts()
+            yield
 
     def added(self, blocks: Sequence[CachedBlock], now: float) -> None:
         self._now = now
@@ -140,24 +161,33 @@ class DensityPolicy:
                 self._place(self._parked[freed])
         return None
 
-    def _divide(self, blocks: Sequence[CachedBlock]) -> Stretch:
-        """Settle what this request means for the stretches that it shares a head with. The stretch that is its own, which has no
-        blocks yet."""
-        runs: list[tuple[Stretch, list[CachedBlock]]] = []
+    def _read(self, blocks: Sequence[CachedBlock], runs: list[tuple[Stretch, list[CachedBlock]]]) -> bool:
+        """Add what is known of these, by whose it is, to the runs of a chain that they continue. False if one is not known."""
         for block in blocks:
             owner = self._owners.get(BlockHash(block.block_hash))
             if owner is None:
-                break
+                return False
             if not runs or runs[-1][0] is not owner:
                 runs.append((owner, []))
             runs[-1][1].append(block)
+        return True
+
+    def _divide(
+        self, blocks: Sequence[CachedBlock], runs: Sequence[tuple[Stretch, list[CachedBlock]]]
+    ) -> Generator[None, None, Stretch]:
+        """Settle what this request means for the stretches that it shares a head with. The stretch that is its own, which has no
+        blocks yet."""
         num_known = sum(len(run) for _, run in runs)
         first_new = blocks[0].position + num_known
         own = Stretch("own", 1, first_new, blocks[-1].position + 1, self._now)
-        for owner, run in runs:
+        for number, (owner, run) in enumerate(runs, start=1):
+            if number % RUNS_A_STEP == 0:
+                yield
+            if owner not in self._stretches:
+                continue  # it has ended since
             if owner.kind == "shared":
                 self._model.ended(owner.class_id, self._now - owner.last_wanted, returned=True)
-                self._share(owner, run)
+                yield from self._share(owner, run)
             elif run[-1].position + 1 < first_new or owner.is_continued_by(first_new):
                 self._model.ended(owner.class_id, self._now - owner.last_wanted, returned=True)
                 own.num_uses = owner.num_uses + 1
@@ -166,20 +196,26 @@ class DensityPolicy:
                 owner.kind = "abandoned"
                 self._begin(owner)
             else:
-                self._share(owner, run)
+                yield from self._share(owner, run)
                 owner.first_new = max(owner.first_new, first_new)
         return own
 
-    def _share(self, owner: Stretch, run: list[CachedBlock]) -> None:
+    def _share(self, owner: Stretch, run: list[CachedBlock]) -> Iterator[None]:
         """These blocks of `owner` are a head that another conversation begins with."""
         if owner.kind == "shared" and len(run) == owner.num_known:
             owner.num_uses += 1
             self._begin(owner)
             return
         head = Stretch("shared", owner.num_uses + 1, run[0].position, run[-1].position + 1, self._now)
-        for block in run:
-            self._give(BlockHash(block.block_hash), block.position, head)
-        self._begin(head)
+        for step in steps_of(run):
+            for block in step:
+                block_hash = BlockHash(block.block_hash)
+                if self._owners.get(block_hash) is owner:
+                    self._give(block_hash, block.position, head)
+            if head.num_known:
+                self._begin(head)
+            if len(step) < len(run):
+                yield
 
     def _begin(self, stretch: Stretch) -> None:
         """A life begins now."""
@@ -223,10 +259,34 @@ class DensityPolicy:
                 self._model.ended(owner.class_id, self._now - owner.last_wanted, returned=False)
                 del self._stretches[owner]
 
-    def _fit(self) -> None:
-        waiting = list(self._stretches)
-        classes = np.fromiter((stretch.class_id for stretch in waiting), np.int64, len(waiting))
-        last_wanted = np.fromiter((stretch.last_wanted for stretch in waiting), np.float64, len(waiting))
-        self._model.fit(classes, self._now - last_wanted)
+    def _go_on_fitting(self) -> None:
+        """One step of the fit that is under way, if one is: it is done long before the next begins."""
+        self._num_until_fit -= 1
+        if self._num_until_fit <= 0:
+            self._num_until_fit = max(MIN_FIT_INTERVAL, len(self._stretches) // 16)
+            self._fitting = self._fit()
+        next(self._fitting, None)
+
+    def _fit(self) -> Iterator[None]:
+        self._num_fits += 1
+        yield from self._model.fit(self._waiting(self._num_fits))
         self._buckets.rank()
-        self._num_until_fit = max(MIN_FIT_INTERVAL, len(waiting) // 16)
+
+    def _waiting(self, fit: int) -> Iterator[tuple[NDArray[np.int64], Floats]]:
+        """Classes and ages of all stretches, FIT_PORTION at a time, each once. Those that are counted go to the end of the line,
+        so that the first that has been counted is the end of it, whoever came or went meanwhile."""
+        while portion := self._take_uncounted(fit):
+            classes = np.fromiter((stretch.class_id for stretch in portion), np.int64, len(portion))
+            last_wanted = np.fromiter((stretch.last_wanted for stretch in portion), np.float64, len(portion))
+            yield classes, self._now - last_wanted
+
+    def _take_uncounted(self, fit: int) -> list[Stretch]:
+        portion: list[Stretch] = []
+        while self._stretches and len(portion) < FIT_PORTION:
+            stretch = next(iter(self._stretches))
+            if stretch.counted_in == fit:
+                break
+            stretch.counted_in = fit
+            self._stretches.move_to_end(stretch)
+            portion.append(stretch)
+        return portion

@@ -1,9 +1,10 @@
 """LRUPolicy: the block that was wanted the longest ago goes first; of one request's blocks, the last."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kv_store.policy.chains import HeldBlocks, Pick
 from kv_store.policy.leaf_queue import LeafQueue
+from kv_store.policy.policy import steps_of
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
 
@@ -13,10 +14,16 @@ class LRUPolicy:
         self._held = HeldBlocks()
         self._queue = LeafQueue()
 
-    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> None:  # noqa: ARG002  (the seam's)
-        for block in reversed(blocks):
-            if block.block_hash in self._held:
-                self._queue.append(BlockHash(block.block_hash))
+    def __len__(self) -> int:
+        """Blocks in the tier."""
+        return len(self._held)
+
+    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> Iterator[None]:  # noqa: ARG002
+        for step in steps_of(blocks[::-1]):
+            for block in step:
+                if block.block_hash in self._held:
+                    self._queue.append(BlockHash(block.block_hash))
+            yield
 
     def added(self, blocks: Sequence[CachedBlock], now: float) -> None:  # noqa: ARG002  (the seam's)
         for block in reversed(blocks):

@@ -4,11 +4,14 @@ A policy hears of every request, also of what it wanted in vain, because what co
 remember addresses that have been evicted, a bounded number of them.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
+
+STEP_BLOCKS = 256
+"""Of a chain, looked at in one step of `wanted`: prompts have thousands of blocks, and somebody waits for the tier's lock."""
 
 
 class EvictionPolicy(Protocol):
@@ -18,9 +21,10 @@ class EvictionPolicy(Protocol):
     `may_evict` lets it, because a chain without its head is worth nothing.
     """
 
-    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> None:
+    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> Iterator[None]:
         """A request wants this chain, of which the first `num_held` blocks are in the tier. Once a request, before what
-        it computes is added."""
+        it computes is added. Happens as it is iterated, to the end; each step looks at some STEP_BLOCKS blocks and
+        ends with sound books, so that anything else may happen between two."""
         ...
 
     def added(self, blocks: Sequence[CachedBlock], now: float) -> None:
@@ -35,3 +39,9 @@ class EvictionPolicy(Protocol):
         """Up to `count` blocks to give up, the first of them first; fewer if no more may go. They count as held until
         `removed`."""
         ...
+
+
+def steps_of(blocks: Sequence[CachedBlock]) -> Iterator[Sequence[CachedBlock]]:
+    """STEP_BLOCKS of them at a time."""
+    for first in range(0, len(blocks), STEP_BLOCKS):
+        yield blocks[first : first + STEP_BLOCKS]

@@ -6,6 +6,7 @@ room becomes more valuable with age the youngest goes first, else the oldest.
 
 import heapq
 from itertools import count
+from math import inf
 
 import numpy as np
 
@@ -17,8 +18,7 @@ class RankedBuckets:
     def __init__(self, model: ReuseModel) -> None:
         self._model = model
         self._buckets: list[dict[Stretch, None]] = [{} for _ in range(NUM_CLASSES * NUM_AGES)]
-        self._num_stretches = 0
-        self._due: list[tuple[float, int, Stretch]] = []
+        self._due: list[tuple[float, int, Stretch]] = []  # one for each stretch that is on time, hardly more in all
         self._order = count()
         self._by_rank: list[int] = []
         self._rank_of: list[int] = []
@@ -50,22 +50,31 @@ class RankedBuckets:
         self._put(stretch, stretch.class_id * NUM_AGES + age_bin)
         if age_bin + 1 < NUM_AGES:
             stretch.due = stretch.last_wanted + edges[age_bin + 1]
-            heapq.heappush(self._due, (stretch.due, next(self._order), stretch))
-            if len(self._due) > 64 + 4 * self._num_stretches:
-                self._due = [item for item in self._due if item[2].bucket >= 0 and item[0] == item[2].due]
-                heapq.heapify(self._due)
+            if stretch.due < stretch.next_look:
+                self._look_again(stretch)
+        else:
+            stretch.due = inf
 
     def take_out(self, stretch: Stretch) -> None:
         if stretch.bucket >= 0:
             del self._buckets[stretch.bucket][stretch]
             stretch.bucket = -1
-            self._num_stretches -= 1
 
-    def grow_older(self, now: float) -> None:
-        while self._due and self._due[0][0] <= now:
-            due, _, stretch = heapq.heappop(self._due)
-            if stretch.bucket >= 0 and stretch.due == due:
+    def grow_older(self, now: float, at_most: int | None = None) -> None:
+        """Everything that is due, or so much of it."""
+        for _ in count() if at_most is None else range(at_most):
+            if not self._due or self._due[0][0] > now:
+                break
+            looked_at, _, stretch = heapq.heappop(self._due)
+            if stretch.next_look != looked_at:
+                continue  # it has been looked at sooner
+            stretch.next_look = inf
+            if stretch.bucket < 0:
+                continue
+            if stretch.due <= now:
                 self.place(stretch, now)
+            elif stretch.due < inf:
+                self._look_again(stretch)
 
     def first(self) -> Stretch | None:
         """The stretch whose room is worth least."""
@@ -84,4 +93,7 @@ class RankedBuckets:
             self._is_queued[bucket] = True
         self._buckets[bucket][stretch] = None
         stretch.bucket = bucket
-        self._num_stretches += 1
+
+    def _look_again(self, stretch: Stretch) -> None:
+        stretch.next_look = stretch.due
+        heapq.heappush(self._due, (stretch.due, next(self._order), stretch))

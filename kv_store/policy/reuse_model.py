@@ -15,7 +15,7 @@ Few observations are shrunk: a class to its family (times one factor of its own)
 """
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -41,6 +41,9 @@ as much as one return in each bin. It ranks as LRU does."""
 
 MEMORY_ENDS = 32_768
 """Lives after whose end old observations are halved, so that the model follows its load."""
+
+STEP_BINS = 12
+"""Of the index, worked out in one step."""
 
 _SMOOTHING = np.array([0.25, 0.5, 0.25])
 
@@ -76,14 +79,21 @@ class ReuseModel:
             self._returns *= 0.5
             self._watched_s *= 0.5
 
-    def fit(self, waiting_class: NDArray[np.int64], waiting_age_s: Floats) -> None:
-        """Work the index out anew; given what still waits. Linear in its number."""
+    def fit(self, waiting: Iterable[tuple[NDArray[np.int64], Floats]]) -> Iterator[None]:
+        """Work the index out anew; given classes and ages of what still waits, a portion at a time. Happens as it is iterated: a
+        step costs a portion, or a few hundred microseconds. The index is the old one up to the last step."""
+        waited_s = np.zeros_like(self._watched_s)
+        for classes, ages_s in waiting:
+            waited_s += self._time_in_bins(classes, ages_s)
+            yield
         returns = _smooth(self._returns)
-        watched = _smooth(self._watched_s + self._time_in_bins(waiting_class, waiting_age_s))
+        watched = _smooth(self._watched_s + waited_s)
         hazard = np.empty_like(returns)
         for family in self._families:
             hazard[family] = self._shrunk(returns[family], watched[family])
-        self.index = gittins_index(hazard, self._widths)
+        for index in _gittins_steps(hazard, self._widths):  # noqa: B007  # the last one is all of it
+            yield
+        self.index = index
 
     def _shrunk(self, returns: Floats, watched: Floats) -> Floats:
         """The hazards of a family of classes."""
@@ -113,17 +123,25 @@ class ReuseModel:
 def gittins_index(hazard: Floats, widths: Floats) -> Floats:
     """The best of hits per second, from the beginning of each bin on. `hazard`: [classes, bins], above 0, constant within a
     bin; so the best patience ends with a bin."""
+    *_, index = _gittins_steps(hazard, widths)
+    return index
+
+
+def _gittins_steps(hazard: Floats, widths: Floats) -> Iterator[Floats]:
+    """The index as far as it is: patience of so many bins. What comes last is all of it."""
     returns = -np.expm1(-hazard * widths)
     waits = returns / hazard
     best: Floats = np.zeros_like(hazard)
     alive, hits, time = np.ones_like(hazard), np.zeros_like(hazard), np.zeros_like(hazard)
     for ahead in range(hazard.shape[1]):
+        if ahead % STEP_BINS == 0:
+            yield best
         rest = hazard.shape[1] - ahead
         hits[:, :rest] += alive[:, :rest] * returns[:, ahead:]
         time[:, :rest] += alive[:, :rest] * waits[:, ahead:]
         alive[:, :rest] *= 1.0 - returns[:, ahead:]
         best[:, :rest] = np.maximum(best[:, :rest], hits[:, :rest] / time[:, :rest])
-    return best
+    yield best
 
 
 def _smooth(counts: Floats) -> Floats:

@@ -4,11 +4,12 @@ After Yang et al., "FIFO queues are all you need for cache eviction" (SOSP 2023)
 frequencies up to 3 and the ghosts are theirs. Ours: a chain goes from its end.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from kv_store.policy.chains import HeldBlocks, Pick
 from kv_store.policy.ghosts import Ghosts
 from kv_store.policy.leaf_queue import LeafQueue
+from kv_store.policy.policy import steps_of
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
 
@@ -31,11 +32,13 @@ class S3FIFOPolicy:
         """At most the tier's capacity."""
         return len(self._ghosts)
 
-    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> None:  # noqa: ARG002  (the seam's)
-        for block in blocks:
-            block_hash = BlockHash(block.block_hash)
-            if block_hash in self._held:
-                self._frequency[block_hash] = min(self._frequency[block_hash] + 1, MAX_FREQUENCY)
+    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> Iterator[None]:  # noqa: ARG002
+        for step in steps_of(blocks):
+            for block in step:
+                block_hash = BlockHash(block.block_hash)
+                if block_hash in self._held:
+                    self._frequency[block_hash] = min(self._frequency[block_hash] + 1, MAX_FREQUENCY)
+            yield
 
     def added(self, blocks: Sequence[CachedBlock], now: float) -> None:  # noqa: ARG002  (the seam's)
         for block in reversed(blocks):

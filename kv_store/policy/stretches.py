@@ -6,6 +6,7 @@ What a conversation has left behind (an answer that was generated anew, an edite
 """
 
 from dataclasses import dataclass, field
+from math import inf
 from typing import Literal
 
 from protocol.ids import BlockHash
@@ -31,7 +32,8 @@ _USE_LEVELS = (0, 1, 2, 3, 5, 8, 16, 64)
 @dataclass(slots=True, eq=False)
 class Stretch:
     """`first_new` to `end`: positions in the chain that its last request added. `num_known`: of how many blocks of it the
-    address is known, held ones included. It ends when that is 0."""
+    address is known, held ones included. It ends when that is 0. `due`: when it grows older than its bucket, `next_look`: when
+    somebody looks; `counted_in`: the last fit of the model that it was counted in."""
 
     kind: Kind
     num_uses: int
@@ -42,7 +44,9 @@ class Stretch:
     num_known: int = 0
     class_id: int = 0
     bucket: int = -1
-    due: float = 0.0
+    due: float = inf
+    next_look: float = inf
+    counted_in: int = 0
     parked_at: BlockHash | None = None
     _by_position: list[BlockHash] = field(default_factory=list)
     _is_sorted: bool = True

@@ -35,8 +35,10 @@ def replay_one_tier(requests: Sequence[TraceRequest], policy: PolicyName, capaci
 
 def serve(directory: TierDirectory, blocks: Sequence[CachedBlock]) -> tuple[int, int, list[CachedBlock]]:
     """A request reads what is there and writes the rest. How many blocks it found, how many it wrote, and what was evicted."""
-    num_ready = directory.requested(blocks)
+    for _ in directory.requested(blocks):
+        pass
     found = directory.hold([block.block_hash for block in blocks])
+    num_ready = len(found)
     directory.used(found)
     num_written, evicted = write(directory, blocks[num_ready:])
     directory.let_go(found)

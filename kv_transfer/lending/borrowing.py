@@ -104,9 +104,11 @@ class Borrowing:
             first += plan.num_computed
             self._promised, self.num_valid_blocks = True, first
             self._proceed(first * self._context.layout.block_size)
-        self.num_valid_blocks += await near.load(
-            self._prefix.block_hashes[first:end], self._prefix.block_ids[first:end]
-        )
+        await near.load(self._prefix.block_hashes[first:end], self._prefix.block_ids[first:end], self._count)
+
+    def _count(self, num_blocks: int) -> None:
+        """As they come, because what has come when a load is given up need not be computed."""
+        self.num_valid_blocks += num_blocks
 
     async def _ask(self, source: KVSource, deadline_s: float) -> bool:
         """Whether it has brought something, and is said to have more."""

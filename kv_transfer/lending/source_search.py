@@ -4,7 +4,7 @@ Asked once for a request, before the engine hears of it. Nothing is owed to anyb
 during the search has not begun.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol, TypeVar
 
 import msgspec
@@ -36,16 +36,15 @@ class NobodyElse:
 
 
 class SourceSearch:
-    """`num_held(block_hashes)`: how many leading blocks of a chain this node holds itself, by a glance."""
-
-    def __init__(self, finder: SourceFinder, myself: WorkerId, num_held: Callable[[Sequence[BlockHash]], int]) -> None:
+    def __init__(self, finder: SourceFinder, myself: WorkerId) -> None:
         self._finder = finder
         self._myself = myself
-        self._num_held = num_held
 
-    async def complete(self, request: Request, block_hashes: Sequence[BlockHash], block_size: int) -> Request:
-        """The request, with the sources that were found for these first blocks of it among its own. Raises nothing."""
-        num_held = self._num_held(block_hashes)
+    async def complete(
+        self, request: Request, block_hashes: Sequence[BlockHash], num_held: int, block_size: int
+    ) -> Request:
+        """The request, with the sources that were found for these first blocks of it among its own. `num_held`: how many
+        leading ones this node holds itself. Raises nothing."""
         if (len(block_hashes) - num_held) * block_size < MIN_TOKENS:
             return request
         found = [source for source in await self._finder.find(block_hashes) if source.num_blocks > num_held]

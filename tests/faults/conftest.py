@@ -4,8 +4,10 @@ import pytest
 
 from protocol.transfer import Direction
 from tests.support.failure_table import Case, Row, render
+from tests.support.store_failures import StoreRow, render_rows
 
 ROWS = pytest.StashKey[list[Row]]()
+STORE_ROWS = pytest.StashKey[list[StoreRow]]()
 
 UCX_TLS = ["default", "tcp"]
 """Both ways that UCX may take on one host."""
@@ -16,6 +18,7 @@ DIRECTIONS: list[Direction] = ["pull", "push"]
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[ROWS] = []
+    config.stash[STORE_ROWS] = []
     config.addinivalue_line("markers", "failure(name): what the test provokes; its row in the table of failures")
 
 
@@ -24,6 +27,10 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     if rows:
         terminalreporter.section("failures provoked, and what became of them")
         for line in render(rows):
+            terminalreporter.write_line(line)
+    if store_rows := config.stash[STORE_ROWS]:
+        terminalreporter.section("failures of stores, and what became of them")
+        for line in render_rows(store_rows):
             terminalreporter.write_line(line)
 
 
@@ -48,3 +55,14 @@ def case(request: pytest.FixtureRequest, ucx_tls: str, direction: Direction) -> 
     row = Row(marker.args[0], ucx_tls, direction)
     request.config.stash[ROWS].append(row)
     return Case(row)
+
+
+@pytest.fixture
+def row(request: pytest.FixtureRequest) -> StoreRow:
+    """The row of a test that provokes a failure of a store; named after its marker, and its parameters."""
+    marker = request.node.get_closest_marker("failure")
+    assert marker is not None, "a test with a row says which failure it provokes"
+    parameters = request.node.callspec.id if hasattr(request.node, "callspec") else ""
+    row = StoreRow(f"{marker.args[0]} {parameters}".strip())
+    request.config.stash[STORE_ROWS].append(row)
+    return row

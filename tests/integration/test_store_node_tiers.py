@@ -153,17 +153,20 @@ async def test_what_is_no_put_is_refused_and_leaves_nothing(model: Path, monkeyp
         node = await cluster.start("decode", "d0")
         blocks = tuple(chain(BlockHash(b"r" * 16), [BlockHash(bytes([i]) * 16) for i in range(4)]))
         nobody = KVSource(worker="gone", incarnation="i", control_url="http://127.0.0.1:9", num_blocks=4)
-        put = StorePut(request_id="q", source=nobody, blocks=blocks)
+        put = StorePut(request_id="q", source=nobody, blocks=blocks, deadline_s=5.0)
         with pytest.raises(InvalidParameter, match="no store"):
             await cluster.client.call(node.url + PUT_PATH, put, StorePutDone, 5.0)
-        torn = StorePut(request_id="q", source=nobody, blocks=(blocks[0], blocks[2]))
+        torn = StorePut(request_id="q", source=nobody, blocks=(blocks[0], blocks[2]), deadline_s=5.0)
         with pytest.raises(InvalidParameter, match="does not continue"):
             await cluster.client.call(store.url + PUT_PATH, torn, StorePutDone, 5.0)
         done = await cluster.client.call(store.url + PUT_PATH, put, StorePutDone, 10.0)
         assert done.num_stored == 0, "its sender has died"
         lost = KVSource(worker="d0", incarnation="i", control_url=node.url, num_blocks=4)
         done = await cluster.client.call(
-            store.url + PUT_PATH, StorePut(request_id="q", source=lost, blocks=blocks), StorePutDone, 10.0
+            store.url + PUT_PATH,
+            StorePut(request_id="q", source=lost, blocks=blocks, deadline_s=5.0),
+            StorePutDone,
+            10.0,
         )
         assert done.num_stored == 0, "it is of another life"
         tier = await cluster.tier("s0")

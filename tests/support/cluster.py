@@ -80,7 +80,8 @@ class Process:
 
 
 class Cluster(AbstractContextManager["Cluster"]):
-    """`settings` are dotted node settings, the same for all nodes (`{"model.dtype": "float32"}`)."""
+    """`settings` are dotted node settings, the same for all nodes (`{"model.dtype": "float32"}`). `module` is run in each
+    process, with the command line's arguments."""
 
     def __init__(
         self,
@@ -94,8 +95,10 @@ class Cluster(AbstractContextManager["Cluster"]):
         decode_settings: dict[str, object] | None = None,
         router_settings: dict[str, object] | None = None,
         environment: dict[str, str] | None = None,
+        module: str = "headrace",
     ) -> None:
         self._folder = folder
+        self._module = module
         self._model = model
         self._counts = {"prefill": prefill, "decode": decode}
         self._node_settings: dict[str, object] = {
@@ -105,10 +108,10 @@ class Cluster(AbstractContextManager["Cluster"]):
             "cache.memory": "256MiB",
             "transfer.transport": transport,
         } | (settings or {})
-        self._role_settings: dict[str, dict[str, object]] = {"prefill": {}, "decode": decode_settings or {}}
+        self.role_settings: dict[str, dict[str, object]] = {"prefill": {}, "decode": decode_settings or {}, "store": {}}
         self._router_settings: dict[str, object] = {"model": model} | (router_settings or {})
         self._environment = os.environ | {"PYTHONPATH": str(REPOSITORY), "OMP_NUM_THREADS": "1"} | (environment or {})
-        self._expected_dead: set[str] = set()
+        self.expected_dead: set[str] = set()
         self.processes: dict[str, Process] = {}
 
     def __enter__(self) -> Self:
@@ -127,7 +130,7 @@ class Cluster(AbstractContextManager["Cluster"]):
         died = [
             f"{p.name} died with {p.process.returncode}:\n{p.tail()}"
             for p in self.processes.values()
-            if p.process.poll() is not None and p.name not in self._expected_dead
+            if p.process.poll() is not None and p.name not in self.expected_dead
         ]
         self._end_all()
         if died and kind is None:
@@ -152,14 +155,14 @@ class Cluster(AbstractContextManager["Cluster"]):
             name,
             self._node_settings
             | {"worker_id": name, "routers": json.dumps([control]), "port": 0}
-            | self._role_settings[role],
+            | self.role_settings[role],
         )
-        self._expected_dead.discard(name)
+        self.expected_dead.discard(name)
         return process
 
     def start(self, role: str, name: str, settings: dict[str, object]) -> Process:
         log = self._folder / f"{name}-{len(self.processes)}-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "headrace", "serve", role]
+        command = [sys.executable, "-m", self._module, "serve", role]
         for key, value in settings.items():
             command += ["--set", f"{key}={value}"]
         with log.open("w") as stderr:
@@ -173,7 +176,7 @@ class Cluster(AbstractContextManager["Cluster"]):
 
     def kill(self, name: str) -> None:
         """kill -9. Leaving the cluster does not complain about this one."""
-        self._expected_dead.add(name)
+        self.expected_dead.add(name)
         self.processes[name].kill()
 
     def wait_ready(self, timeout_s: float = START_TIMEOUT_S) -> None:

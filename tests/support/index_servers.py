@@ -56,6 +56,15 @@ class IndexServer:
             assert time.monotonic() < deadline, "the server does not start"
             time.sleep(0.005)
 
+    @property
+    def running(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    @property
+    def pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
+
     def kill(self) -> None:
         if self._process is not None:
             self._process.kill()

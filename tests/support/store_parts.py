@@ -6,7 +6,7 @@ FakeDisk       a BlockDisk that keeps what it is given, as far as it is told to 
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from blake3 import blake3
@@ -41,10 +41,11 @@ class TailsFirst:
         self._blocks: dict[bytes, tuple[int, int]] = {}
         self._num_calls = 0
 
-    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> None:
+    def wanted(self, blocks: Sequence[CachedBlock], num_held: int, now: float) -> Iterator[None]:
         self._num_calls += 1
         for block in blocks[:num_held]:
             self._blocks[block.block_hash] = (self._num_calls, -block.position)
+        yield
 
     def added(self, blocks: Sequence[CachedBlock], now: float) -> None:
         self._num_calls += 1

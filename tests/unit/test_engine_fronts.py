@@ -172,6 +172,8 @@ def test_a_front_is_not_preempted_while_others_write_into_its_blocks() -> None:
     assert bench.heard["r"].awaiting
     bench.resume("r", 0)
     bench.run()
+    bench.save(kept=False)
+    bench.run()
     assert bench.heard["r"].tokens == continuation(PROMPT, 4)
     assert bench.heard["decode"].tokens == continuation(old, 30)
 
@@ -189,6 +191,8 @@ def test_a_front_whose_rest_has_come_may_be_preempted_and_starts_over() -> None:
     bench.resume("r", NUM_FULL * BLOCK_SIZE)
     assert bench.store is not None
     bench.store.kept.clear()
+    bench.run()
+    bench.save(kept=False)
     bench.run()
     assert bench.core.load().preemptions == 1
     assert bench.heard["r"].reserved is not None

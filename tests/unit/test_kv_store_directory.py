@@ -1,5 +1,7 @@
 """TierDirectory: conservation under anything, and who may be evicted when."""
 
+from collections.abc import Callable
+
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -7,8 +9,12 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from kv_store.directory import TierDirectory
 from kv_store.entries import Entry
+from kv_store.policy.density import DensityPolicy
+from kv_store.policy.policy import STEP_BLOCKS
+from kv_store.policy.tenant_orders import TenantOrders
 from kv_store.quotas import Quotas
-from protocol.kv_blocks import CachedBlock, Tenant
+from protocol.ids import BlockHash
+from protocol.kv_blocks import NO_TENANT, CachedBlock, Tenant
 from runtime.clock import ManualClock
 from tests.support.store_parts import TailsFirst, blocks_of, hashes_of
 
@@ -137,6 +143,87 @@ def test_every_tenant_may_have_a_block(share: float) -> None:
     assert len(tier.reserve(blocks_of("a", 2, ALICE)).entries) == 1
 
 
+class Counting(TailsFirst):
+    """Counts the blocks that it is asked to choose among."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_looked_at = 0
+
+    def victims(self, count: int, now: float, may_evict: Callable[[BlockHash], bool]) -> list[BlockHash]:
+        self.num_looked_at += len(self._blocks)
+        return super().victims(count, now, may_evict)
+
+
+def test_a_tenant_at_its_quota_makes_nobody_look_through_the_tier() -> None:
+    policy = Counting()
+    tier = TierDirectory(1000, policy, clock=ManualClock(), quotas=Quotas(share=0.01))
+    for number in range(99):
+        store(tier, blocks_of("their", 10, Tenant(f"tenant{number}")))
+    store(tier, blocks_of("my", 10, ALICE))
+    assert tier.num_free == 0
+    for number in range(20):
+        chosen = tier.leave(2, ALICE)
+        assert {entry.block.tenant for entry in chosen} == {ALICE}
+        tier.stay(chosen)
+        assert len(store(tier, blocks_of(f"more{number}", 5, ALICE))) == 5
+    assert tier.slots_by_tenant()[ALICE] == 10
+    assert policy.num_looked_at == 0
+
+
+def test_within_a_quota_the_least_recently_used_goes_first() -> None:
+    tier, _ = directory(8, Quotas(blocks_by_tenant={ALICE: 4}))
+    older, newer = blocks_of("older", 2, ALICE), blocks_of("newer", 2, ALICE)
+    store(tier, older)
+    store(tier, newer)
+    for _ in tier.requested(older):
+        pass
+    assert store(tier, blocks_of("third", 2, ALICE)) == [newer[1], newer[0]]
+    assert tier.forget(hashes_of(older))
+    assert store(tier, blocks_of("fourth", 4, ALICE)) == [
+        blocks_of("third", 2, ALICE)[1],
+        blocks_of("third", 2, ALICE)[0],
+    ]
+
+
+def test_an_order_of_ones_own_lives_as_long_as_a_limited_tenant_has_blocks() -> None:
+    orders = TenantOrders(TailsFirst(), lambda tenant: tenant != BOB)
+    bobs = blocks_of("his", 2, BOB)
+    orders.added(bobs, 0.0)
+    assert orders.num_orders == 0, "nothing limits him"
+    for number in range(50):
+        one_off = blocks_of("a", 2, Tenant(f"tenant{number}"))
+        orders.added(one_off, 0.0)
+        assert orders.victims(5, 0.0, lambda _: True, Tenant(f"tenant{number}")) == hashes_of(one_off[::-1])
+        orders.removed(one_off[:1])
+        assert orders.num_orders == 1
+        orders.removed(one_off[1:])
+        assert orders.num_orders == 0
+    assert orders.victims(5, 0.0, lambda _: True) == hashes_of(bobs[::-1])
+
+
+def test_no_share_binds_requests_without_a_salt_together() -> None:
+    tier, _ = directory(8, Quotas(share=0.25))
+    assert len(tier.reserve(blocks_of("a", 6)).entries) == 6
+    assert len(tier.reserve(blocks_of("b", 6, ALICE)).entries) == 2
+    named, _ = directory(8, Quotas(share=1.0, blocks_by_tenant={NO_TENANT: 3}))
+    assert len(named.reserve(blocks_of("a", 6)).entries) == 3
+
+
+def test_a_long_chain_is_learnt_from_in_steps_between_which_anything_may_happen() -> None:
+    chain = blocks_of("a", 1000, ALICE)
+    tier = TierDirectory(2000, DensityPolicy(2000), clock=ManualClock(), quotas=Quotas(share=0.9))
+    store(tier, chain)
+    steps = list(zip(tier.requested(chain), range(100), strict=False))
+    assert len(steps) >= 1000 // STEP_BLOCKS
+    going, other = tier.requested(chain), tier.requested(chain[:700])
+    for _ in going:
+        next(other, None)
+        tier.forget(hashes_of(chain[-300:-200]))
+        tier.leave(50, ALICE)
+    assert len(tier.forget(hashes_of(chain))) == 900
+
+
 class AnySequence(RuleBasedStateMachine):
     """Whatever is done in whatever order, every slot is in one state, and nothing that is read is given to somebody else."""
 
@@ -205,7 +292,8 @@ class AnySequence(RuleBasedStateMachine):
 
     @rule(chain=chains)
     def requested(self, chain: list[CachedBlock]) -> None:
-        self.tier.requested(chain)
+        for _ in self.tier.requested(chain):
+            pass
 
     @rule(seconds=st.floats(0, 8))
     def wait(self, seconds: float) -> None:

@@ -155,8 +155,8 @@ async def test_a_report_tells_whose_blocks_they_are() -> None:
         report = bench.managed.report()
         assert [(one.tenant, one.tier, one.used, one.quota) for one in report.tenants] == [
             (OTHER, "host", 4, 4),
-            (NO_TENANT, "host", 2, 4),
-            (OTHER, "disk", 1, report.tiers[1].capacity),
+            (NO_TENANT, "host", 2, 8),
+            (OTHER, "disk", 1, report.tiers[1].capacity // 2),
         ]
         disk = report.tiers[1]
         assert (disk.tier, disk.evicted, disk.damaged) == ("disk", 3, 2)

@@ -1,20 +1,24 @@
 """Every eviction policy: its books, its order, its bounds; and that ours is worth having."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 
+import numpy as np
 import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from kv_store.policy import density
 from kv_store.policy.arc import ARCPolicy
 from kv_store.policy.density import DensityPolicy
 from kv_store.policy.factory import POLICY_NAMES, PolicyName, make_policy
 from kv_store.policy.lru import LRUPolicy
-from kv_store.policy.policy import EvictionPolicy
+from kv_store.policy.policy import STEP_BLOCKS, EvictionPolicy
+from kv_store.policy.reuse_model import Floats, ReuseModel
 from kv_store.policy.s3fifo import S3FIFOPolicy
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
+from tests.support.store_parts import blocks_of, hashes_of
 
 CAPACITY = 12
 
@@ -81,7 +85,8 @@ class Tier:
 
     def want(self, blocks: list[CachedBlock]) -> None:
         num_held = next((i for i, block in enumerate(blocks) if block.block_hash not in self.held), len(blocks))
-        self.policy.wanted(blocks, num_held, self.now)
+        for _ in self.policy.wanted(blocks, num_held, self.now):
+            pass
 
     def step(self, kind: str, path: tuple[int, ...], amount: float) -> None:
         blocks = chain(path)
@@ -169,6 +174,55 @@ def test_density_forgets_the_oldest_addresses(monkeypatch: pytest.MonkeyPatch) -
     # What is neither held nor remembered has left no trace at all.
     assert len(policy._stretches) <= policy.num_ghosts + len(tier.held)
     assert len(policy._owners) == policy.num_ghosts + len(tier.held)
+
+
+def test_no_request_pays_for_more_than_a_portion_of_a_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    fits: list[list[int]] = []
+
+    class Recording(ReuseModel):
+        def fit(self, waiting: Iterable[tuple[NDArray[np.int64], Floats]]) -> Iterator[None]:
+            fits.append([])
+
+            def portions() -> Iterator[tuple[NDArray[np.int64], Floats]]:
+                for classes, ages_s in waiting:
+                    fits[-1].append(len(classes))
+                    yield classes, ages_s
+
+            return super().fit(portions())
+
+    monkeypatch.setattr(density, "ReuseModel", Recording)
+    monkeypatch.setattr(density, "FIT_PORTION", 16)
+    tier = Tier(DensityPolicy(CAPACITY))
+    for number in range(600):
+        num_portions = sum(map(len, fits))
+        tier.want(chain((number % 250, number // 250)))
+        assert sum(map(len, fits)) <= num_portions + 1
+    assert len(fits) == 4
+    assert all(size <= 16 for fit in fits for size in fit)
+    # Nobody is left out or counted twice, but those who come while it goes on.
+    for begun_after, fit in zip((120, 248, 376, 504), fits, strict=True):
+        assert begun_after - 1 <= sum(fit) <= begun_after + len(fit)
+
+
+def test_the_steps_of_a_long_prompt_may_be_apart() -> None:
+    """In between, blocks of it may come, go, and be wanted by somebody else."""
+    blocks = blocks_of("long", 5 * STEP_BLOCKS)
+    policy = DensityPolicy(len(blocks))
+    tier = Tier(policy)
+    tier.want(blocks)
+    policy.added(blocks[: 4 * STEP_BLOCKS], 1.0)
+    first, second = (policy.wanted(blocks, 4 * STEP_BLOCKS, 2.0) for _ in range(2))
+    for number, _ in enumerate(first):
+        next(second, None)
+        gone = hashes_of(blocks[STEP_BLOCKS - 1 - number : STEP_BLOCKS - number])
+        policy.removed(gone)
+        assert not set(gone) & set(policy.victims(10, 3.0, lambda _: True))
+    for _ in second:
+        pass
+    left = policy.victims(len(blocks), 4.0, lambda _: True)
+    assert len(left) == 4 * STEP_BLOCKS - number - 1
+    policy.removed(left)
+    assert policy.victims(1, 5.0, lambda _: True) == []
 
 
 @pytest.mark.parametrize("name", ["s3fifo", "arc", "density"])

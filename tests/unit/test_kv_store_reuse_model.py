@@ -2,10 +2,14 @@
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
-from kv_store.policy.reuse_model import NUM_AGES, ReuseModel, gittins_index
+from kv_store.policy.reuse_model import NUM_AGES, Floats, ReuseModel, gittins_index
 
-NOBODY = (np.zeros(0, np.int64), np.zeros(0))
+
+def fit(model: ReuseModel, *waiting: tuple[NDArray[np.int64], Floats]) -> None:
+    for _ in model.fit(waiting):
+        pass
 
 
 def test_a_constant_hazard_is_its_own_index() -> None:
@@ -25,7 +29,7 @@ def test_it_learns_when_what_comes_back_does() -> None:
     for _ in range(500):
         model.ended(0, 60.0, returned=True)
         model.ended(1, 60.0, returned=False)
-    model.fit(*NOBODY)
+    fit(model)
     ages = [model.bin_of(age) for age in (1.0, 58.0, 300.0)]
     fresh, due, overdue = model.index[0, ages]
     assert due > fresh > model.index[1, ages[0]]
@@ -36,10 +40,21 @@ def test_what_still_waits_counts_as_not_come_back() -> None:
     model = ReuseModel([[0]])
     for _ in range(50):
         model.ended(0, 30.0, returned=True)
-    model.fit(*NOBODY)
+    fit(model)
     before = model.index[0].copy()
-    model.fit(np.zeros(5_000, np.int64), np.full(5_000, 200.0))
+    fit(model, *[(np.zeros(500, np.int64), np.full(500, 200.0))] * 10)
     assert (model.index[0, : model.bin_of(200.0)] < before[: model.bin_of(200.0)]).all()
+
+
+def test_a_fit_that_is_under_way_changes_nothing() -> None:
+    model = ReuseModel([[0]])
+    before = model.index.copy()
+    for _ in range(50):
+        model.ended(0, 30.0, returned=True)
+    steps = list(zip(model.fit(()), iter(lambda: (model.index == before).all(), None), strict=False))
+    assert len(steps) > 1
+    assert all(unchanged for _, unchanged in steps)
+    assert (model.index != before).any()
 
 
 def test_nothing_known_ranks_as_lru_does() -> None:
@@ -54,5 +69,5 @@ def test_one_loud_class_does_not_speak_for_its_family() -> None:
         model.ended(0, 0.5, returned=True)
     for _ in range(300):
         model.ended(1, 90.0, returned=True)
-    model.fit(*NOBODY)
+    fit(model)
     assert model.index[2, model.bin_of(80.0)] > model.index[2, model.bin_of(300.0)]

@@ -51,7 +51,8 @@ def test_disk_tiers_in_folders_that_are_yet_to_be_made(tmp_path: Path) -> None:
 def test_quotas() -> None:
     quotas = parse_quotas(0.5, ["3f9c2ab01d44=3MiB"], BLOCK)
     assert quotas.limit(Tenant("3f9c2ab01d44"), 100) == 3
-    assert quotas.limit(Tenant("none"), 100) == 50
+    assert quotas.limit(Tenant("0b17c2ab01d4"), 100) == 50
+    assert quotas.limit(Tenant("none"), 100) == 100, "all without a salt have no tenant in common"
     assert quotas.limit(Tenant("3f9c2ab01d44"), 2) == 2
 
 

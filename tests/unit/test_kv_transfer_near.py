@@ -1,7 +1,7 @@
 """What is near is loaded before anybody is asked, and the front of it may be computed meanwhile."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -18,11 +18,12 @@ HASHES = tuple(BlockHash(bytes([number]) * 16) for number in range(40))
 
 
 class Near:
-    """Has the first `num_held` blocks; brings `num_brought` of them, once it may."""
+    """Brings `num_at_once` blocks, and `num_brought` in all, once it may."""
 
-    def __init__(self, plan: NearPlan, num_brought: int) -> None:
+    def __init__(self, plan: NearPlan, num_brought: int, num_at_once: int = 0) -> None:
         self._plan = plan
         self._num_brought = num_brought
+        self._num_at_once = num_at_once
         self.asked: list[tuple[Sequence[BlockHash], Sequence[int]]] = []
         self.may_go = asyncio.Event()
         self.may_go.set()
@@ -31,13 +32,17 @@ class Near:
     def plan(self, block_hashes: Sequence[BlockHash]) -> NearPlan:
         return self._plan
 
-    async def load(self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int]) -> int:
+    async def load(
+        self, block_hashes: Sequence[BlockHash], block_ids: Sequence[int], on_loaded: Callable[[int], None]
+    ) -> int:
         self.asked.append((block_hashes, block_ids))
         self.writing = True
+        on_loaded(self._num_at_once)
         try:
             await self.may_go.wait()
         finally:
             self.writing = False
+        on_loaded(self._num_brought - self._num_at_once)
         return self._num_brought
 
 
@@ -107,8 +112,8 @@ async def test_nothing_is_computed_where_nobody_can_be_told() -> None:
 
 
 @pytest.mark.parametrize("by", ["cancel", "deadline"])
-async def test_a_load_ends_with_its_request(by: str) -> None:
-    near = Near(NearPlan(0, 5), 5)
+async def test_a_load_ends_with_its_request_and_what_it_has_brought_counts(by: str) -> None:
+    near = Near(NearPlan(0, 5), 5, num_at_once=3)
     near.may_go.clear()
     one = borrowing(near, Importer())
     task = asyncio.create_task(one.run((source("a", 10),), 5.0 if by == "cancel" else 0.05))
@@ -119,7 +124,7 @@ async def test_a_load_ends_with_its_request(by: str) -> None:
     await asyncio.wait({task})
     assert not near.writing
     assert one.settled.is_set()
-    assert one.num_valid_blocks == 2
+    assert one.num_valid_blocks == 2 + 3
 
 
 def test_the_union_of_sources_is_small_and_without_us() -> None:
@@ -147,7 +152,7 @@ class Finder:
 @pytest.mark.parametrize(("num_blocks", "num_held", "asks"), [(40, 0, True), (40, 38, False), (2, 0, False)])
 async def test_nobody_is_asked_for_what_is_here_or_too_short(num_blocks: int, num_held: int, asks: bool) -> None:
     finder = Finder()
-    search = SourceSearch(finder, WorkerId("me"), lambda _hashes: num_held)
+    search = SourceSearch(finder, WorkerId("me"))
     request = DecodeRequest(
         request_id=RequestId("r"),
         trace_id=TraceId("t"),
@@ -156,6 +161,6 @@ async def test_nobody_is_asked_for_what_is_here_or_too_short(num_blocks: int, nu
         sampling=SamplingParams(max_tokens=1, seed=0),
         deadline_s=1.0,
     )
-    completed = await search.complete(request, HASHES[:num_blocks], 16)
+    completed = await search.complete(request, HASHES[:num_blocks], num_held, 16)
     assert finder.num_asked == asks
     assert bool(completed.sources) == asks

@@ -205,8 +205,9 @@ MESSAGES: dict[str, object] = {
         request_id="q",
         source=KVSource(worker="d0", incarnation="i", control_url="http://127.0.0.1:1", num_blocks=1),
         blocks=(CachedBlock(b"a" * 16, b"p" * 16, 3),),
+        deadline_s=4.0,
     ),
-    "store_put_done": StorePutDone(1),
+    "store_put_done": StorePutDone(1, (True, False), "i"),
     "unpin_blocks": UnpinBlocks((b"a" * 16,)),
     "clear_store": ClearStore("host", "none"),
     "blocks_changed": BlocksChanged(3),
@@ -344,11 +345,12 @@ GOLDEN: dict[str, str] = {
     "blocks_located": "81a57469657273c402010e",
     "pin_blocks": ("82ac626c6f636b5f68617368657391c41061616161616161616161616161616161a574746c5f73cb404e000000000000"),
     "store_put": (
-        "83aa726571756573745f6964a171a6736f7572636584a6776f726b6572a26430ab696e6361726e6174696f6ea169ab636f6e"
+        "84aa726571756573745f6964a171a6736f7572636584a6776f726b6572a26430ab696e6361726e6174696f6ea169ab636f6e"
         "74726f6c5f75726cb2687474703a2f2f3132372e302e302e313a31aa6e756d5f626c6f636b7301a6626c6f636b739194c410"
-        "61616161616161616161616161616161c4107070707070707070707070707070707003a46e6f6e65"
+        "61616161616161616161616161616161c4107070707070707070707070707070707003a46e6f6e65aa646561646c696e655f"
+        "73cb4010000000000000"
     ),
-    "store_put_done": "81aa6e756d5f73746f72656401",
+    "store_put_done": "83aa6e756d5f73746f72656401a46b65707492c3c2ab696e6361726e6174696f6ea169",
     "unpin_blocks": "81ac626c6f636b5f68617368657391c41061616161616161616161616161616161",
     "clear_store": "82a474696572a4686f7374a674656e616e74a46e6f6e65",
     "blocks_changed": "81aa6e756d5f626c6f636b7303",
