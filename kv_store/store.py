@@ -265,8 +265,7 @@ class KVStore:
         return self._host.unpin(block_hashes)
 
     async def clear(self, tier: Tier | None = None, tenant: Tenant | None = None) -> int:
-        """Forget blocks, of all tiers or one, of all tenants or one, pinned or not. How many. What was here or on its way when
-        this was called is not found any more when it returns."""
+        """Forget blocks, of all tiers or one, of all tenants or one, pinned or not, those on their way included. How many."""
         async with self._running() as open_:
             return await clear(self._host, self._worker, self._promoter, tier, tenant) if open_ else 0
 
@@ -303,9 +302,9 @@ class KVStore:
                 await part.idle()
         self._host.nothing_leaves()
         await self._receiver.close()
-        for thread in (self._mover, self._worker):
-            if thread is not None:
-                await thread.close()
+        await self._mover.close()
+        if self._worker is not None:
+            await self._worker.close()
 
     def _abandon(self) -> int:
         return sum(thread.abandon() for thread in (self._mover, self._worker) if thread is not None)
