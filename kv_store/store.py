@@ -289,8 +289,7 @@ class KVStore:
         if self._closed:
             return
         self._closed = True
-        ending = asyncio.get_running_loop().create_task(self._end())
-        if num_jobs := await finish_or_abandon(ending, CLOSE_TIMEOUT_S, self._abandon):
+        if num_jobs := await finish_or_abandon(asyncio.create_task(self._end()), CLOSE_TIMEOUT_S, self._abandon):
             log.error("KV store: %d jobs of a device or disk that does not answer are given up", num_jobs)
 
     # How
