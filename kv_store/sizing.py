@@ -13,6 +13,7 @@ from runtime.memory import available_memory_bytes
 
 HOST_SETTING = "store.host_memory"
 DISK_SETTING = "store.disk_size"
+PATH_SETTING = "store.disk_path"
 QUOTA_SETTING = "store.quotas"
 
 AUTO_SHARE = 1 / 4
@@ -53,11 +54,27 @@ def host_slots(text: str, block_bytes: int, *, cache_bytes: int | None = None, a
     return _blocks(wanted, block_bytes, text, HOST_SETTING)
 
 
+def disk_folder(text: str) -> Path:
+    """The folder of that name, which may not exist yet; "~" is somebody's home."""
+    try:
+        if text and "\0" not in text:
+            return Path(text).expanduser()
+        problem = "is no folder's name"
+    except RuntimeError:
+        problem = "begins with the home of a user who has none here"
+    raise ConfigError(f"{PATH_SETTING}: {text!r} {problem}; write the whole path of a folder", param=PATH_SETTING)
+
+
 def disk_bytes(text: str, path: Path, block_bytes: int, *, used_bytes: int = 0) -> int:
     """Bytes for a disk tier in a folder that may not exist yet; 0 for none. A share is one of the whole filesystem. `used_bytes`:
     what the tier has on it from an earlier life, and may keep."""
-    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
-    usage = shutil.disk_usage(there)
+    try:
+        there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+        usage = shutil.disk_usage(there)
+    except OSError as error:
+        raise ConfigError(
+            f"{PATH_SETTING}: cannot look at {path}: {error.strerror}; choose another folder", param=PATH_SETTING
+        ) from error
     wanted = parse_amount(text, usage.total, DISK_SETTING)
     free = usage.free + used_bytes
     if wanted > free:
@@ -71,7 +88,8 @@ def disk_bytes(text: str, path: Path, block_bytes: int, *, used_bytes: int = 0) 
 
 
 def parse_quotas(share: float, quotas: Sequence[str], block_bytes: int) -> Quotas:
-    """Of StoreOptions.tenant_share and StoreOptions.quotas, each of those "tenant=size"."""
+    """Of StoreOptions.tenant_share and StoreOptions.quotas, each of those "tenant=size". A quota is one KV block at least: what is
+    loaded for a tenant passes through the tier, so that none at all would be a promise that nobody keeps."""
     blocks_by_tenant: dict[Tenant, int] = {}
     for text in quotas:
         tenant, separator, size = text.partition("=")
@@ -81,7 +99,14 @@ def parse_quotas(share: float, quotas: Sequence[str], block_bytes: int) -> Quota
                 "`headrace cache stats` shows it",
                 param=QUOTA_SETTING,
             )
-        blocks_by_tenant[Tenant(tenant)] = _blocks(parse_size(size, QUOTA_SETTING), block_bytes, text, QUOTA_SETTING)
+        num_blocks = parse_size(size, QUOTA_SETTING) // block_bytes
+        if not num_blocks:
+            raise ConfigError(
+                f"{QUOTA_SETTING}: {text} is less than one KV block; give the tenant {block_bytes} bytes or more, or leave "
+                "it out for store.tenant_share",
+                param=QUOTA_SETTING,
+            )
+        blocks_by_tenant[Tenant(tenant)] = num_blocks
     return Quotas(share, blocks_by_tenant)
 
 

@@ -104,14 +104,14 @@ class StoreOptions(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
 
     `host_memory` and `disk_size` are sizes ("4GiB"), or shares of the machine's (or its container's) memory and of the disk
     that `disk_path` is on ("25%"); "0" is none. `host_memory` "auto": a quarter of the available memory on a GPU node or a store; on a
-    CPU node as much as its KV cache, an eighth of the available memory at most. `disk_path`: a folder of this node's own, whose
-    blocks outlive the process; none: no disk tier.
+    CPU node as much as its KV cache, an eighth of the available memory at most. `disk_path`: a folder that no other node uses,
+    made if it is missing, whose blocks outlive the process; whatever else is in it stays as it is. None: no disk tier.
 
     `write` "back" saves blocks when the device is about to forget them, "through" as soon as they are computed: more
     writing, and nothing is lost with the node. `admission` "all" keeps what is saved, "second-touch" only what has been
     wanted twice; "auto" changes from the first to the second while blocks are evicted unused. `policy`: who is evicted.
     `tenant_share`: of each tier, that one cache salt may fill at most; it does not bind requests without a salt, which have no tenant in
-    common. `quotas`: of single tenants, each as "tenant=size", with the names that `headrace cache` gives them ("none": all without a salt).
+    common. `quotas`: of single tenants, each as "tenant=size", one KV block at least, with the names that `headrace cache` gives them ("none": all without a salt).
 
     `stores`: control URLs of store nodes, which get a copy of what the host tier takes in; those that the index knows need not be
     named. `redis`: URL of the index through which nodes find each other's blocks; none, or no host tier: no index. `namespace` keeps clusters on one server apart.

@@ -1,14 +1,14 @@
 """From StoreOptions to a KVStore: how large its tiers are, who is evicted from them, where the files lie."""
 
 from collections.abc import Callable
-from pathlib import Path
 
+from kv_store.disk.folder import segments_bytes
 from kv_store.disk.tier import DiskTier
 from kv_store.observer import StoreObserver
 from kv_store.policy.factory import make_policy
 from kv_store.quotas import Quotas
 from kv_store.settings import StoreSettings
-from kv_store.sizing import disk_bytes, host_slots, parse_quotas
+from kv_store.sizing import disk_bytes, disk_folder, host_slots, parse_quotas
 from kv_store.store import KVStore
 from kv_store.tier_events import TierEvents
 from kv_store.tiers import BlockCopier
@@ -67,12 +67,8 @@ def build_store(
 def _open_disk(options: StoreOptions, layout: KVLayout, quotas: Quotas, events: TierEvents) -> DiskTier | None:
     if options.disk_path is None:
         return None
-    path = Path(options.disk_path).expanduser()
-    size = disk_bytes(options.disk_size, path, layout.block_bytes, used_bytes=_used_bytes(path))
+    path = disk_folder(options.disk_path)
+    size = disk_bytes(options.disk_size, path, layout.block_bytes, used_bytes=segments_bytes(path))
     if not size:
         return None
     return DiskTier(path, layout.fingerprint, layout.block_bytes, size, quotas=quotas, removed=events.removed)
-
-
-def _used_bytes(folder: Path) -> int:
-    return sum(entry.lstat().st_size for entry in folder.rglob("*") if not entry.is_symlink() and entry.is_file())

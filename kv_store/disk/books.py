@@ -30,10 +30,10 @@ class Run:
 class DiskBooks:
     """One for each DiskTier, which guards it with a lock."""
 
-    def __init__(self) -> None:
+    def __init__(self, counts: DiskCounts | None = None) -> None:
         self.segments: dict[int, Segment] = {}
         self.used_bytes = 0
-        self.counts = DiskCounts()
+        self.counts = counts or DiskCounts()
         self.tenants: Counter[Tenant] = Counter()
         """Live blocks of each."""
         self._places: dict[bytes, int] = {}  # segment's number * MAX_SEGMENT_BLOCKS + index
@@ -113,11 +113,19 @@ class DiskBooks:
         return num_forgotten
 
     def remove(self, segment: Segment) -> None:
-        """A segment whose file is gone."""
+        """A segment whose file is gone, unless that is known."""
+        if self.segments.get(segment.number) is not segment:
+            return
         self._kill(Run(segment, 0, len(segment.blocks)))
         self._stale.pop(segment.number, None)
         del self.segments[segment.number]
         self.used_bytes -= segment.file_bytes
+
+    def remove_all(self) -> None:
+        """All files are gone. Whoever goes through `segments` at this moment goes on with what was."""
+        for segment in self.segments.values():
+            self._kill(Run(segment, 0, len(segment.blocks)))
+        self.segments, self._stale, self.used_bytes = {}, {}, 0
 
     def take_stale(self) -> list[Segment]:
         """Segments with blocks that were forgotten since the last call: their files do not know yet."""
@@ -128,6 +136,10 @@ class DiskBooks:
         """Blocks that are not live any more since the last call: nobody was told yet."""
         gone, self._gone = self._gone, []
         return gone
+
+    def put_back(self, gone: Sequence[StoredBlock]) -> None:
+        """What was taken, of other books too, for the next to take it."""
+        self._gone += gone
 
     def stored(self, segment: Segment) -> list[StoredBlock]:
         """Its live blocks, in their order."""

@@ -24,6 +24,7 @@ _LAYOUT = re.compile(r"[0-9a-f]{32}")
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _MAX_PID_BYTES = 20
 _SETTING = "store.disk_path"
+_MISSING = (errno.ENOENT, errno.ENOTDIR, errno.ESTALE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +43,31 @@ def usable(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise ConfigError(f"cannot keep KV blocks in {path}: {error.strerror}", param=_SETTING) from error
+        raise ConfigError(
+            f"{_SETTING}: cannot keep KV blocks in {path}: {error.strerror}; choose a folder that this user may write",
+            param=_SETTING,
+        ) from error
+
+
+def segments_bytes(path: Path) -> int:
+    """Of the segments of all layouts in a folder that may not exist. Nothing else there counts or is looked through: the folder
+    may hold whatever its owner likes, for the tier keeps to its own names. What cannot be read is none of ours."""
+    num_bytes = 0
+    with contextlib.suppress(OSError), os.scandir(path) as folders:
+        for folder in folders:
+            if _LAYOUT.fullmatch(folder.name) and folder.is_dir(follow_symlinks=False):
+                with contextlib.suppress(OSError), os.scandir(folder) as files:
+                    num_bytes += sum(
+                        file.stat(follow_symlinks=False).st_size
+                        for file in files
+                        if is_ours(file.name) and file.is_file(follow_symlinks=False)
+                    )
+    return num_bytes
+
+
+def is_missing(error: Exception) -> bool:
+    """Whether it may mean that the whole folder is gone."""
+    return isinstance(error, OSError) and error.errno in _MISSING
 
 
 class DiskFolder:
@@ -50,11 +75,13 @@ class DiskFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._resolved = path
         self._fd = self._lock_fd = -1
         try:
             with usable(path):
                 path.mkdir(mode=_FOLDER_MODE, parents=True, exist_ok=True)
-                self._fd = os.open(path.resolve(), _OPEN_FOLDER)
+                self._resolved = path.resolve()
+                self._fd = os.open(self._resolved, _OPEN_FOLDER)
                 self._lock_fd = self._lock()
         except ConfigError:
             self.close()
@@ -72,6 +99,18 @@ class DiskFolder:
             with contextlib.suppress(FileExistsError):  # of an earlier life, or not: its owner tells
                 os.mkdir(fingerprint, _FOLDER_MODE, dir_fd=self._fd)
             return SegmentFiles(self._open_own(fingerprint), fingerprint, block_bytes)
+
+    def is_gone(self, files: SegmentFiles) -> bool:
+        """Whether the folder, or the sub-folder of `files`, was removed or replaced since it was opened: what is in it now is lost
+        at the end of this process, if it can be had at all."""
+        try:
+            sub_folder = os.stat(files.fingerprint, dir_fd=self._fd, follow_symlinks=False)  # of an open folder
+            return not (
+                os.path.samestat(self._resolved.stat(), os.fstat(self._fd))
+                and os.path.samestat(sub_folder, files.status())
+            )
+        except OSError as error:
+            return is_missing(error)
 
     def strangers(self, served: str) -> deque[Stranger]:
         """Segments of all layouts but `served`, the oldest first. Deletes what other layouts' writers left unfinished. Raises

@@ -1,11 +1,14 @@
 """SegmentKeeper: makes, changes and deletes the segments of a tier, within its size and what the disk has room for.
 
 One thread at a time, the one that holds the tier's lock for writing. The books it shares with the threads that read, so it
-takes their lock around each change of them, and never while it touches a file.
+takes their lock around each change of them, and never while it touches a file. A thread that reads may find that the folder is
+gone: then the books are empty at once, and the keeper is of no more use.
 """
 
+import errno
 import itertools
 import logging
+import os
 import threading
 from array import array
 from collections import Counter
@@ -13,7 +16,7 @@ from collections.abc import Mapping, Sequence
 
 from kv_store.disk.books import DiskBooks
 from kv_store.disk.eviction import least_valuable
-from kv_store.disk.folder import DiskFolder
+from kv_store.disk.folder import DiskFolder, is_missing
 from kv_store.disk.segment import Segment, segment_bytes
 from kv_store.disk.segment_files import SegmentFiles
 from kv_store.disk.write_pause import WritePause, cause_of
@@ -23,6 +26,8 @@ from runtime.clock import Clock
 
 log = logging.getLogger(__name__)
 
+FOLDER_GONE = "the folder is gone"
+"""As a cause of failures."""
 FILES_PER_VICTIM = 256
 """One is chosen in advance for each."""
 
@@ -38,6 +43,7 @@ class SegmentKeeper:
         lock: threading.Condition,
         size_bytes: int,
         quotas: Quotas,
+        pause: WritePause,
         clock: Clock,
     ) -> None:
         self._folder = folder
@@ -47,15 +53,24 @@ class SegmentKeeper:
         self._size_bytes = size_bytes
         self._quotas = quotas
         self._clock = clock
-        self._pause = WritePause()
+        self._pause = pause
         self._victims: list[tuple[Segment, float]] = []
         self._numbers = itertools.count(max(books.segments, default=-1) + 1)
         self._strangers = folder.strangers(files.fingerprint)
-        self.stranger_bytes = sum(stranger.file_bytes for stranger in self._strangers)
+        self._stranger_bytes = sum(stranger.file_bytes for stranger in self._strangers)
+        self.is_gone = False
+        """Whether the folder was removed or replaced. Its files are to be closed then, and the folder opened anew."""
+        self.capacity_bytes = 0
+        """What the tier may grow to, and the disk had room for when something was last written: whoever asks must not wait for a
+        disk that hangs. What the tier has, if the disk did not tell."""
 
     @property
     def used_bytes(self) -> int:
         return self._books.used_bytes + self.stranger_bytes
+
+    @property
+    def stranger_bytes(self) -> int:
+        return 0 if self.is_gone else self._stranger_bytes
 
     @property
     def failures(self) -> Mapping[str, int]:
@@ -72,10 +87,12 @@ class SegmentKeeper:
 
     def fit(self) -> None:
         """Evict what is more than the tier may have."""
+        self.capacity_bytes = min(self._size_bytes, self.used_bytes)
         try:
+            self._look_for_room()
             self._make_room(0)
         except OSError as error:
-            self._failed(error)
+            self.failed(error)
 
     def write(
         self,
@@ -96,10 +113,12 @@ class SegmentKeeper:
             self._make_room(size)
             self._files.write(number, blocks, checksums, data, direct)
         except OSError as error:
-            self._failed(error)
+            self.failed(error)
             return False
         self._pause.succeeded()
         with self._lock:
+            if self.is_gone:  # a reader has found out since
+                return False
             self._books.add(Segment(number, list(blocks), array("Q", checksums), size, now, now))
             self._books.counts.blocks_written += len(blocks)
             self._books.counts.bytes_written += size
@@ -110,12 +129,14 @@ class SegmentKeeper:
         with self._lock:
             stale = self._books.take_stale()
         for segment in stale:
+            if self.is_gone:
+                return
             try:
                 if segment.num_live:
                     self._files.rewrite_header(segment)
                 else:
                     self._drop(segment)
-            except OSError as error:
+            except Exception as error:  # noqa: BLE001  # whatever it is, what was forgotten must not come back
                 self._unsettled(segment, error)
 
     def clear(self) -> None:
@@ -126,7 +147,7 @@ class SegmentKeeper:
             try:
                 self._drop(segment)
             except OSError as error:
-                self._failed(error)
+                self.failed(error)
                 with self._lock:
                     self._books.remove(segment)
 
@@ -149,8 +170,14 @@ class SegmentKeeper:
         freed = 0
         while self.used_bytes + num_bytes > self._size_bytes:
             freed += self._evict()
-        while freed < 2 * num_bytes and self._files.free_bytes() < num_bytes and (evicted := self._evict()):
+        while freed < 2 * num_bytes and self._look_for_room() < num_bytes and (evicted := self._evict()):
             freed += evicted
+
+    def _look_for_room(self) -> int:
+        """Bytes that are free on the disk. Raises OSError."""
+        free_bytes = self._files.free_bytes()
+        self.capacity_bytes = min(self._size_bytes, self.used_bytes + free_bytes)
+        return free_bytes
 
     def _evict(self) -> int:
         """The least valuable file, layouts that nobody serves any more first: how many bytes it had; 0 if there is none."""
@@ -185,7 +212,7 @@ class SegmentKeeper:
     def _evict_stranger(self) -> int:
         """One that cannot be deleted does not count any more: waiting for it would end all writing."""
         stranger = self._strangers.popleft()
-        self.stranger_bytes -= stranger.file_bytes
+        self._stranger_bytes -= stranger.file_bytes
         try:
             self._folder.delete(stranger)
         except OSError as error:
@@ -197,21 +224,54 @@ class SegmentKeeper:
         segment.being_deleted = True
         try:
             self._files.delete(segment.number)
-        except OSError:
+        except Exception:
             segment.being_deleted = False
             raise
         with self._lock:
             self._books.remove(segment)
 
-    def _unsettled(self, segment: Segment, error: OSError) -> None:
+    def _unsettled(self, segment: Segment, error: Exception) -> None:
         """A file that cannot be told goes as a whole."""
+        if self.lost(error) or not isinstance(error, OSError):
+            self.failed(error)
+        if self.is_gone:
+            return
         log.warning("dropping segment %x of the disk tier, it cannot be changed: %s", segment.number, cause_of(error))
         try:
             self._drop(segment)
         except OSError as last:
-            self._failed(last)
+            self.failed(last)
 
-    def _failed(self, error: OSError) -> None:
-        cause = cause_of(error)
-        if self._pause.failed(cause, self._clock.now()):
-            log.warning("the disk tier cannot write and rests for %.0f s: %s", self.paused_s, cause)
+    def failed(self, error: Exception) -> None:
+        """Nothing is written for a while. An error that is no OSError is a bug: told with its traceback."""
+        cause = FOLDER_GONE if self.lost(error) else cause_of(error)
+        with self._lock:
+            is_new = self._pause.failed(cause, self._clock.now())
+        if is_new and cause != FOLDER_GONE:
+            log.warning(
+                "the disk tier cannot write and rests for %.0f s: %s",
+                *(self.paused_s, cause),
+                exc_info=None if isinstance(error, OSError) else error,
+            )
+
+    def has_folder(self) -> bool:
+        """Looks, where it is not known to be gone: what is held already is not written, so no write would meet it."""
+        if not self.is_gone and self._folder.is_gone(self._files):
+            self.failed(FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT)))
+        return not self.is_gone
+
+    def lost(self, error: Exception) -> bool:
+        """Whether the error comes of a folder that is gone: then nothing is held any more. From any thread that keeps the tier
+        open, without its locks."""
+        if not is_missing(error) or not self._folder.is_gone(self._files):
+            return False
+        with self._lock:
+            is_new, self.is_gone = not self.is_gone, True
+            num_blocks = self._books.num_blocks
+            self._books.remove_all()
+        if is_new:
+            log.warning(
+                "%s is gone: the disk tier forgets its %d blocks, and opens it anew when it writes again",
+                *(self._folder.path, num_blocks),
+            )
+        return True

@@ -28,6 +28,9 @@ MAX_SEGMENT_BYTES = 64 << 20
 open: 0.1 ms here) disappears beside its bytes (40 ms), and that a terabyte is 16,000 headers to read at start; small enough
 that what is evicted at once is a hundredth of the smallest tier worth having."""
 
+MAX_SEGMENTS = 1 << 48
+"""Numbers are below this: with one more every millisecond that lasts for 8,900 years, and a place of a block fits into 64 bits."""
+
 _MAGIC = b"headrace-blocks1"
 _PREFIX = struct.Struct("<16sQQQQ32s")
 _ENTRY = struct.Struct("<16s16sI16sQ")

@@ -21,6 +21,7 @@ import numpy as np
 
 from kv_store.disk.segment import (
     MAX_HEADER_BYTES,
+    MAX_SEGMENTS,
     PAGE_BYTES,
     Segment,
     SegmentIdentity,
@@ -58,6 +59,10 @@ class SegmentFiles:
     def close(self) -> None:
         os.close(self._fd)
 
+    def status(self) -> os.stat_result:
+        """Of the open sub-folder. Raises OSError."""
+        return os.fstat(self._fd)
+
     def names(self) -> list[str]:
         """All that have our names."""
         return sorted(name for name in os.listdir(self._fd) if is_ours(name))  # noqa: PTH208  # of an open folder
@@ -67,6 +72,9 @@ class SegmentFiles:
 
         Raises MalformedMessage for what is not a segment of this layout that we wrote, OSError where it cannot be read.
         """
+        number = int(name[:16], 16)
+        if number >= MAX_SEGMENTS:
+            raise MalformedMessage("no writer of ours comes to that number")
         fd = os.open(name, os.O_RDONLY | _OPEN, dir_fd=self._fd)
         try:
             status = os.fstat(fd)
@@ -78,11 +86,11 @@ class SegmentFiles:
             start = os.pread(fd, MAX_HEADER_BYTES, 0)
         finally:
             os.close(fd)
-        blocks, checksums = decode_header(start, status.st_size, self._identity(int(name[:16], 16)))
+        blocks, checksums = decode_header(start, status.st_size, self._identity(number))
         used_at = now - max(
             0.0, wall_now - int(status.st_mtime)
         )  # of one chain, segments are a little apart: not for whole seconds
-        return Segment(int(name[:16], 16), blocks, checksums, status.st_size, used_at, used_at)
+        return Segment(number, blocks, checksums, status.st_size, used_at, used_at)
 
     def write(
         self,
@@ -173,9 +181,9 @@ class SegmentFiles:
             return  # the next start deletes it
 
 
-def is_out_of_files(error: OSError) -> bool:
+def is_out_of_files(error: Exception) -> bool:
     """This process may open no more files: nothing is wrong with the file."""
-    return error.errno in _OUT_OF_FILES
+    return isinstance(error, OSError) and error.errno in _OUT_OF_FILES
 
 
 def page_aligned(data: bytes) -> memoryview:

@@ -10,7 +10,9 @@ the books are looked at under another, which nobody holds while a file is touche
 take microseconds at any time. A read that meets an eviction finds the file open or gone, and gone is a miss.
 
 No call raises for what a disk can do: what cannot be written is not kept, what cannot be read or is damaged is forgotten, and
-both are counted. After a failed write the tier writes nothing for a while (WritePause), and is read all the same.
+both are counted. After a failed write the tier writes nothing for a while (WritePause), and is read all the same. A folder that
+is removed or replaced meanwhile takes all blocks with it, and is opened anew by a later write. A bug here is like a
+disk that fails, but for the traceback in the log.
 """
 
 import contextlib
@@ -24,12 +26,12 @@ from pathlib import Path
 from kv_store.disk.books import DiskBooks, Run
 from kv_store.disk.folder import DiskFolder, usable
 from kv_store.disk.io_choice import measure_io
-from kv_store.disk.keeper import SegmentKeeper
+from kv_store.disk.keeper import FOLDER_GONE, SegmentKeeper
 from kv_store.disk.scan import scan
 from kv_store.disk.segment import MAX_SEGMENT_BLOCKS, MAX_SEGMENT_BYTES, segment_bytes
 from kv_store.disk.segment_files import is_out_of_files
 from kv_store.disk.stats import DiskStats
-from kv_store.disk.write_pause import cause_of
+from kv_store.disk.write_pause import WritePause, cause_of
 from kv_store.quotas import Quotas
 from kv_store.tiers import StoredBlock
 from protocol.checksum import checksum
@@ -49,6 +51,9 @@ MIN_FILES_OF_TENANT = 4
 MARK_EVERY_S = 60.0
 """How often a file that is read gets a new time, by which the next start knows for how long it has not been used."""
 
+FOLDER_REFUSED = "the folder cannot be opened anew"
+"""As a cause of failures."""
+
 NO_QUOTAS = Quotas()
 
 Removed = Callable[[Sequence[StoredBlock]], None]
@@ -66,7 +71,7 @@ class DiskTier:
 
     `removed` hears of every block that is gone, for whatever reason, before the call that it went by returns; from that
     call's thread, which holds no lock of the tier then. It must neither block nor raise. What one call of `write` keeps and gives
-    up again for the rest of it is among them.
+    up again for the rest of it is among them. What is found in a folder that is opened anew is served, and nobody hears of it.
 
     Raises ConfigError when the folder cannot be had, or not one block fits.
     """
@@ -90,7 +95,10 @@ class DiskTier:
         self.block_bytes = block_bytes
         self.segment_blocks = blocks_per_segment(block_bytes, size_bytes)
         """How many blocks one file takes: what is offered in such batches is written best."""
+        self._path = path
+        self._fingerprint = fingerprint
         self._size_bytes = size_bytes
+        self._quotas = quotas
         self._removed = removed
         self._clock = clock or MonotonicClock()
         self._writing = threading.Lock()
@@ -100,32 +108,43 @@ class DiskTier:
         self._num_readers = 0
         self._closed = False
         self._books = DiskBooks()
+        self._pause = WritePause()
         self._read_failures: Counter[str] = Counter()
-        with usable(path), contextlib.ExitStack() as opened:
-            folder = DiskFolder(path)
-            opened.callback(folder.close)
-            self._files = folder.layout(fingerprint, block_bytes)
-            opened.callback(self._files.close)
-            self._scan = scan(self._files, self._books, self._clock.now())
-            self.io = measure_io(self._files, block_bytes)
-            self._keeper = SegmentKeeper(folder, self._files, self._books, self._lock, size_bytes, quotas, self._clock)
-            self._keeper.settle()
-            self._keeper.fit()
-            self._books.take_gone()  # of an earlier life: nobody has heard of them in this one
-            self._open_files = opened.pop_all()
-        self._report(path)
+        self._open()
 
-    def _report(self, path: Path) -> None:
+    def _open(self) -> None:
+        """The folder, with what is in it. Raises ConfigError, and has changed nothing then."""
+        books = DiskBooks(self._books.counts)
+        with usable(self._path), contextlib.ExitStack() as opened:
+            folder = DiskFolder(self._path)
+            opened.callback(folder.close)
+            files = folder.layout(self._fingerprint, self.block_bytes)
+            opened.callback(files.close)
+            found = scan(files, books, self._clock.now())
+            io = measure_io(files, self.block_bytes)
+            keeper = SegmentKeeper(
+                folder, files, books, self._lock, self._size_bytes, self._quotas, self._pause, self._clock
+            )
+            keeper.settle()
+            keeper.fit()
+            books.take_gone()  # of an earlier life: nobody has heard of them in this one
+            with self._lock:
+                books.put_back(self._books.take_gone())
+                self._files, self._scan, self.io, self._keeper, self._books = files, found, io, keeper, books
+            self._open_files = opened.pop_all()
+        self._report()
+
+    def _report(self) -> None:
         if self.capacity_bytes < self._size_bytes:
             log.warning(
                 "%s has room for %d MiB of KV blocks, not for %d",
-                path,
+                self._path,
                 self.capacity_bytes >> 20,
                 self._size_bytes >> 20,
             )
         log.info(
             "disk tier in %s: %d blocks in %d files from before, found in %.2f s; %s",
-            *(path, self._books.num_blocks, len(self._books.segments), self._scan.seconds, self.io),
+            *(self._path, self._books.num_blocks, len(self._books.segments), self._scan.seconds, self.io),
         )
 
     def __contains__(self, block_hash: bytes) -> bool:
@@ -160,7 +179,7 @@ class DiskTier:
             raise ValueError(f"{len(block_hashes)} blocks need as many views of {self.block_bytes} bytes")
         now = self._clock.now()  # one time for a whole chain, so that its tail does not seem newer than its head
         num_read = 0
-        with self._kept_open() as is_open:
+        with self._kept_open() as is_open, self._surviving():
             if not is_open:
                 return 0
             with self._lock:
@@ -181,9 +200,9 @@ class DiskTier:
         which must not change meanwhile, `checksums[i]` their checksum. Blocks of one call lie side by side, in their order."""
         if not len(blocks) == len(data) == len(checksums) or any(len(view) != self.block_bytes for view in data):
             raise ValueError(f"{len(blocks)} blocks need as many checksums and views of {self.block_bytes} bytes")
-        with self._writing:
-            now = self._clock.now()
-            if not self._closed:
+        with self._writing, self._surviving():
+            if self._is_writable():
+                now = self._clock.now()
                 self._keeper.settle()
                 for indices in self._batches(blocks):
                     if not self._keeper.write(
@@ -202,7 +221,7 @@ class DiskTier:
 
     def forget(self, block_hashes: Sequence[BlockHash]) -> None:
         """These are not served any more, after a restart either. Their room comes back when the whole file goes."""
-        with self._writing:
+        with self._writing, self._surviving():
             with self._lock:
                 for block_hash in block_hashes:
                     self._books.forget(block_hash)
@@ -212,8 +231,8 @@ class DiskTier:
 
     def clear(self) -> None:
         """Nothing is served any more, and all files go, those of other layouts as well."""
-        with self._writing:
-            if not self._closed:
+        with self._writing, self._surviving():
+            if self._is_writable():
                 self._keeper.clear()
         self._tell()
 
@@ -225,28 +244,22 @@ class DiskTier:
                     return
                 self._closed = True
                 self._lock.wait_for(lambda: not self._num_readers)
-            self._keeper.settle()
+            with self._surviving():
+                self._keeper.settle()
             self._open_files.close()
         self._tell()
 
     @property
     def capacity_bytes(self) -> int:
-        """What the tier may grow to, and the disk has room for as it is now; what it has, if the disk does not tell."""
-        with self._kept_open() as is_open:
-            if not is_open:
-                return self._size_bytes
-            used_bytes = self._keeper.used_bytes
-            try:
-                return min(self._size_bytes, used_bytes + self._files.free_bytes())
-            except OSError:
-                return used_bytes
+        """What the tier may grow to, and the disk had room for when something was last written."""
+        return self._keeper.capacity_bytes
 
     def stats(self) -> DiskStats:
-        capacity_bytes = self.capacity_bytes
+        """From memory: it waits for no disk."""
         with self._lock:
             segments = self._books.segments.values()
             return DiskStats(
-                capacity_bytes=capacity_bytes,
+                capacity_bytes=self._keeper.capacity_bytes,
                 used_bytes=self._keeper.used_bytes,
                 stranger_bytes=self._keeper.stranger_bytes,
                 num_files=len(segments),
@@ -263,9 +276,9 @@ class DiskTier:
 
     @contextlib.contextmanager
     def _kept_open(self) -> Iterator[bool]:
-        """Whether the tier is open: if so, it stays open within."""
+        """Whether the tier is open and has its folder: if so, it stays open within."""
         with self._lock:
-            is_open = not self._closed
+            is_open = not self._closed and not self._keeper.is_gone
             self._num_readers += is_open
         try:
             yield is_open
@@ -273,6 +286,34 @@ class DiskTier:
             with self._lock:
                 self._num_readers -= is_open
                 self._lock.notify_all()
+
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        """What goes wrong within, and is no disk's doing, makes the tier rest and nothing worse: its thread serves others too."""
+        try:
+            yield
+        except Exception as error:  # noqa: BLE001  # a bug, told with its traceback
+            self._keeper.failed(error)
+
+    def _is_writable(self) -> bool:
+        """Whether there is a folder to write to. One that is gone is opened anew, but not while the tier rests."""
+        if self._closed:
+            return False
+        if self._keeper.is_gone and not self._keeper.paused_s:
+            self._open_anew()
+        return self._keeper.has_folder()
+
+    def _open_anew(self) -> None:
+        with self._lock:
+            self._lock.wait_for(lambda: not self._num_readers)  # no more come: there is nothing to read
+        self._open_files.close()  # first, for a lock that is still there is ours
+        try:
+            self._open()
+        except ConfigError as error:
+            with self._lock:
+                is_new = self._pause.failed(FOLDER_REFUSED, self._clock.now())
+            if is_new:
+                log.warning("the disk tier has lost its folder and tries again later: %s", error.message)
 
     def _read_run(self, run: Run, into: Sequence[memoryview], now: float) -> int:
         """How many leading ones arrived and are right. The first that is not is forgotten."""
@@ -282,7 +323,7 @@ class DiskTier:
             num_bytes = self._files.read(
                 segment.number, run.first, len(segment.blocks), into, self.io.direct_reads, mark
             )
-        except OSError as error:
+        except Exception as error:  # noqa: BLE001  # a bug is a miss like a disk that fails
             self._read_failed(run, error)
             return 0
         segment.used_at = now
@@ -304,18 +345,23 @@ class DiskTier:
         if num_forgotten:
             log.warning("dropping %d damaged blocks of segment %x of the disk tier", num_forgotten, run.segment.number)
 
-    def _read_failed(self, run: Run, error: OSError) -> None:
+    def _read_failed(self, run: Run, error: Exception) -> None:
         """Blocks that are evicted meanwhile are no failure."""
-        cause = cause_of(error)
+        is_lost = self._keeper.lost(error)
+        cause = FOLDER_GONE if is_lost else cause_of(error)
         with self._lock:
-            if run.segment.being_deleted:
+            if run.segment.being_deleted and not is_lost:
                 return
-            if not is_out_of_files(error) and not self._books.forget_run(run):
+            if not is_lost and not is_out_of_files(error) and not self._books.forget_run(run):
                 return
             self._read_failures[cause] += 1
             is_new = self._read_failures[cause] == 1
-        if is_new:
-            log.warning("the disk tier cannot read segment %x: %s", run.segment.number, cause)
+        if is_new and not is_lost:
+            log.warning(
+                "the disk tier cannot read segment %x: %s",
+                *(run.segment.number, cause),
+                exc_info=None if isinstance(error, OSError) else error,
+            )
 
     def _batches(self, blocks: Sequence[CachedBlock]) -> Iterator[list[int]]:
         """What goes into one file each, of blocks that are not held: those of one tenant, in their order, the first of them where

@@ -8,8 +8,10 @@ FIRST_PAUSE_S = 5.0
 MAX_PAUSE_S = 300.0
 
 
-def cause_of(error: OSError) -> str:
-    """For counts and logs: "ENOSPC (No space left on device)"."""
+def cause_of(error: Exception) -> str:
+    """For counts and logs: "ENOSPC (No space left on device)"; of what is no disk's doing, and so a bug, its type."""
+    if not isinstance(error, OSError):
+        return type(error).__name__
     number = error.errno or 0
     return f"{errno.errorcode.get(number, str(number))} ({os.strerror(number)})"
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from kv_store.disk.folder import segments_bytes
 from kv_store.disk.keeper import FILES_PER_VICTIM
 from kv_store.disk.segment import segment_bytes
 from kv_store.disk.tier import DiskTier
@@ -266,6 +267,23 @@ def test_a_folder_that_cannot_be_had_is_a_config_error(tmp_path: Path) -> None:
 def test_more_than_the_disk_has_is_cut_to_what_it_has(tmp_path: Path) -> None:
     with open_tier(tmp_path, size_bytes=1 << 60) as tier:
         assert 0 < tier.stats().capacity_bytes < 1 << 60
+
+
+def test_what_a_tier_has_on_disk_is_its_segments_alone(tmp_path: Path) -> None:
+    """Whatever else lies there: the folder may be anybody's home."""
+    assert segments_bytes(tmp_path / "missing") == 0
+    for fingerprint in (FINGERPRINT, OTHER):
+        with open_tier(tmp_path, fingerprint=fingerprint) as tier:
+            put(tier, some_blocks(3))
+    (tmp_path / "film").write_bytes(bytes(100_000))
+    (tmp_path / "deep" / FINGERPRINT).mkdir(parents=True)
+    (tmp_path / "deep" / FINGERPRINT / f"{7:016x}.blocks").write_bytes(bytes(100_000))
+    (tmp_path / FINGERPRINT / "notes").write_bytes(bytes(100_000))
+    (tmp_path / ("e" * 32)).symlink_to(tmp_path / FINGERPRINT)
+    (tmp_path / FINGERPRINT / f"{7:016x}.blocks").symlink_to(tmp_path / "film")
+    (tmp_path / FINGERPRINT / f"{8:016x}.blocks").mkdir()
+    assert segments_bytes(tmp_path) == 2 * segment_bytes(3, 4096)
+    assert segments_bytes(tmp_path / "film") == 0
 
 
 def test_views_of_another_size_are_refused(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from kv_store.sizing import disk_bytes, host_slots, parse_amount, parse_quotas
+from kv_store.sizing import disk_bytes, disk_folder, host_slots, parse_amount, parse_quotas
 from protocol.errors import ConfigError
 from protocol.kv_blocks import Tenant
 
@@ -48,6 +48,19 @@ def test_disk_tiers_in_folders_that_are_yet_to_be_made(tmp_path: Path) -> None:
     assert disk_bytes("1e30", folder, BLOCK, used_bytes=2 * 10**30) == int(1e30)
 
 
+@pytest.mark.parametrize("text", ["~nobody-has-this-name/kv", "", "a\0b"])
+def test_paths_that_are_none_name_their_setting(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"store\.disk_path") as caught:
+        disk_folder(text)
+    assert caught.value.param == "store.disk_path"
+
+
+def test_a_name_that_is_too_long_names_its_setting(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"store\.disk_path.*File name too long.*another") as caught:
+        disk_bytes("4MiB", disk_folder(str(tmp_path / ("a" * 300))), BLOCK)
+    assert caught.value.param == "store.disk_path"
+
+
 def test_quotas() -> None:
     quotas = parse_quotas(0.5, ["3f9c2ab01d44=3MiB"], BLOCK)
     assert quotas.limit(Tenant("3f9c2ab01d44"), 100) == 3
@@ -56,7 +69,7 @@ def test_quotas() -> None:
     assert quotas.limit(Tenant("3f9c2ab01d44"), 2) == 2
 
 
-@pytest.mark.parametrize("text", ["3MiB", "=3MiB", "Big Corp=3MiB", "abc=many", "abc=1KiB"])
+@pytest.mark.parametrize("text", ["3MiB", "=3MiB", "Big Corp=3MiB", "abc=many", "abc=1KiB", "abc=0", "abc=0GiB"])
 def test_what_is_no_quota(text: str) -> None:
     with pytest.raises(ConfigError, match=r"store\.quotas"):
         parse_quotas(1.0, [text], BLOCK)
