@@ -124,6 +124,8 @@ class StoreTelemetry:
         metrics.index_entries.set(index.entries)
         for outcome, field in _LOOKUPS.items():
             self._count(metrics.index_lookups, getattr(counters, field), outcome)
+        for cause, field in _LATE.items():
+            self._count(metrics.index_late, getattr(counters, field), cause)
         for outcome in _WRITES:
             self._count(metrics.index_writes, getattr(counters, outcome), outcome)
         for kind, field in _INCIDENTS.items():
@@ -142,6 +144,7 @@ class StoreTelemetry:
 
 
 _LOOKUPS = {"hit": "hits", "miss": "misses", "timeout": "timeouts", "error": "errors", "skipped": "skipped"}
+_LATE = {"server": "slow_server", "loop": "late_loop"}
 _WRITES = ("published", "withdrawn", "crowded", "fenced")
 _INCIDENTS = {
     "drift": "drift",

@@ -303,6 +303,12 @@ class StoreMetrics:
             ["outcome"],
             registry=registry,
         )
+        self.index_late = Counter(
+            "headrace_index_late_total",
+            "Timeouts of lookups by who was late: the index server, or this process's own event loop",
+            ["cause"],
+            registry=registry,
+        )
         self.index_writes = Counter(
             "headrace_index_writes_total",
             "Entries told to the index: published, withdrawn, crowded out, or fenced off",

@@ -11,6 +11,7 @@ events             what an owner's stream says
 scripts            Lua: every write, fenced; every read that could be large, capped
 server             commands to replies: standalone, cluster, TLS
 reader, lookup     the entries of a chain, and who holds most of it
+flight             a round trip, and who makes it late
 breaker            whether the server is worth asking
 news, chunk_book   what the store has said, and which chunks are held in full
 publisher          keeps an owner's entries as its store is

@@ -82,13 +82,15 @@ class ChunkBook:
         held = self._blocks.get(address)
         if held is None or not self._ends_chunk(held.position):
             return None
-        blocks = [held]
+        blocks, last = [held], held
         while len(blocks) < self._chunk_blocks:
-            before = self._blocks.get(blocks[-1].parent)
-            if before is None or before.position != blocks[-1].position - 1:
+            before = self._blocks.get(last.parent)
+            if before is None or before.position != last.position - 1:
                 return None
             blocks.append(before)
-        tier: Tier = "host" if all("host" in block.places for block in blocks) else "disk"
+            last = before
+        on_disk = [block for block in blocks if "host" not in block.places]
+        tier: Tier = "disk" if on_disk else "host"
         first = blocks[-1].places
         return Chunk(
             tier=tier,

@@ -10,8 +10,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Self
 
-from kv_store.index.breaker import Breaker
+from kv_store.index.breaker import Attempt, Breaker
 from kv_store.index.chunk_book import ChunkBook
+from kv_store.index.flight import Flight, in_time
 from kv_store.index.keeper import Keeper
 from kv_store.index.keys import Keyspace
 from kv_store.index.lookup import choose_sources
@@ -33,8 +34,6 @@ log = logging.getLogger(__name__)
 MAX_CHUNKS = 4096
 PROBE_EVERY_S = 0.1
 NUM_PROBES = 3
-GRACE_TURNS = 4
-"""Turns of the event loop that a late answer is given: where the loop was busy, the answer may be there unread."""
 
 
 class RedisIndex:
@@ -57,22 +56,21 @@ class RedisIndex:
         self._membership = Membership(keys, clock, self._counters)
         self._breaker = Breaker(clock)
         self._reading = RedisServer(settings)
-        self._reader = EntryReader(self._reading, keys)
+        self._reader = EntryReader(self._reading, keys, clock)
         book = ChunkBook(owner.chunk_blocks, owner.block_size)
         self._publisher = Publisher(keys, owner, book, self._counters, settings.record_ttl_s)
         self._keeper = Keeper(
             settings, keys, owner, self._publisher, self._membership, book, self._news, snapshot, self._counters, clock
         )
-        self._clock = clock
-        self._tasks: list[asyncio.Task[None]] = []
+        self._tasks: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Self:
         self._news.attach(asyncio.get_running_loop())
-        self._tasks = [
+        self._tasks = {
             asyncio.create_task(self._reader.run(), name="kv-index-reader"),
             asyncio.create_task(self._probe(), name="kv-index-probe"),
             asyncio.create_task(self._keeper.run(), name="kv-index-keeper"),
-        ]
+        }
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -92,23 +90,24 @@ class RedisIndex:
 
     async def find(self, block_hashes: Sequence[BlockHash]) -> tuple[KVSource, ...]:
         """Who holds the most of this context, of which these are all full blocks from the first on; the best first, this
-        process left out. Hints, in whole chunks. () where nobody does, or the server does not say so within the budget.
-        Never raises."""
+        process left out. Hints, in whole chunks. () where nobody does, or nothing has come from the server when the budget
+        is over. Never raises."""
         step = self._owner.chunk_blocks
         addresses = block_hashes[step - 1 :: step][:MAX_CHUNKS]
         if not addresses:
             return ()
         counters = self._counters
         counters.lookups += 1
+        budget_s = self._settings.budget_s
         attempt = self._breaker.admit()
-        if attempt is None:
+        flight = self._reader.flight
+        if attempt is None or (flight is not None and flight.is_connecting(budget_s)):
             counters.skipped += 1
             return ()
         answer = self._reader.read(addresses)
         try:
-            if not await self._in_time(answer):
-                counters.timeouts += 1
-                self._breaker.failed(attempt)
+            if not await in_time(answer, budget_s):
+                self._missed(attempt)
                 return ()
             values = answer.result()
         except UNREACHABLE:
@@ -148,13 +147,27 @@ class RedisIndex:
             counters=replace(self._counters),
         )
 
-    async def _in_time(self, answer: asyncio.Future[list[bytes]]) -> bool:
-        await asyncio.wait((answer,), timeout=self._settings.budget_s)
-        for _ in range(GRACE_TURNS):
-            if answer.done():
-                return True
-            await asyncio.sleep(0)
-        return answer.done()
+    def _missed(self, attempt: Attempt) -> None:
+        """The budget of a request is over. It is the server's miss if it has had as much time and has not answered, which may
+        show only later, or our own loop's."""
+        self._counters.timeouts += 1
+        flight = self._reader.flight
+        if flight is None or flight.is_overdue(self._settings.budget_s):
+            self._blame(attempt, slow=flight is not None)
+            return
+        task = asyncio.create_task(self._judge(attempt, flight), name="kv-index-judge")
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _judge(self, attempt: Attempt, flight: Flight) -> None:
+        self._blame(attempt, await flight.was_slow(self._settings.budget_s))
+
+    def _blame(self, attempt: Attempt, slow: bool) -> None:
+        if slow:
+            self._counters.slow_server += 1
+            self._breaker.failed(attempt)
+        else:
+            self._counters.late_loop += 1
 
     async def _probe(self) -> None:
         """Keeps the connection of the lookups open, and asks, while the breaker is open, whether the server is back in time."""
@@ -171,13 +184,17 @@ class RedisIndex:
             await asyncio.sleep(PROBE_EVERY_S)
 
     async def _answers(self) -> bool:
-        """Whether a lookup would be answered within the budget, the connection once open."""
+        """Whether a lookup would be answered within the budget, the connection once open and the loop's lateness apart."""
+        budget_s = self._settings.budget_s
         for _ in range(1 + NUM_PROBES):
-            begun_at = self._clock.now()
+            answer = self._reader.read([bytes(16)])
             try:
-                await self._reader.read([bytes(16)])
+                slow = False
+                if not await in_time(answer, budget_s) and (flight := self._reader.flight) is not None:
+                    slow = await flight.was_slow(budget_s)
+                await answer
             except UNREACHABLE:
                 return False
-            if self._clock.now() - begun_at <= self._settings.budget_s:
+            if not slow:
                 return True
         return False

@@ -17,8 +17,6 @@ import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
-
 from kv_store.tiers import Tier
 from protocol.checksum import checksum
 
@@ -55,7 +53,7 @@ class Place:
 
 def checksum_of(checksums: Sequence[int]) -> int:
     """Of a chunk, from those of its blocks."""
-    return checksum(np.asarray(checksums, dtype="<u8").tobytes())
+    return checksum(struct.pack(f"<{len(checksums)}Q", *checksums))
 
 
 def pack(life: int, chunk: Chunk) -> bytes:

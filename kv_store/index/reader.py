@@ -1,7 +1,7 @@
 """EntryReader: reads the entries of a chain, for requests.
 
 All requests share one connection, which a task of its own serves: what is asked while a reply is on its way goes out together,
-in the next round trip. So a request that gives up waiting breaks no connection, and none of them ever waits for one to be made.
+in the next round trip, a Flight. So a request that gives up waiting breaks no connection.
 """
 
 import asyncio
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 
 from redis.exceptions import RedisError
 
+from kv_store.index.flight import Flight
 from kv_store.index.keys import Keyspace, shard_of
 from kv_store.index.places import MAX_VALUE_BYTES
 from kv_store.index.scripts import FETCH
 from kv_store.index.server import UNREACHABLE, Command, RedisServer, Reply
+from runtime.clock import Clock
 
 MAX_BATCH = 64
 
@@ -27,11 +29,18 @@ class _Question:
 class EntryReader:
     """`run` must be running for `read` to be answered."""
 
-    def __init__(self, server: RedisServer, keys: Keyspace) -> None:
+    def __init__(self, server: RedisServer, keys: Keyspace, clock: Clock) -> None:
         self._server = server
         self._keys = keys
+        self._clock = clock
+        self._flight: Flight | None = None
         self._questions: list[_Question] = []
         self._asked = asyncio.Event()
+
+    @property
+    def flight(self) -> Flight | None:
+        """What the server is being asked; everything else waits for it."""
+        return self._flight
 
     def read(self, addresses: Sequence[bytes]) -> asyncio.Future[list[bytes]]:
         """The values of these entries as far as the first that is missing (in a cluster, maybe some more; a missing one
@@ -64,12 +73,15 @@ class EntryReader:
             shares.append(share)
             commands += [self._command(question.addresses, indices, len(share) == 1) for indices in share]
         try:
-            replies = iter(await self._server.run(commands))
+            with Flight(self._clock) as self._flight:
+                replies = iter(await self._server.run(commands, self._flight.opened))
         except UNREACHABLE as error:
             for question in questions:
                 if not question.answer.done():
                     question.answer.set_exception(error)
             return
+        finally:
+            self._flight = None
         for question, share in zip(questions, shares, strict=True):
             values, refused = _assemble(len(question.addresses), [(indices, next(replies)) for indices in share])
             if question.answer.done():

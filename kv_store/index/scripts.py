@@ -201,12 +201,13 @@ SWEEP = Script(
     _OTHERS
     + """
 local record = redis.pcall('GET', KEYS[1])
-if type(record) == 'string' and string.sub(record, 1, #ARGV[1]) == ARGV[1] then return -1 end
+if type(record) == 'string' and string.sub(record, 1, #ARGV[1]) == ARGV[1] then return {0, 1} end
 for i = 3, #KEYS do
   keep(KEYS[i], others(KEYS[i], ARGV[2]))
   redis.pcall('SREM', KEYS[2], string.sub(KEYS[i], -16))
 end
-return #KEYS - 2
+return {#KEYS - 2, redis.call('EXISTS', KEYS[2])}
 """
 )
-"""KEYS: record, bucket, entries. ARGV: fence, life (packed). Takes a dead life's places out. Returns how many, -1: it lives."""
+"""KEYS: record, bucket, entries. ARGV: fence, life (packed). Takes a dead life's places out. Returns how
+many, and whether there is more in the bucket; {0, 1}: it lives."""

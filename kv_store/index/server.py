@@ -6,7 +6,7 @@ of these is used by one task at a time.
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from redis.asyncio import Redis, RedisCluster
@@ -43,15 +43,18 @@ class RedisServer:
     def is_open(self) -> bool:
         return self._client is not None
 
-    async def run(self, commands: Sequence[Command]) -> list[Reply]:
-        """One reply for each, in order and in one round trip; a command's own error is its reply. Raises one of UNREACHABLE when
-        there is no answer within the reply timeout; the commands may have been carried out."""
+    async def run(self, commands: Sequence[Command], on_open: Callable[[], None] | None = None) -> list[Reply]:
+        """One reply for each, in order and in one round trip; a command's own error is its reply. `on_open` is called once the
+        connection is open, just before they are written. Raises one of UNREACHABLE when there is no answer within the reply
+        timeout; the commands may have been carried out."""
         try:
             async with asyncio.timeout(2 * self._settings.reply_timeout_s):
                 client = self._client or await self._open()
                 pipeline = client.pipeline(transaction=False)
                 for command in commands:
                     pipeline.execute_command(*command)
+                if on_open is not None:
+                    on_open()
                 return await pipeline.execute(raise_on_error=False)
         except BaseException:
             await self.close()

@@ -9,7 +9,9 @@ from kv_store.index.breaker import BreakerState
 class IndexCounters:
     """Since the start of the process; they only grow. Written on the event loop only.
 
-    `lookups` = `hits` (some source was found) + `misses` + `timeouts` (over budget) + `skipped` (breaker open) + `errors`.
+    `lookups` = `hits` (some source was found) + `misses` + `timeouts` (over budget) + `skipped` (breaker open, or still connecting) +
+    `errors`. Of the timeouts, `slow_server` are the server's and `late_loop` those of this process's busy event loop, which the
+    breaker does not mind; those of the last moment are yet to be told apart.
     `published`, `withdrawn`: entries written. `crowded`: not written, because others fill the entry. `fenced`: writes refused
     because another process has this worker's id. `refused`: batches that the server would not take (its memory is full, say). `drift`: sampled entries that were not as they should be, and were mended.
     `garbage`: values of others that could not be read. `swept`: places of dead owners taken out. `overflows`: times that news
@@ -20,6 +22,8 @@ class IndexCounters:
     hits: int = 0
     misses: int = 0
     timeouts: int = 0
+    slow_server: int = 0
+    late_loop: int = 0
     skipped: int = 0
     errors: int = 0
     published: int = 0

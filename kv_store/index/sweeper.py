@@ -26,7 +26,8 @@ class _Sweep:
     life: int
     owner: Owner
     buckets: Iterator[tuple[int, bytes]]
-    open_buckets: list[tuple[int, bytes]]
+    unread: list[tuple[int, bytes]]
+    read: list[tuple[int, bytes, list[bytes]]]
 
 
 class Sweeper:
@@ -52,9 +53,9 @@ class Sweeper:
                     break
             return None
         sweep = self._sweep
-        while len(sweep.open_buckets) < BUCKETS_AT_ONCE and (bucket := next(sweep.buckets, None)) is not None:
-            sweep.open_buckets.append(bucket)
-        if sweep.open_buckets:
+        while len(sweep.unread) < BUCKETS_AT_ONCE and (bucket := next(sweep.buckets, None)) is not None:
+            sweep.unread.append(bucket)
+        if sweep.unread or sweep.read:
             await self._sweep_buckets(server, sweep)
             return None
         await server.run(
@@ -81,21 +82,28 @@ class Sweeper:
             for shard in range(NUM_SHARDS)
             for number in range(owner.num_buckets)
         )
-        self._sweep = _Sweep(life, owner, buckets, [])
+        self._sweep = _Sweep(life, owner, buckets, [], [])
         return True
 
     async def _sweep_buckets(self, server: RedisServer, sweep: _Sweep) -> None:
-        reads: list[Command] = [("PEXPIRE", self._keys.claim(sweep.life), CLAIM_MS)]
-        reads += [BUCKET.call([bucket], [SWEPT_AT_ONCE]) for _, bucket in sweep.open_buckets]
-        _, *found = await server.run(reads)
+        """In one round trip, sweep the buckets that were read in the last one, and read the next."""
         mark, life = fence(sweep.life, sweep.owner.incarnation), struct.pack("<I", sweep.life)
-        commands: list[Command] = []
+        commands: list[Command] = [("PEXPIRE", self._keys.claim(sweep.life), CLAIM_MS)]
+        for shard, bucket, addresses in sweep.read:
+            keys = [self._keys.record(shard, sweep.owner.worker_id), bucket]
+            commands.append(SWEEP.call([*keys, *map(self._keys.entry, addresses)], [mark, life]))
+        commands += [BUCKET.call([bucket], [SWEPT_AT_ONCE]) for _, bucket in sweep.unread]
+        _, *replies = await server.run(commands)
+        swept, found = replies[: len(sweep.read)], replies[len(sweep.read) :]
         left: list[tuple[int, bytes]] = []
-        for (shard, bucket), addresses in zip(sweep.open_buckets, found, strict=True):
-            if isinstance(addresses, list) and addresses:
-                keys = [self._keys.record(shard, sweep.owner.worker_id), bucket]
-                commands.append(SWEEP.call([*keys, *map(self._keys.entry, addresses)], [mark, life]))
+        for (shard, bucket, _), reply in zip(sweep.read, swept, strict=True):
+            num_swept, more = reply if isinstance(reply, list) else (0, 1)
+            self._counters.swept += num_swept
+            if more:
                 left.append((shard, bucket))
-        replies = await server.run(commands) if commands else []
-        self._counters.swept += sum(reply for reply in replies if isinstance(reply, int) and reply > 0)
-        sweep.open_buckets = left
+        sweep.read = [
+            (shard, bucket, addresses)
+            for (shard, bucket), addresses in zip(sweep.unread, found, strict=True)
+            if isinstance(addresses, list) and addresses
+        ]
+        sweep.unread = left

@@ -92,7 +92,57 @@ async def test_a_server_that_hangs_costs_three_budgets_and_then_nothing(server: 
         after = b.state().counters
         assert after.timeouts + after.errors - before.timeouts - before.errors == 3
         assert after.skipped - before.skipped == 17
+        assert after.slow_server - before.slow_server == after.timeouts - before.timeouts
         await finds(b, chain, 8)
+
+
+async def test_a_loop_that_is_late_is_not_taken_for_a_slow_server(server: IndexServer) -> None:
+    """It is blocked, for several budgets, before the question is written, and before the reply is read."""
+    chain = addresses_of(8)
+    settings = settings_for(server.url, budget_s=0.02)
+    async with (
+        RedisIndex(settings, owner_named("a"), lambda: stored_blocks(chain)),
+        RedisIndex(settings, owner_named("b"), lambda: []) as b,
+    ):
+        await finds(b, chain, 8)
+        before = b.state().counters
+        for turns in [*range(5)] * 2:
+            lookup = asyncio.create_task(b.find(chain))
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            time.sleep(0.1)  # noqa: ASYNC251 - what it is about
+            found = await lookup
+            assert turns < 4 or [source.num_blocks for source in found] == [8]  # it was written: the reply is there
+            await asyncio.sleep(0.05)
+        after = b.state().counters
+        assert after.hits + after.late_loop - before.hits - before.late_loop == 10
+        assert after.slow_server == before.slow_server
+        assert b.state().breaker == "closed"
+        await finds(b, chain, 8)
+
+
+async def test_a_server_that_answers_too_late_is_slow() -> None:
+    """Also where every request has long gone when the reply comes; and it is taken back when it is quick again."""
+    chain = addresses_of(8)
+    with index_server("valkey") as server, server.client() as client:
+        settings = settings_for(server.url, budget_s=0.02, record_ttl_s=5.0)
+        async with (
+            RedisIndex(settings, owner_named("a"), lambda: stored_blocks(chain)),
+            RedisIndex(settings, owner_named("b"), lambda: []) as b,
+        ):
+            await finds(b, chain, 8)
+            before = b.state().counters
+            for _ in range(3):
+                server.pause()
+                assert await b.find(chain) == ()
+                await asyncio.sleep(0.05)
+                server.resume()
+                await asyncio.to_thread(client.ping)
+                await asyncio.sleep(0.02)
+            after = b.state()
+            assert after.breaker == "open"
+            assert (after.counters.slow_server - before.slow_server, after.counters.late_loop) == (3, before.late_loop)
+            await finds(b, chain, 8)
 
 
 async def test_data_that_is_deleted_under_way_comes_back(server: IndexServer) -> None:

@@ -3,7 +3,9 @@
 import asyncio
 import logging
 import random
+import socket
 import threading
+import time
 from collections.abc import Sequence
 
 import pytest
@@ -12,6 +14,7 @@ from hypothesis import strategies as st
 
 from kv_store.index.breaker import MAX_COOLDOWN_S, Breaker
 from kv_store.index.chunk_book import ChunkBook
+from kv_store.index.flight import Flight, in_time
 from kv_store.index.keys import NUM_SHARDS, Keyspace, shard_of
 from kv_store.index.lookup import choose_sources
 from kv_store.index.members import Member, num_buckets_for
@@ -94,6 +97,63 @@ class TestBreaker:
         breaker.failed(late)
         assert breaker.state == "open"
         assert breaker.num_opened == 1
+
+
+class TestFlight:
+    """Times are those of a clock moved by hand; a budget of 0 of the real loop is over at once."""
+
+    @staticmethod
+    async def turns(count: int = 10) -> None:
+        for _ in range(count):
+            await asyncio.sleep(0)
+
+    async def test_the_servers_time_begins_when_the_question_is_written(self) -> None:
+        clock = ManualClock()
+        with Flight(clock) as flight:
+            clock.advance(5)
+            assert flight.is_connecting(longer_than_s=4)
+            assert not flight.is_overdue(0.1)
+            flight.opened()
+            assert not flight.is_connecting(longer_than_s=4)
+            clock.advance(5)
+            assert not flight.is_overdue(0.1)
+            await self.turns()
+            clock.advance(0.05)
+            assert not flight.is_overdue(0.1)
+            clock.advance(0.05)
+            assert flight.is_overdue(0.1)
+            assert await flight.was_slow(0.1)
+        assert not flight.is_overdue(0.1)
+
+    async def test_who_has_answered_when_the_loop_looks_was_not_slow(self) -> None:
+        clock = ManualClock()
+        with Flight(clock) as flight:
+            flight.opened()
+            await self.turns()
+            verdict = asyncio.create_task(flight.was_slow(1000))
+            await self.turns()
+        clock.advance(5000)
+        assert not await verdict
+
+    async def test_a_flight_that_fails_was_slow(self) -> None:
+        with pytest.raises(ConnectionError), Flight(ManualClock()) as flight:
+            verdict = asyncio.create_task(flight.was_slow(1000))
+            await self.turns()
+            raise ConnectionError
+        assert await verdict
+
+    async def test_what_has_arrived_when_the_budget_is_over_is_taken(self) -> None:
+        """It came while the loop was busy, so that it is due in one turn with the timer, or in the next."""
+        near, far = socket.socketpair()
+        with near, far:
+            near.setblocking(False)
+            loop = asyncio.get_running_loop()
+            reply = asyncio.create_task(loop.sock_recv(near, 1))
+            await self.turns()
+            loop.call_soon(far.send, b"1")
+            loop.call_soon(time.sleep, 0.02)
+            assert await in_time(reply, 0.01)
+            assert not await in_time(loop.create_future(), 0.0)
 
 
 class TestPlaces:
