@@ -28,6 +28,7 @@ BINARIES: dict[str, Callable[[], str]] = {"valkey": lambda: str(server_binary())
 BLOCK_SIZE = 64
 CHUNK_BLOCKS = 4
 LAYOUT = "0" * 32
+CLUSTER_KEY = "of the cluster in tests"
 
 
 class IndexServer:
@@ -148,8 +149,8 @@ async def tls_proxy(server: IndexServer, folder: Path) -> AsyncIterator[tuple[in
         upstream_reader, upstream_writer = await asyncio.open_unix_connection(str(server.socket_path))
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_pump(reader, upstream_writer))
-                tasks.create_task(_pump(upstream_reader, writer))
+                tasks.create_task(pump(reader, upstream_writer))
+                tasks.create_task(pump(upstream_reader, writer))
         finally:
             writer.close()
             upstream_writer.close()
@@ -173,7 +174,7 @@ def _self_signed(folder: Path) -> tuple[Path, Path]:
     return certificate, key
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         while data := await reader.read(65536):
             writer.write(data)
@@ -186,7 +187,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 def settings_for(url: str, **changes: Any) -> IndexSettings:
     """Quick to notice, and patient with a busy machine: the budget of a test is no user's."""
-    quick: dict[str, Any] = {"budget_s": 2.0, "record_ttl_s": 0.6, "heartbeat_s": 0.05}
+    quick: dict[str, Any] = {"cluster_key": CLUSTER_KEY, "budget_s": 2.0, "record_ttl_s": 0.6, "heartbeat_s": 0.05}
     return IndexSettings(url=url, **(quick | changes))
 
 
