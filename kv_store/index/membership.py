@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from itertools import chain, islice
 
 import msgspec
+from redis.exceptions import RedisError
 
 from kv_store.index.keys import Keyspace
 from kv_store.index.members import MAX_OWNER_BYTES, Life, Member, Owner
@@ -82,7 +83,9 @@ class Membership:
         """Whether `mine`, this process's own life and owner, is there as it was written. Raises like RedisServer.run."""
         wanted = list(islice(self._by_life, MAX_WANTED)) + ([mine[0]] if mine else [])
         (reply,) = await server.run([LIVES.call([self._keys.lives], [MAX_LIVES, MAX_OWNER_BYTES, *wanted])])
-        size, *items = reply if isinstance(reply, list) and reply else (0,)
+        if isinstance(reply, RedisError):
+            raise reply
+        size, *items = reply
         found = dict(items)
         owners: dict[int, Owner] = {}
         strangers: dict[int, Owner] = {}
@@ -115,7 +118,9 @@ class Membership:
             return {}
         keys = [self._keys.record(0, name) for name in names]
         (values,) = await server.run([FETCH.call(keys, [MAX_RECORD_BYTES - 1, 0])])
-        return dict(zip(names, values, strict=False)) if isinstance(values, list) else {}
+        if isinstance(values, RedisError):
+            raise values
+        return dict(zip(names, values, strict=False))
 
     async def _prune(self, server: RedisServer, lives: Iterable[int | bytes]) -> None:
         """Of a hash that somebody fills: a life is written there after its record, so without one it is nobody's."""

