@@ -53,7 +53,7 @@ examples:
 
 The cluster is named by its router's control URL: --cluster, by default http://127.0.0.1:8001. `headrace up` takes a
 free control port unless it is told one: headrace up --set router.control_port=8001
-HEADRACE_CLUSTER_KEY, if set, is shown to the router. HEADRACE_CACHE_SALT stands in for --salt.
+HEADRACE_CLUSTER_KEY, if set, is shown to the router, and tells nodes from strangers in the index. HEADRACE_CACHE_SALT stands in for --salt.
 exit code: 0 every node has answered, 1 some have not, 2 the command line is at fault
 """
 

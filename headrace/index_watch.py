@@ -2,6 +2,7 @@
 
 import argparse
 import asyncio
+import os
 import time
 from collections.abc import Callable
 
@@ -19,7 +20,9 @@ RETRY_S = 1.0
 def run(options: argparse.Namespace, say: Callable[[str], None]) -> int:
     """Until interrupted, or for `options.count` changes. Raises ConfigError for a URL that is none, NodeLost where the server
     does not answer at first; later outages are told and waited for."""
-    settings = IndexSettings(url=options.redis, namespace=options.namespace)
+    settings = IndexSettings(
+        url=options.redis, namespace=options.namespace, cluster_key=os.environ.get("HEADRACE_CLUSTER_KEY")
+    )
     return asyncio.run(_follow(settings, options, say))
 
 

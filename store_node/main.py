@@ -55,7 +55,7 @@ async def _serve(config: NodeConfig, incarnation: Incarnation, plan: EnginePlan,
     info = describe_worker(config, "store", incarnation, url, plan.served(slab.num_blocks), wires.transports.kinds)
     shell = NodeShell(config, info, life, registry)
     events = KVEventLog(incarnation)
-    log, index = TierLog(events.stored, events.removed), open_index(config.store, info, store)
+    log, index = TierLog(events.stored, events.removed), open_index(config, info, store)
     log.stored(store.snapshot())
     async with AsyncExitStack() as stack:
         stack.push_async_callback(store.close)

@@ -3,27 +3,26 @@
 from collections.abc import Callable
 
 from kv_store.index.index import RedisIndex
-from kv_store.index.members import Owner
+from kv_store.index.members import owner_of
 from kv_store.index.settings import IndexSettings
 from kv_store.store import KVStore
-from protocol.ids import Incarnation
+from protocol.ids import Incarnation, WorkerId
 from protocol.transfer import KVSource
 from protocol.workers import WorkerInfo
-from runtime.node_config import StoreOptions
+from runtime.node_config import NodeConfig, StoreOptions
 
 
-def open_index(options: StoreOptions, info: WorkerInfo, store: KVStore) -> RedisIndex | None:
+def open_index(config: NodeConfig, info: WorkerInfo, store: KVStore) -> RedisIndex | None:
     """Not entered yet; None where no index is wanted. Raises ConfigError."""
-    settings = IndexSettings.of(options)
+    settings = IndexSettings.of(config.store, config.cluster_key)
     if settings is None:
         return None
-    owner = Owner(
-        worker_id=info.worker_id,
-        incarnation=info.incarnation,
-        role=info.role,
-        control_url=info.control_url,
-        fingerprint=info.layout.fingerprint,
-        block_size=info.layout.block_size,
+    owner = owner_of(
+        WorkerId(info.worker_id),
+        Incarnation(info.incarnation),
+        info.role,
+        info.control_url,
+        info.layout,
         capacity_blocks=sum(tier.capacity for tier in store.stats().tiers),
     )
     return RedisIndex(settings, owner, store.snapshot)

@@ -137,7 +137,7 @@ class NodeStore:
         owner = StoreOwner(self.store)
         wires = open_store_wires(config, Incarnation(info.incarnation), info.control_url, slab, owner)
         self._served = ServedStore(config, info, wires, owner, client, transfers, STORE_PREFIX)
-        self._index = open_index(config.store, info, self.store)
+        self._index = open_index(config, info, self.store)
         self._search = SourceSearch(self._index or NobodyElse(), WorkerId(info.worker_id))
         self._arrivals = Arrivals(self.store, info.layout.identity, info.layout.block_size, engine.num_held)
         self._offers = Offers(self.store, engine)

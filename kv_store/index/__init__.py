@@ -7,6 +7,7 @@ state              what the index tells about itself
 embedded           a server of our own, where the user names none (embedded_child: the process that becomes it)
 members            owners, and members: owners that are alive
 keys, places       the data model: names of keys, packed entries
+seal               which owners are our cluster's own
 events             what an owner's stream says
 scripts            Lua: every write, fenced; every read that could be large, capped
 server             commands to replies: standalone, cluster, TLS

@@ -18,7 +18,8 @@ from kv_store.index.keys import NUM_SHARDS, Keyspace
 from kv_store.index.members import Member
 from kv_store.index.membership import Membership
 from kv_store.index.scripts import EVENTS
-from kv_store.index.server import RedisServer
+from kv_store.index.seal import Seal
+from kv_store.index.server import UNREACHABLE, OddServer, RedisServer, cause_of
 from kv_store.index.settings import IndexSettings
 from kv_store.index.state import IndexCounters
 from protocol.block_hash import HASH_BYTES
@@ -54,7 +55,8 @@ class Follower:
         self._server = RedisServer(settings)
         self._poll_every_s = poll_every_s
         self._counters = IndexCounters()
-        self._membership = Membership(self._keys, MonotonicClock(), self._counters)
+        seal = Seal(settings.cluster_key, settings.namespace)
+        self._membership = Membership(self._keys, seal, MonotonicClock(), self._counters)
         self._followed: dict[int, _Followed] = {}
 
     async def __aenter__(self) -> Self:
@@ -78,6 +80,14 @@ class Follower:
 
     async def poll(self) -> list[Change]:
         """What has happened since the last time. Raises like `changes`."""
+        try:
+            return await self._poll()
+        except UNREACHABLE:
+            raise
+        except (TypeError, ValueError, LookupError, AttributeError) as error:
+            raise OddServer(f"it answers what no server would: {cause_of(error)}") from error
+
+    async def _poll(self) -> list[Change]:
         await self._membership.refresh(self._server)
         present = self._membership.by_life
         changes = [

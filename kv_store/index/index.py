@@ -21,7 +21,8 @@ from kv_store.index.membership import Membership
 from kv_store.index.news import News
 from kv_store.index.publisher import Publisher
 from kv_store.index.reader import EntryReader
-from kv_store.index.server import UNREACHABLE, RedisServer
+from kv_store.index.seal import Seal
+from kv_store.index.server import UNREACHABLE, RedisServer, cause_of
 from kv_store.index.settings import IndexSettings
 from kv_store.index.state import IndexCounters, IndexState
 from kv_store.tiers import StoredBlock
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 MAX_CHUNKS = 4096
 PROBE_EVERY_S = 0.1
 NUM_PROBES = 3
+PATIENCE = 8
+"""Times the reply timeout, after which a probe is given up: more than any answer takes, a failure included."""
 
 
 class RedisIndex:
@@ -49,18 +52,30 @@ class RedisIndex:
     ) -> None:
         clock = clock or MonotonicClock()
         keys = Keyspace(settings.namespace)
+        seal = self._seal = Seal(settings.cluster_key, settings.namespace)
         self._settings = settings
         self._owner = owner
         self._counters = IndexCounters()
+        self._trouble = ""
         self._news = News(settings.max_queued)
-        self._membership = Membership(keys, clock, self._counters)
+        self._membership = Membership(keys, seal, clock, self._counters)
         self._breaker = Breaker(clock)
         self._reading = RedisServer(settings)
         self._reader = EntryReader(self._reading, keys, clock)
         book = ChunkBook(owner.chunk_blocks, owner.block_size)
-        self._publisher = Publisher(keys, owner, book, self._counters, settings.record_ttl_s)
+        self._publisher = Publisher(keys, owner, seal, book, self._counters, settings.record_ttl_s)
         self._keeper = Keeper(
-            settings, keys, owner, self._publisher, self._membership, book, self._news, snapshot, self._counters, clock
+            settings,
+            keys,
+            owner,
+            seal,
+            self._publisher,
+            self._membership,
+            book,
+            self._news,
+            snapshot,
+            self._counters,
+            clock,
         )
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -110,8 +125,9 @@ class RedisIndex:
                 self._missed(attempt)
                 return ()
             values = answer.result()
-        except UNREACHABLE:
+        except UNREACHABLE as error:
             counters.errors += 1
+            self._trouble = cause_of(error)
             self._breaker.failed(attempt)
             return ()
         finally:
@@ -133,6 +149,11 @@ class RedisIndex:
         """Those that were alive at the last look, this process included, by name."""
         return self._membership.members()
 
+    @property
+    def owner(self) -> Owner:
+        """What this process says of itself."""
+        return self._owner
+
     def state(self) -> IndexState:
         return IndexState(
             url=self._settings.shown_url,
@@ -144,8 +165,19 @@ class RedisIndex:
             entries=self._publisher.num_entries,
             members=len(self._membership.by_life),
             dead_owners=self._membership.num_dead,
+            strangers=self._membership.num_strangers,
+            why=self._why(),
             counters=replace(self._counters),
         )
+
+    def _why(self) -> str:
+        if self._breaker.state != "closed":
+            return f"not asked: {self._trouble}"
+        if self._keeper.trouble:
+            return f"nothing can be published: {self._keeper.trouble}"
+        if strangers := self._membership.num_strangers:
+            return f"{strangers} owners are not believed: {self._seal.stranger}"
+        return ""
 
     def _missed(self, attempt: Attempt) -> None:
         """The budget of a request is over. It is the server's miss if it has had as much time and has not answered, which may
@@ -165,6 +197,7 @@ class RedisIndex:
     def _blame(self, attempt: Attempt, slow: bool) -> None:
         if slow:
             self._counters.slow_server += 1
+            self._trouble = self._too_slow
             self._breaker.failed(attempt)
         else:
             self._counters.late_loop += 1
@@ -186,15 +219,22 @@ class RedisIndex:
     async def _answers(self) -> bool:
         """Whether a lookup would be answered within the budget, the connection once open and the loop's lateness apart."""
         budget_s = self._settings.budget_s
+        self._trouble = self._too_slow
         for _ in range(1 + NUM_PROBES):
             answer = self._reader.read([bytes(16)])
             try:
-                slow = False
-                if not await in_time(answer, budget_s) and (flight := self._reader.flight) is not None:
-                    slow = await flight.was_slow(budget_s)
-                await answer
-            except UNREACHABLE:
+                async with asyncio.timeout(PATIENCE * self._settings.reply_timeout_s):
+                    slow = False
+                    if not await in_time(answer, budget_s) and (flight := self._reader.flight) is not None:
+                        slow = await flight.was_slow(budget_s)
+                    await answer
+            except UNREACHABLE as error:
+                self._trouble = cause_of(error)
                 return False
             if not slow:
                 return True
         return False
+
+    @property
+    def _too_slow(self) -> str:
+        return f"no answer within the budget of {1000 * self._settings.budget_s:g} ms"

@@ -19,7 +19,8 @@ from kv_store.index.members import Owner
 from kv_store.index.membership import Membership
 from kv_store.index.news import News
 from kv_store.index.publisher import Publisher
-from kv_store.index.server import UNREACHABLE, RedisServer
+from kv_store.index.seal import Seal
+from kv_store.index.server import UNREACHABLE, RedisServer, cause_of
 from kv_store.index.settings import IndexSettings
 from kv_store.index.state import IndexCounters
 from kv_store.index.sweeper import Sweeper
@@ -35,6 +36,10 @@ BETWEEN_SLICES_S = 0.001
 """While there is more to do than fits into one round: leaves the server to its readers. A round is some milliseconds of work for
 this process, and for the server scripts of a fraction of a millisecond, between which it serves others."""
 
+SWEEP_EVERY_S = 0.01
+SWEEP_WHILE_BUSY_S = 0.1
+"""How often a slice is swept, and how often where there is news to publish: that goes first, however much is dead."""
+
 AFTER_REFUSAL_S = 5.0
 SOONEST_REFRESH_S = 0.1
 
@@ -47,6 +52,7 @@ class Keeper:
         settings: IndexSettings,
         keys: Keyspace,
         owner: Owner,
+        seal: Seal,
         publisher: Publisher,
         membership: Membership,
         book: ChunkBook,
@@ -57,6 +63,7 @@ class Keeper:
     ) -> None:
         self._settings = settings
         self._server = RedisServer(settings)
+        self._seal = seal
         self._publisher = publisher
         self._membership = membership
         self._book = book
@@ -70,16 +77,27 @@ class Keeper:
         self._run_id: str | None = None
         self._resync = True
         self._away = False
+        self._trouble = ""
+        self._told: set[str] = set()
+        self._strangers_told = False
         self._beat_at = clock.now()
         self._refreshed_at = clock.now()
         self._drift_at = clock.now() + settings.drift_check_s
         self._publish_at = clock.now()
+        self._sweep_at = clock.now()
         self._behind_since: float | None = None
 
     @property
     def lag_s(self) -> float:
         """The age of the oldest news that is not in the index; 0 if there is none."""
         return 0.0 if self._behind_since is None else self._clock.now() - self._behind_since
+
+    @property
+    def trouble(self) -> str:
+        """Why nothing is published at present; "" where something is."""
+        if self._trouble or self._publisher.life is not None:
+            return self._trouble
+        return "another process has this worker's id" if self._publisher.fenced else "not registered yet"
 
     def refresh_soon(self) -> None:
         """Somebody met an owner that is not known."""
@@ -88,18 +106,21 @@ class Keeper:
             self._news.wake()
 
     async def run(self) -> None:
+        """Until cancelled. Nothing that the server answers ends it."""
         while True:
             busy = False
             attempt = self._breaker.admit() or self._breaker.probe()
             if attempt is not None:
                 try:
                     busy = await self._round()
-                except UNREACHABLE as error:
+                except Exception as error:  # noqa: BLE001 - a reply is untrusted: whoever wrote it may break any step with it
                     self._breaker.failed(attempt)
                     self._fail(error)
                 else:
                     self._breaker.succeeded(attempt)
                     self._away = False
+                    self._trouble = ""
+                    self._told.clear()
             self._measure_lag()
             behind = busy and (self._book.num_marked > 0 or not self._sweeper.idle)
             await asyncio.sleep(BETWEEN_SLICES_S if behind else BETWEEN_BATCHES_S)
@@ -107,12 +128,12 @@ class Keeper:
                 await self._news.wait(self._idle_s())
 
     async def leave(self) -> None:
-        """Tell the index that we are gone, if it listens, and close."""
+        """Tell the index that we are gone, if it listens, and close. Never raises because of the server."""
         try:
             if not self._away:
                 await self._publisher.leave(self._server)
-        except UNREACHABLE as error:
-            log.debug("could not leave the index: %s", error)
+        except Exception as error:  # noqa: BLE001 - as in `run`; our record expires in a moment anyway
+            log.debug("could not leave the index: %s", cause_of(error))
         finally:
             await self._server.close()
 
@@ -125,11 +146,11 @@ class Keeper:
             self._refreshed_at = self._clock.now()
             self._beat_at = self._refreshed_at + self._settings.heartbeat_s
             await self._publisher.beat(self._server)
-            await self._membership.refresh(self._server)
-            if self._publisher.life is not None and self._membership.owner(self._publisher.life) is None:
-                self._publisher.retire()  # somebody has deleted who we are
+            if not await self._membership.refresh(self._server, self._publisher.entry):
+                self._publisher.retire()  # somebody has deleted or changed who we are
+            self._tell_strangers()
         published = await self._publish()
-        return await self._sweep() or published
+        return await self._sweep(published) or published
 
     async def _meet(self) -> None:
         """A server that answers after silence may be another one."""
@@ -179,24 +200,38 @@ class Keeper:
             log.warning("the index server refuses what is published: %s", error)
             return False
 
-    async def _sweep(self) -> bool:
+    async def _sweep(self, busy: bool) -> bool:
+        if busy and self._clock.now() < self._sweep_at + SWEEP_WHILE_BUSY_S:
+            return False
         dead = self._membership.dead_for(self._settings.record_ttl_s)
         if not dead and self._sweeper.idle:
             return False
+        await asyncio.sleep(self._sweep_at - self._clock.now())
+        self._sweep_at = self._clock.now() + SWEEP_EVERY_S
         life = await self._sweeper.step(self._server, dead)
         if life is not None:
             self._membership.swept(life)
         return not self._sweeper.idle
 
-    def _fail(self, error: BaseException) -> None:
-        if not self._away:
-            self._away = True
-            self._counters.outages += 1
+    def _fail(self, error: Exception) -> None:
+        self._counters.outages += not self._away
+        self._away = True
+        self._trouble = cause_of(error)
+        kind = type(error).__name__
+        if kind not in self._told:
+            self._told.add(kind)
             log.warning(
                 "the index is out of reach; going on with what this node has: %s",
-                str(error) or type(error).__name__,
+                self._trouble,
                 extra={"server": self._settings.shown_url},
+                exc_info=None if isinstance(error, UNREACHABLE) else error,
             )
+
+    def _tell_strangers(self) -> None:
+        count = self._membership.num_strangers
+        if count and not self._strangers_told:
+            log.warning("%d owners in the index are not believed: %s", count, self._seal.stranger)
+        self._strangers_told = count > 0
 
     def _measure_lag(self) -> None:
         if not self._book.num_marked and not self._news.num_queued:

@@ -18,6 +18,8 @@ MemberRole = Literal["prefill", "decode", "store"]
 MAX_LIFE = (1 << 32) - 1
 MAX_BUCKETS = 1 << 14
 MAX_OWNER_BYTES = 2048
+"""With its seal."""
+
 MIN_CHUNK_TOKENS = 256
 
 Life = Annotated[int, msgspec.Meta(ge=1, le=MAX_LIFE)]

@@ -24,6 +24,7 @@ from kv_store.index.members import Owner
 from kv_store.index.membership import MAX_RECORD_BYTES, RECORD, fence, record
 from kv_store.index.places import Chunk, pack
 from kv_store.index.scripts import ALLOT, ANNOUNCE, BEAT, FENCE_OFF, PUBLISH, SUPERSEDED, WRITTEN
+from kv_store.index.seal import Seal
 from kv_store.index.server import Command, RedisServer, Reply
 from kv_store.index.state import IndexCounters
 
@@ -44,9 +45,16 @@ class Publisher:
     refuses a command; what was not written stays marked."""
 
     def __init__(
-        self, keys: Keyspace, owner: Owner, book: ChunkBook, counters: IndexCounters, record_ttl_s: float
+        self,
+        keys: Keyspace,
+        owner: Owner,
+        seal: Seal,
+        book: ChunkBook,
+        counters: IndexCounters,
+        record_ttl_s: float,
     ) -> None:
         self._keys = keys
+        self._seal = seal
         self._owner = owner
         self._book = book
         self._counters = counters
@@ -60,6 +68,11 @@ class Publisher:
     def life(self) -> int | None:
         """None while unregistered or superseded."""
         return self._life
+
+    @property
+    def entry(self) -> tuple[int, bytes] | None:
+        """What stands in the hash of lives while we are registered."""
+        return None if self._life is None else (self._life, self._seal.close(self._life, self._owner))
 
     @property
     def fenced(self) -> bool:
@@ -87,13 +100,11 @@ class Publisher:
         self._life = None
         self._book.mark(self._published)
         self._published.clear()
-        (life,) = await _run(
-            server, [ALLOT.call([self._keys.life, self._keys.lives], [msgspec.msgpack.encode(self._owner)])]
-        )
+        (life,) = await _run(server, [ALLOT.call([self._keys.life, self._keys.lives], [])])
         text = record(life, self._owner.incarnation, self._book.num_blocks)
-        for shards in (range(1, NUM_SHARDS), range(1)):  # the one that makes us a member comes last
-            keys = [self._keys.record(shard, self._owner.worker_id) for shard in shards]
-            await _run(server, [("SET", key, text, "PX", self._ttl_ms) for key in keys])
+        keys = [self._keys.record(shard, self._owner.worker_id) for shard in range(NUM_SHARDS)]
+        await _run(server, [("SET", key, text, "PX", self._ttl_ms) for key in keys])
+        await _run(server, [("HSET", self._keys.lives, life, self._seal.close(life, self._owner))])  # now a member
         self._life, self._next_event, self._fenced = life, 0, False
         self._counters.registrations += 1
         await self._announce(server, IndexEvent(number=self._take_number(), cleared=True))

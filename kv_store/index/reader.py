@@ -5,6 +5,7 @@ in the next round trip, a Flight. So a request that gives up waiting breaks no c
 """
 
 import asyncio
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,8 +15,10 @@ from kv_store.index.flight import Flight
 from kv_store.index.keys import Keyspace, shard_of
 from kv_store.index.places import MAX_VALUE_BYTES
 from kv_store.index.scripts import FETCH
-from kv_store.index.server import UNREACHABLE, Command, RedisServer, Reply
+from kv_store.index.server import UNREACHABLE, Command, OddServer, RedisServer, Reply, cause_of
 from runtime.clock import Clock
+
+log = logging.getLogger(__name__)
 
 MAX_BATCH = 64
 
@@ -36,6 +39,7 @@ class EntryReader:
         self._flight: Flight | None = None
         self._questions: list[_Question] = []
         self._asked = asyncio.Event()
+        self._last_odd = ""
 
     @property
     def flight(self) -> Flight | None:
@@ -51,7 +55,7 @@ class EntryReader:
         return question.answer
 
     async def run(self) -> None:
-        """Serve, until cancelled."""
+        """Serve, until cancelled. Nothing that the server answers ends it."""
         try:
             while True:
                 await self._asked.wait()
@@ -60,10 +64,20 @@ class EntryReader:
                 if not self._questions:
                     self._asked.clear()
                 if questions:
-                    await self._serve(questions)
+                    await self._serve_or_fail(questions)
         finally:
             for question in self._questions:
                 question.answer.cancel()
+
+    async def _serve_or_fail(self, questions: Sequence[_Question]) -> None:
+        try:
+            await self._serve(questions)
+        except Exception as error:  # a reply is untrusted: whoever wrote it may break any step with it
+            cause = cause_of(error)
+            if cause != self._last_odd and not isinstance(error, UNREACHABLE):
+                log.warning("the index server answers what no server would", exc_info=error)
+            self._last_odd = cause
+            _fail(questions, error if isinstance(error, UNREACHABLE) else OddServer(cause))
 
     async def _serve(self, questions: Sequence[_Question]) -> None:
         commands: list[Command] = []
@@ -75,11 +89,6 @@ class EntryReader:
         try:
             with Flight(self._clock) as self._flight:
                 replies = iter(await self._server.run(commands, self._flight.opened))
-        except UNREACHABLE as error:
-            for question in questions:
-                if not question.answer.done():
-                    question.answer.set_exception(error)
-            return
         finally:
             self._flight = None
         for question, share in zip(questions, shares, strict=True):
@@ -105,6 +114,12 @@ class EntryReader:
         return FETCH.call(keys, [MAX_VALUE_BYTES, int(alone)])
 
 
+def _fail(questions: Sequence[_Question], error: BaseException) -> None:
+    for question in questions:
+        if not question.answer.done():
+            question.answer.set_exception(error)
+
+
 def _assemble(
     num_addresses: int, parts: Sequence[tuple[Sequence[int], Reply]]
 ) -> tuple[list[bytes], RedisError | None]:
@@ -113,5 +128,7 @@ def _assemble(
         if isinstance(reply, RedisError):
             return [], reply
         for index, value in zip(indices, reply, strict=False):
+            if not isinstance(value, bytes):
+                raise OddServer("an entry that is no text")
             values[index] = value
     return values, None

@@ -76,11 +76,10 @@ local life = now
 if last >= now and last < 4294967295 then life = last + 1 end
 while redis.call('HEXISTS', KEYS[2], string.format('%.0f', life)) == 1 do life = life + 1 end
 redis.call('SET', KEYS[1], string.format('%.0f', life))
-redis.call('HSET', KEYS[2], string.format('%.0f', life), ARGV[1])
 return life
 """
 )
-"""KEYS: last life, hash of lives. ARGV: Owner. Returns the new life: higher than all before and, by way of the server's
+"""KEYS: last life, hash of lives. Returns the new life, which is not in the hash yet: higher than all before and, by way of the server's
 clock, than those that a server gave out before it lost its data."""
 
 BEAT = Script(
@@ -157,14 +156,17 @@ return found
 
 LIVES = Script(
     """
-local found = {}
 local size = redis.pcall('HLEN', KEYS[1])
-if type(size) ~= 'number' then return found end
+if type(size) ~= 'number' then return {0} end
+local found = {size}
 local fields = size <= tonumber(ARGV[1]) and redis.call('HKEYS', KEYS[1])
   or redis.call('HRANDFIELD', KEYS[1], ARGV[1])
+if size > tonumber(ARGV[1]) then
+  for i = 3, #ARGV do fields[#fields + 1] = ARGV[i] end
+end
 for _, field in ipairs(fields) do
   local length = redis.call('HSTRLEN', KEYS[1], field)
-  if #field > 10 or length > tonumber(ARGV[2]) then
+  if #field > 10 or length == 0 or length > tonumber(ARGV[2]) then
     redis.call('HDEL', KEYS[1], field)
   else
     found[#found + 1] = {field, redis.call('HGET', KEYS[1], field)}
@@ -173,7 +175,8 @@ end
 return found
 """
 )
-"""KEYS: hash of lives. ARGV: most lives, most bytes of an Owner. Returns {life, Owner}; what cannot be one is deleted."""
+"""KEYS: hash of lives. ARGV: most lives, most bytes of an Owner, lives that are wanted in any case. Returns how many there are, then
+{life, Owner} of all, or of a sample where there are more than that many; what cannot be one is deleted."""
 
 BUCKET = Script(
     """

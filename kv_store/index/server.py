@@ -23,8 +23,14 @@ Reply = Any
 """bytes, int, None, a list of replies, or the RedisError that a single command was answered with. Untrusted."""
 
 UNREACHABLE = (RedisError, OSError, TimeoutError, EOFError)
-"""What `run` raises when the server does not answer."""
+"""What `run` raises when the server does not answer, or not as servers do."""
 
+
+class OddServer(RedisError):
+    """What the server is, or says, is not what the driver or we can use."""
+
+
+MAX_CAUSE_CHARS = 200
 OLDEST_REDIS = 7
 OLDEST_VALKEY = 8
 
@@ -56,8 +62,10 @@ class RedisServer:
                 if on_open is not None:
                     on_open()
                 return await pipeline.execute(raise_on_error=False)
-        except BaseException:
+        except BaseException as error:
             await self.close()
+            if isinstance(error, Exception) and not isinstance(error, UNREACHABLE):
+                raise OddServer(cause_of(error)) from error  # the driver has many errors of no common kind
             raise
         finally:
             _mind_cancellation()
@@ -86,8 +94,13 @@ class RedisServer:
 
     async def close(self) -> None:
         client, self._client = self._client, None
-        if client is not None:
-            await client.aclose()
+        if client is None:
+            return
+        try:
+            async with asyncio.timeout(self._settings.reply_timeout_s):
+                await client.aclose()
+        except Exception as error:  # noqa: BLE001 - whatever it is, the connection is given up
+            log.debug("closing a connection to the index server: %s", cause_of(error))
 
     async def _open(self) -> Redis | RedisCluster:
         settings = self._settings
@@ -108,6 +121,13 @@ class RedisServer:
             await client.aclose()
         self._client = RedisCluster.from_url(settings.driver_url, retry=Retry(NoBackoff(), 1), **options)
         return self._client
+
+
+def cause_of(error: BaseException) -> str:
+    """One short line. Some of it may be the server's own words."""
+    text = " ".join(str(error).split())[:MAX_CAUSE_CHARS]
+    text = "".join(char if char.isprintable() else "?" for char in text)
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _mind_cancellation() -> None:

@@ -15,7 +15,7 @@ class IndexCounters:
     `published`, `withdrawn`: entries written. `crowded`: not written, because others fill the entry. `fenced`: writes refused
     because another process has this worker's id. `refused`: batches that the server would not take (its memory is full, say). `drift`: sampled entries that were not as they should be, and were mended.
     `garbage`: values of others that could not be read. `swept`: places of dead owners taken out. `overflows`: times that news
-    was dropped.
+    was dropped. `pruned`: lives of nobody that were deleted, because there were too many.
     """
 
     lookups: int = 0
@@ -39,12 +39,15 @@ class IndexCounters:
     garbage: int = 0
     swept: int = 0
     outages: int = 0
+    pruned: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexState:
     """A moment. `lag_s`: the age of the oldest news that is not published. `queued`: blocks whose news waits. `entries`: of
-    this process in the index. `registered` False: nothing can be published at present. `dead_owners`: not yet swept."""
+    this process in the index. `registered` False: nothing can be published at present. `dead_owners`: not yet swept.
+    `strangers`: owners that are not believed, at the last look. `why`: why the index is not used, or not all of it, in one line; "" if
+    it is."""
 
     url: str
     breaker: BreakerState
@@ -55,4 +58,6 @@ class IndexState:
     entries: int
     members: int
     dead_owners: int
+    strangers: int = 0
+    why: str = ""
     counters: IndexCounters = field(default_factory=IndexCounters)

@@ -5,6 +5,7 @@ shard, so that nothing comes back behind the sweep; then its buckets say which e
 that a sweep that breaks off is done again.
 """
 
+import random
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from kv_store.index.state import IndexCounters
 BUCKETS_AT_ONCE = 16
 SWEPT_AT_ONCE = 64
 CLAIM_MS = 10_000
+CLAIMS_AT_ONCE = 4
 
 
 @dataclass(slots=True)
@@ -48,8 +50,8 @@ class Sweeper:
         """One slice of work, of a few milliseconds at most. Returns the life that is done with, if one is. Raises like
         RedisServer.run; the sweep then goes on with the next step."""
         if self._sweep is None:
-            for life, owner in dead.items():
-                if await self._begin(server, life, owner):
+            for life in random.sample(list(dead), min(CLAIMS_AT_ONCE, len(dead))):  # others begin elsewhere
+                if await self._begin(server, life, dead[life]):
                     break
             return None
         sweep = self._sweep

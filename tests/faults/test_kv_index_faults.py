@@ -4,7 +4,6 @@ when the server is back so is everything that is held."""
 import asyncio
 import os
 import random
-import struct
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +15,13 @@ import pytest
 from kv_store.index.embedded import EmbeddedServer
 from kv_store.index.follower import Follower
 from kv_store.index.index import RedisIndex
-from kv_store.index.keys import NUM_SHARDS, Keyspace
-from kv_store.index.membership import record
+from kv_store.index.keys import Keyspace
 from kv_store.index.server import Command, RedisServer, Reply
 from runtime.child_python import child_python
 from tests.support.index_servers import (
     IndexServer,
     addresses_of,
+    finds,
     index_server,
     owner_named,
     settings_for,
@@ -45,13 +44,6 @@ def short_folder() -> Iterator[Path]:
     """pytest's own would be too long for the name of a socket."""
     with tempfile.TemporaryDirectory(prefix="hr-") as folder:
         yield Path(folder)
-
-
-async def finds(reader: RedisIndex, chain: Sequence[bytes], num_blocks: int) -> None:
-    deadline = time.monotonic() + 20
-    while sum(source.num_blocks for source in await reader.find(chain)) != num_blocks:  # type: ignore[arg-type]
-        assert time.monotonic() < deadline, f"{num_blocks} blocks are not found: {reader.state()}"
-        await asyncio.sleep(0.01)
 
 
 async def test_a_server_that_comes_back_empty_is_filled_again(server: IndexServer) -> None:
@@ -162,7 +154,7 @@ async def test_data_that_is_deleted_under_way_comes_back(server: IndexServer) ->
 
 @pytest.mark.parametrize("step", range(8))
 async def test_a_server_killed_at_any_step_of_publishing(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The steps: inspect, allot, records, own record, announce, beat, members, records, entries, event."""
+    """The steps: inspect, allot, records, life, announce, beat, members, records, entries, event."""
     chain = addresses_of(16)
     with index_server("valkey") as server:
         settings = settings_for(server.url)
@@ -183,7 +175,7 @@ def kill_at_step(monkeypatch: pytest.MonkeyPatch, server: IndexServer, step: int
     ) -> list[Reply]:
         if next(steps, None) == step:
             if step % 2:
-                await run(self, commands)
+                await run(self, commands, on_open)
             server.kill()
             server.start()
         return await run(self, commands, on_open)
@@ -231,58 +223,6 @@ async def test_a_follower_survives_any_event(event: bytes) -> None:
             client.xadd(server.keys("*:e:*")[0], {"e": event})
             (change,) = await follower.poll()
             assert (change.kind, len(change.stored)) == ("resynced", 2)
-
-
-class Forger:
-    """Writes to the index what no owner would."""
-
-    def __init__(self, server: IndexServer, chain: Sequence[bytes]) -> None:
-        self._server = server
-        self._chain = chain
-
-    def entry(self, life: int, count: int = 1) -> None:
-        place = struct.pack("<IBIHQII", life, 1, 0, 4, 1, 256, 1)
-        with self._server.client() as client:
-            for address in self._chain[3::4]:
-                client.set(KEYS.entry(address), b"\x01" + place * count)
-
-    def member(self, life: int, text: bytes, worker: str, incarnation: str) -> None:
-        with self._server.client() as client:
-            client.hset(KEYS.lives, str(life), text)
-            for shard in range(NUM_SHARDS):
-                client.set(KEYS.record(shard, worker), record(life, incarnation, 0), px=5000)
-
-
-async def test_forged_entries_and_members_are_left_out_or_no_more_than_hints() -> None:
-    chain = addresses_of(8)
-    with index_server("valkey") as server:
-        forger = Forger(server, chain)
-        async with RedisIndex(settings_for(server.url), owner_named("b"), lambda: []) as b:
-            await until(lambda: b.state().registered)
-            forger.entry(life=77)  # of nobody
-            assert await b.find(chain) == ()
-            owner = msgspec.structs.asdict(owner_named("x"))
-            for index, wrong in enumerate(
-                [
-                    {"control_url": "file:///etc/passwd"},
-                    {"control_url": "http://user:pass@host"},
-                    {"worker_id": "a b\nc"},
-                    {"num_buckets": 1 << 30},
-                    {"fingerprint": "short"},
-                    {"capacity_blocks": -1},
-                ]
-            ):
-                forger.member(100 + index, msgspec.msgpack.encode(owner | wrong), "x", "life-of-x")
-                forger.entry(life=100 + index)
-            forger.member(200, msgspec.msgpack.encode(owner | {"fingerprint": "f" * 32}), "x", "life-of-x")
-            forger.entry(life=200)  # of another layout
-            await until(lambda: len(b.members()) == 2)
-            assert await b.find(chain) == ()
-            assert b.state().counters.garbage
-            forger.member(201, msgspec.msgpack.encode(owner), "x", "life-of-x")
-            forger.entry(life=201, count=3)  # well-formed, and a lie: what it costs is a question to x
-            await until(lambda: any(member.life == 201 for member in b.members()))
-            assert [source.num_blocks for source in await b.find(chain)] == [8]
 
 
 async def test_a_server_that_is_full_refuses_entries_and_nobody_is_lost() -> None:

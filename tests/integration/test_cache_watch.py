@@ -9,6 +9,7 @@ from headrace.cli import main
 from kv_store.index.index import RedisIndex
 from tests.support.index_servers import (
     CHUNK_BLOCKS,
+    CLUSTER_KEY,
     addresses_of,
     index_server,
     owner_named,
@@ -18,7 +19,10 @@ from tests.support.index_servers import (
 )
 
 
-async def test_changes_are_told_as_they_come(capsys: pytest.CaptureFixture[str]) -> None:
+async def test_changes_are_told_as_they_come(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HEADRACE_CLUSTER_KEY", CLUSTER_KEY)
     blocks = stored_blocks(addresses_of(2 * CHUNK_BLOCKS))
     with index_server("valkey") as server:
         watch = ["cache", "watch", "--events", "--redis", server.url, "--interval", "0.1", "--count", "3"]

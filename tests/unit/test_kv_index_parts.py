@@ -1,7 +1,6 @@
 """The parts of the index that need no server."""
 
 import asyncio
-import logging
 import random
 import socket
 import threading
@@ -20,13 +19,10 @@ from kv_store.index.lookup import choose_sources
 from kv_store.index.members import Member, num_buckets_for
 from kv_store.index.news import News
 from kv_store.index.places import MAX_PLACES, PLACE_BYTES, Chunk, checksum_of, lives, pack, unpack
-from kv_store.index.settings import IndexSettings
 from kv_store.tiers import StoredBlock, Tier
-from protocol.errors import ConfigError
 from protocol.ids import BlockHash, Incarnation, WorkerId
 from protocol.kv_blocks import CachedBlock
 from runtime.clock import ManualClock
-from runtime.node_config import StoreOptions
 
 CHUNK = Chunk("host", 7, 16, 0x1122334455667788, 256)
 
@@ -306,35 +302,6 @@ class TestLookup:
 
     def test_a_place_named_twice_counts_once(self) -> None:
         assert self.find(entry(1, 1)) == [("a", 16)]
-
-
-class TestSettings:
-    @pytest.mark.parametrize(
-        "url", ["unix:///a.sock", "redis://h", "rediss://u:p@h:1/2?ssl_ca_certs=x", "redis+cluster://h:7000"]
-    )
-    def test_forms_of_a_url(self, url: str) -> None:
-        found = IndexSettings.of(StoreOptions(redis=url, namespace="n", redis_budget_s=0.5))
-        assert found is not None
-        assert (found.url, found.namespace, found.budget_s) == (url, "n", 0.5)
-        assert "+" not in found.driver_url
-
-    @pytest.mark.parametrize(
-        "url", ["", "http://h", "redis://", "unix://", "redis://:hush@h:x", "redis://u:hush/hush@h"]
-    )
-    def test_a_wrong_url_is_refused_without_showing_its_password(self, url: str) -> None:
-        with pytest.raises(ConfigError, match=r"store\.redis") as error:
-            IndexSettings(url=url)
-        assert "hush" not in error.value.message
-
-    def test_secrets_are_not_shown(self, caplog: pytest.LogCaptureFixture) -> None:
-        found = IndexSettings(url="rediss://user:hush@host:1/2?ssl_keyfile=private")
-        with caplog.at_level(logging.INFO):
-            logging.getLogger("test").info("%s %s", found, found.shown_url)
-        assert "hush" not in caplog.text
-        assert found.shown_url == "rediss://host:1/2"
-
-    def test_no_url_no_index(self) -> None:
-        assert IndexSettings.of(StoreOptions()) is None
 
 
 class TestNews:
