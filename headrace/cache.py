@@ -51,8 +51,8 @@ examples:
   headrace cache watch                                stats that refresh, with rates
   headrace cache watch --events --redis redis://10.0.0.9:6379    what nodes tell the index, as they do
 
-The cluster is named by its router's control URL: --cluster, by default http://127.0.0.1:8001. `headrace up` takes a
-free control port unless it is told one: headrace up --set router.control_port=8001
+The cluster is named by its router's control URL: --cluster, by default http://127.0.0.1:8001. `headrace up` prints it; where
+that port is taken it has another, unless it is told one: headrace up --set router.control_port=8002
 HEADRACE_CLUSTER_KEY, if set, is shown to the router, and tells nodes from strangers in the index. HEADRACE_CACHE_SALT stands in for --salt.
 exit code: 0 every node has answered, 1 some have not, 2 the command line is at fault
 """
@@ -241,7 +241,7 @@ async def _call(cluster_url: str, what: str, message: object, reply_type: type[T
         except NodeLost as error:
             raise NodeLost(
                 f"{error.message}. Is {cluster_url} the control URL of a router? --cluster names it; "
-                "`headrace up` takes a free port unless it is told one (--set router.control_port=8001)"
+                "`headrace up` prints its own when it is up"
             ) from error
         except Unauthorized as error:
             raise Unauthorized(f"{cluster_url} wants the cluster's key: set HEADRACE_CLUSTER_KEY") from error

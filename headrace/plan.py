@@ -44,6 +44,7 @@ class UpOptions:
     disk: Path | None = None
     host: str = "127.0.0.1"
     port: int = 8000
+    control_port: int = 0
     transport: str = "nixl"
     dtype: str | None = None
     quantization: str | None = None
@@ -169,7 +170,7 @@ def _by_group(settings: Mapping[str, object]) -> dict[str, dict[str, object]]:
 
 
 def _router_settings(options: UpOptions) -> dict[str, object]:
-    own = {"host": options.host, "port": options.port, "control_port": 0}
+    own = {"host": options.host, "port": options.port, "control_port": options.control_port}
     return own | given({"model": options.model, "served_name": options.served_name})
 
 

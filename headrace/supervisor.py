@@ -41,7 +41,8 @@ WARNING_LEVELS = ("WARNING", "ERROR", "CRITICAL")
 
 
 class Supervisor:
-    """`on_ready(url)` is called once: all processes are ready for the first time, and clients are served there.
+    """`on_ready(url, control_url)` is called once: all processes are ready for the first time, clients are served at the
+    first, and the cluster is managed at the second.
 
     With `log_dir`, each process's log goes to a file there; without, its warnings go to the view.
     """
@@ -54,7 +55,7 @@ class Supervisor:
         *,
         restart: bool,
         log_dir: Path | None,
-        on_ready: Callable[[str], None],
+        on_ready: Callable[[str, str], None],
     ) -> None:
         self._plan = plan
         self._life = life
@@ -152,7 +153,7 @@ class Supervisor:
         for event in self._ready.values():
             await event.wait()
         if self._life.ready():
-            self._on_ready(self._router_urls["url"])
+            self._on_ready(self._router_urls["url"], self._router_urls["control_url"])
 
     async def _drain(self) -> None:
         """The router first: it admits nothing more, and finishes what runs, for which it needs the nodes."""

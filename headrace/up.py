@@ -20,11 +20,13 @@ from headrace.settings import add_set_flag, parse_settings
 from headrace.status_view import StatusView, make_view
 from headrace.supervisor import Supervisor
 from protocol.errors import ConfigError
+from router.config import RouterConfig
 from runtime.life import Phase, ProcessLife, install_signal_handlers
 from runtime.models.resolve import DEFAULT_MODEL
 from runtime.serving import bind_socket
 
 INTERRUPTED_STATUS = 130
+CONTROL_PORT = RouterConfig().control_port
 
 _EPILOG = """\
 examples:
@@ -56,6 +58,8 @@ or in Python:
   messages = [{{"role": "user", "content": "What is the capital of France?"}}]
   for chunk in client.chat.completions.create(model="{model}", messages=messages, temperature=0, stream=True):
       print(chunk.choices[0].delta.content or "", end="", flush=True)
+
+What is kept where: headrace cache stats --cluster {control_url}
 
 Ctrl-C finishes running requests and ends the cluster.
 """
@@ -157,13 +161,15 @@ async def _up(options: UpOptions) -> int:
         if model is None:
             return INTERRUPTED_STATUS
         name = options.served_name or model.name
-        ready_options = dataclasses.replace(options, model=str(model.folder), served_name=name)
+        ready_options = dataclasses.replace(
+            options, model=str(model.folder), served_name=name, control_port=_control_port()
+        )
         index_url = await _start_index(options, view, stack)
         plan = make_plan(ready_options, available_cores(), os.environ, index_url)
 
-        def on_ready(url: str) -> None:
+        def on_ready(url: str, control_url: str) -> None:
             view.settle()
-            view.say(_hint(url, name, time.monotonic() - started, os.environ))
+            view.say(_hint(url, control_url, name, time.monotonic() - started, os.environ))
 
         supervisor = Supervisor(plan, life, view, restart=options.restart, log_dir=options.log_dir, on_ready=on_ready)
         await supervisor.run()
@@ -271,10 +277,20 @@ def _check_port(options: UpOptions) -> None:
         ) from error
 
 
-def _hint(url: str, model: str, seconds: float, environ: Mapping[str, str]) -> str:
+def _control_port() -> int:
+    """The one that `headrace cache` and `headrace doctor` look at by themselves, if it is free; else any."""
+    try:
+        bind_socket("127.0.0.1", CONTROL_PORT).close()
+    except ConfigError:
+        return 0
+    return CONTROL_PORT
+
+
+def _hint(url: str, control_url: str, model: str, seconds: float, environ: Mapping[str, str]) -> str:
     guarded = bool(environ.get("HEADRACE_API_KEY"))
     text = _HINT.format(
         url=url,
+        control_url=control_url,
         model=model,
         seconds=seconds,
         curl_key=' -H "Authorization: Bearer $HEADRACE_API_KEY"' if guarded else "",

@@ -44,7 +44,7 @@ class Cluster:
         self.ready = asyncio.Event()
         self.plan: ClusterPlan = make_plan(UpOptions(port=0), [0, 1], {})
         self.supervisor = Supervisor(
-            self.plan, self.life, self.view, restart=restart, log_dir=log_dir, on_ready=lambda _: self.ready.set()
+            self.plan, self.life, self.view, restart=restart, log_dir=log_dir, on_ready=lambda *_: self.ready.set()
         )
 
     def behave(self, name: str, behaviour: str) -> None:
