@@ -1,4 +1,5 @@
-"""ChunkBook: which chunks this process holds in full, from what its store says of single blocks. Pure; on one event loop.
+"""ChunkBook: which chunks this process holds in full, from what its store says of single blocks. Pure; for one task, and
+whatever thread it hands it to.
 
 A chunk is `chunk_blocks` consecutive blocks of a chain, aligned at multiples of that, and named by its last block. Several
 chunks may share their first blocks, where chains part within a chunk. Every change of a block marks the chunks that it is

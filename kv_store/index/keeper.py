@@ -166,12 +166,20 @@ class Keeper:
             self._counters.overflows += not self._resync
             self._resync = True
         if self._resync:
-            self._book.replace(await asyncio.to_thread(self._snapshot))
+            await self._start_over()
             self._resync = False
             self._counters.resyncs += 1
         for item in self._news.take():
             self._book.stored(item.stored)
             self._book.removed(item.removed)
+
+    async def _start_over(self) -> None:
+        """Take all that the store holds. That can be seconds' work: on a thread, and we stay alive meanwhile."""
+        working = asyncio.ensure_future(asyncio.to_thread(lambda: self._book.replace(self._snapshot())))
+        while not (await asyncio.wait({working}, timeout=self._settings.heartbeat_s))[0]:
+            if self._publisher.life is not None:
+                await self._publisher.beat(self._server)
+        await working
 
     async def _register(self) -> None:
         """An owner that finds itself fenced off yields to the one that has its name, for as long as that one lives."""
