@@ -239,7 +239,8 @@ class KVStore:
             first = here.index(False)
             end = here.index(True, first) if True in here[first:] else len(here)
             kept = await self._receiver.receive(blocks[first:end], fetch)
-            self._keep_ahead(blocks[first:end])
+            if self._demoter is not None:
+                self._demoter.keep_ahead(blocks[first:end])
             return kept
 
     # Management
@@ -264,8 +265,7 @@ class KVStore:
         return self._host.unpin(block_hashes)
 
     async def clear(self, tier: Tier | None = None, tenant: Tenant | None = None) -> int:
-        """Forget blocks, of all tiers or one, of all tenants or one, pinned or not. How many. What was here or on its way when
-        this was called is not found any more when it returns."""
+        """Forget blocks, of all tiers or one, of all tenants or one, pinned or not, those on their way included. How many."""
         async with self._running() as open_:
             return await clear(self._host, self._worker, self._promoter, tier, tenant) if open_ else 0
 
@@ -278,20 +278,18 @@ class KVStore:
         return read_stats(self._host, self._disk, self._clock.now())
 
     async def drain(self, deadline_s: float) -> None:
-        """Before a planned end: what is in host memory alone goes to disk, where there is one, the most valuable first, and
-        whole prefixes. For so long and no longer."""
+        """Before a planned end: what is in host memory alone goes to disk, most valuable first, heads before tails, in time."""
         async with self._running() as open_:
             if open_ and self._demoter is not None:
                 await self._demoter.drain(deadline_s)
 
     async def close(self) -> None:
-        """From now on nothing is kept and nothing is found by loads. Waits for what is under way, then for the threads, but not for
-        ever. Slots that a fetch has not settled are left to whoever owns the memory."""
+        """From now on nothing is kept or found by loads. Waits for what is under way and for the threads, but not for ever.
+        Slots that a fetch has not settled are left to whoever owns the memory."""
         if self._closed:
             return
         self._closed = True
-        ending = asyncio.get_running_loop().create_task(self._end())
-        if num_jobs := await finish_or_abandon(ending, CLOSE_TIMEOUT_S, self._abandon):
+        if num_jobs := await finish_or_abandon(asyncio.create_task(self._end()), CLOSE_TIMEOUT_S, self._abandon):
             log.error("KV store: %d jobs of a device or disk that does not answer are given up", num_jobs)
 
     # How
@@ -303,13 +301,9 @@ class KVStore:
                 await part.idle()
         self._host.nothing_leaves()
         await self._receiver.close()
-        for thread in (self._mover, self._worker):
-            if thread is not None:
-                await thread.close()
-
-    def _keep_ahead(self, blocks: Sequence[CachedBlock]) -> None:
-        if self._demoter is not None:
-            self._demoter.keep_ahead(blocks)
+        await self._mover.close()
+        if self._worker is not None:
+            await self._worker.close()
 
     def _abandon(self) -> int:
         return sum(thread.abandon() for thread in (self._mover, self._worker) if thread is not None)
@@ -331,15 +325,14 @@ class KVStore:
             return 0
         self._host.moved("save", len(entries), seconds)
         kept = self._host.commit(entries, checksums)
-        self._keep_ahead(blocks)
+        if self._demoter is not None:
+            self._demoter.keep_ahead(blocks)
         return len(kept)
 
     async def _load_batch(self, entries: Sequence[Entry], block_ids: Sequence[int]) -> int:
         slots, checksums = [entry.slot for entry in entries], [entry.checksum for entry in entries]
         try:
             right, seconds = await self._mover.load(slots, checksums, block_ids)
-        except asyncio.CancelledError:
-            raise
         except Exception as error:  # noqa: BLE001  # whatever a copier raises, these blocks are misses and the node goes on
             self._host.failed("load", error)
             return 0
@@ -376,9 +369,7 @@ class KVStore:
 
     async def _hold_some(self, block_hashes: Sequence[BlockHash]) -> list[Entry]:
         """Some leading blocks, held; none if there is no first one to be had."""
-        if self._promoter is None:
-            return self._host.hold(block_hashes)
-        return await self._promoter.hold(block_hashes)
+        return await self._promoter.hold(block_hashes) if self._promoter else self._host.hold(block_hashes)
 
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncIterator[bool]:
