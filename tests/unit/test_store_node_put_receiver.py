@@ -157,6 +157,7 @@ async def test_what_only_the_disk_holds_is_kept() -> None:
     async with one.store:
         for first in range(0, len(CHAIN), 4):
             await one.put(CHAIN[first : first + 4])
+            await one.store.drain(5.0)
         assert disk.num_blocks >= len(CHAIN) - NUM_SLOTS
         num_lent = one.sender.num_lent
         assert await one.put(CHAIN) == (0, (True,) * len(CHAIN))
