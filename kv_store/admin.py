@@ -9,7 +9,7 @@ from typing import Protocol
 from starlette.routing import Route
 
 from protocol.ids import BlockHash
-from protocol.kv_blocks import Tenant
+from protocol.kv_blocks import Tenant, check_distinct
 from protocol.kv_events import StorageTier
 from protocol.store_admin import (
     BlocksChanged,
@@ -56,6 +56,7 @@ def admin_routes(store: ManagedStore, cluster_key: str | None) -> list[Route]:
         return BlocksLocated(store.locate(_addresses(message.block_hashes)).rstrip(b"\x00"))
 
     async def pin(message: PinBlocks) -> BlocksChanged:
+        check_distinct(message.block_hashes, "block_hashes")
         return BlocksChanged(await store.pin(_addresses(message.block_hashes), message.ttl_s))
 
     async def unpin(message: UnpinBlocks) -> BlocksChanged:

@@ -9,6 +9,8 @@ be evicted, still found and read until its bytes are elsewhere (`leave`, then `t
 is not evicted. Book-keeping only: no bytes, no locks, no time of its own. It lives as long as its tier.
 """
 
+import contextlib
+import logging
 from collections.abc import Iterable, Iterator, Sequence
 
 from kv_store.entries import Entry, Occupancy, Reservation
@@ -20,6 +22,8 @@ from kv_store.tiers import Tier
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock, Tenant
 from runtime.clock import Clock
+
+log = logging.getLogger(__name__)
 
 MAX_PINNED_SHARE = 1 / 2
 """Of a tier: whatever is pinned, as much again is left for everybody else."""
@@ -50,6 +54,7 @@ class TierDirectory:
         self._pinned: dict[bytes, Entry] = {}
         self._slots_of: dict[Tenant, int] = {}
         self._num_writing = 0
+        self._policy_failed = False
 
     # What is here
 
@@ -141,7 +146,8 @@ class TierDirectory:
             entry.checksum, entry.ready = value, True
             entry.stored_at = entry.used_at = now
         self._num_writing -= len(entries)
-        self._orders.added([entry.block for entry in entries], now)
+        with self._policy_told():
+            self._orders.added([entry.block for entry in entries], now)
         if held:
             self._add_readers(entries)
 
@@ -309,7 +315,7 @@ class TierDirectory:
         if count <= 0:
             return []
         now = self._clock.now()
-        chosen = self._orders.victims(count, now, lambda block_hash: _may_go(self._entries[block_hash], now), tenant)
+        chosen = self._orders.victims(count, now, lambda block_hash: self._may_go(block_hash, now), tenant)
         return [self._entries[block_hash] for block_hash in chosen]
 
     def _evict(self, entries: Sequence[Entry]) -> list[Entry]:
@@ -320,7 +326,6 @@ class TierDirectory:
 
     def _remove(self, entries: Iterable[Entry]) -> list[Entry]:
         removed = [entry for entry in entries if entry.ready and not entry.doomed]
-        self._orders.removed([entry.block for entry in removed])
         for entry in removed:
             del self._entries[entry.block.block_hash]
             self._pinned.pop(entry.block.block_hash, None)
@@ -331,7 +336,25 @@ class TierDirectory:
                 self._doomed[entry.slot] = entry
             else:
                 self._give_back(entry)
+        with self._policy_told():
+            self._orders.removed([entry.block for entry in removed])
         return removed
+
+    @contextlib.contextmanager
+    def _policy_told(self) -> Iterator[None]:
+        """Around what a policy learns of a change that has been made. One that fails is a bug, which must not cost the tier more
+        than a worse choice of victims; it is logged once, because this may happen at every block."""
+        try:
+            yield
+        except Exception:
+            if not self._policy_failed:
+                log.exception("the eviction policy of the %s tier has failed: what it chooses may be worse", self.tier)
+            self._policy_failed = True
+
+    def _may_go(self, block_hash: BlockHash, now: float) -> bool:
+        """A policy that has failed may name what is gone."""
+        entry = self._entries.get(block_hash)
+        return entry is not None and _may_go(entry, now)
 
     def _give_back(self, entry: Entry) -> None:
         self._free.append(entry.slot)

@@ -75,11 +75,7 @@ class Promoter:
         if self._num_resting:
             return None
         run = self._worker.disk.find(block_hashes[: self._batch_blocks])
-        hashes = [stored.block.block_hash for stored in run]
-        here = [
-            is_here or key in self._under_way for is_here, key in zip(self._host.are_here(hashes), hashes, strict=True)
-        ]
-        run = run[: here.index(True) if True in here else len(run)]
+        run = run[: self._num_new([stored.block.block_hash for stored in run])]
         if not run:
             return None
         entries = self._host.reserve([stored.block for stored in run]).entries
@@ -90,20 +86,34 @@ class Promoter:
         task.add_done_callback(self._tasks.discard)
         return promotion
 
+    def _num_new(self, block_hashes: Sequence[bytes]) -> int:
+        """How many leading ones are neither here nor on their way, and not named before."""
+        named: set[bytes] = set()
+        for index, (block_hash, is_here) in enumerate(
+            zip(block_hashes, self._host.are_here(block_hashes), strict=True)
+        ):
+            if is_here or block_hash in self._under_way or block_hash in named:
+                return index
+            named.add(block_hash)
+        return len(block_hashes)
+
     async def _read(self, promotion: _Promotion, run: Sequence[StoredBlock], entries: Sequence[Entry]) -> None:
         num_right = 0
         try:
             if entries:
                 num_right = await self._worker.read([entry.block for entry in entries], [e.slot for e in entries])
         finally:
-            self._host.abort(entries[num_right:])
-            checksum_of = {stored.block.block_hash: stored.checksum for stored in run}
-            right = [checksum_of[entry.block.block_hash] for entry in entries[:num_right]]
-            promotion.entries = self._host.commit(entries[:num_right], right, held=True)
-            for stored in run:
-                del self._under_way[stored.block.block_hash]
-            promotion.done.set()
-            self._let_go(promotion)
+            try:
+                self._host.abort(entries[num_right:])
+                checksum_of = {stored.block.block_hash: stored.checksum for stored in run}
+                right = [checksum_of[entry.block.block_hash] for entry in entries[:num_right]]
+                promotion.entries = self._host.commit(entries[:num_right], right, held=True)
+            finally:
+                # Whatever has happened, those who wait hear of the end, and hold nothing that nobody gives back.
+                for stored in run:
+                    self._under_way.pop(stored.block.block_hash, None)
+                promotion.done.set()
+                self._let_go(promotion)
             self._demoter.keep_ahead(entry.block for entry in entries)
 
     def _let_go(self, promotion: _Promotion) -> None:

@@ -20,6 +20,7 @@ from kv_transfer.lending.lender import NOTHING, Lend
 from kv_transfer.meeting.pushers import Pushers
 from kv_transfer.transports.transport_set import TransportSet
 from protocol.ids import Incarnation, WorkerId
+from protocol.kv_blocks import check_distinct
 from protocol.kv_layout import KVLayout
 from protocol.transfer import (
     BlocksLanded,
@@ -91,6 +92,7 @@ def kv_routes(
         return exports.release(message)
 
     async def borrow(message: BorrowPrefix) -> PrefixLent:
+        check_distinct(message.block_hashes, "block_hashes")
         return NOTHING if lend is None else await lend(message)
 
     return [

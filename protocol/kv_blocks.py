@@ -6,6 +6,7 @@ from typing import Annotated, NewType
 import msgspec
 from blake3 import blake3
 
+from protocol.errors import InvalidParameter
 from protocol.ids import BlockHash
 
 Tenant = NewType("Tenant", str)
@@ -34,6 +35,12 @@ class CachedBlock(msgspec.Struct, frozen=True, array_like=True, gc=False):
     parent: Annotated[bytes, msgspec.Meta(min_length=16, max_length=16)]
     position: Annotated[int, msgspec.Meta(ge=0, le=1 << 24)]
     tenant: TenantText = NO_TENANT
+
+
+def check_distinct(block_hashes: Sequence[bytes], param: str) -> None:
+    """Raise InvalidParameter if an address comes twice: an address names all that comes before it, so no chain has one twice."""
+    if len(set(block_hashes)) < len(block_hashes):
+        raise InvalidParameter("a chain names a block twice", param=param)
 
 
 def chain(

@@ -18,7 +18,7 @@ from kv_transfer.exchange import KVExchange
 from kv_transfer.lending.borrowing import Borrowing, Prefix
 from protocol.errors import InvalidParameter, Overloaded
 from protocol.ids import BlockHash, Incarnation, RequestId, WorkerId
-from protocol.kv_blocks import CachedBlock
+from protocol.kv_blocks import CachedBlock, check_distinct
 from protocol.store import StorePut, StorePutDone
 from runtime.clock import Deadline
 from runtime.rpc_server import message_route
@@ -105,7 +105,8 @@ def refuse_puts(cluster_key: str | None) -> Route:
 
 
 def check_chain(blocks: Sequence[CachedBlock]) -> None:
-    """Raise InvalidParameter unless each block continues the one before it, for the same tenant."""
+    """Raise InvalidParameter unless each block continues the one before it, for the same tenant, and none comes twice."""
+    check_distinct([blocks[0].parent, *(block.block_hash for block in blocks)], "blocks")
     for before, block in pairwise(blocks):
         if block.parent != before.block_hash or block.position != before.position + 1:
             raise InvalidParameter(f"block {block.position} does not continue the one before it", param="blocks")

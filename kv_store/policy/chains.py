@@ -4,54 +4,74 @@ A block may go when no block that continues it is held: so conversations are giv
 them is a prefix, which is all that a later request can use.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 from protocol.ids import BlockHash
 from protocol.kv_blocks import CachedBlock
 
 
 class HeldBlocks:
-    """Lives as long as its policy. A parent is counted whether it is held or not: blocks come in any order."""
+    """Lives as long as its policy. Children of a parent are counted whether it is held or not: blocks come in any order.
+
+    What a block says of itself may be a lie: it was put by another node, or read from a file. It continues its parent only
+    where that one stands at the place before its own. So nothing continues itself, round whatever corners, and of
+    all that is held something can always go.
+    """
 
     def __init__(self) -> None:
-        self._parents: dict[BlockHash, BlockHash] = {}
-        self._num_children: dict[BlockHash, int] = {}
+        self._blocks: dict[bytes, CachedBlock] = {}
+        self._num_children: dict[_Place, int] = {}
 
     def __len__(self) -> int:
-        return len(self._parents)
+        return len(self._blocks)
 
     def __contains__(self, block_hash: bytes) -> bool:
-        return block_hash in self._parents
-
-    def __iter__(self) -> Iterator[BlockHash]:
-        return iter(self._parents)
+        return block_hash in self._blocks
 
     def add(self, block: CachedBlock) -> bool:
         """False if it was held already."""
-        block_hash, parent = BlockHash(block.block_hash), BlockHash(block.parent)
-        if block_hash in self._parents:
+        if block.block_hash in self._blocks:
             return False
-        self._parents[block_hash] = parent
-        self._num_children[parent] = self._num_children.get(parent, 0) + 1
+        self._blocks[block.block_hash] = block
+        before = _place_before(block)
+        self._num_children[before] = self._num_children.get(before, 0) + 1
         return True
 
     def discard(self, block_hash: BlockHash) -> BlockHash | None:
-        """The block that it continued, if nothing held continues that one any more: it may go next."""
-        parent = self._parents.pop(block_hash, None)
-        if parent is None:
+        """The held block that it continued, if nothing held continues that one any more: it may go next."""
+        block = self._blocks.pop(block_hash, None)
+        if block is None:
             return None
-        left = self._num_children[parent] - 1
+        before = _place_before(block)
+        left = self._num_children[before] - 1
         if left:
-            self._num_children[parent] = left
+            self._num_children[before] = left
             return None
-        del self._num_children[parent]
-        return parent
+        del self._num_children[before]
+        return self._held_parent(block)
 
-    def parent(self, block_hash: BlockHash) -> BlockHash:
-        return self._parents[block_hash]
+    def position(self, block_hash: BlockHash) -> int:
+        return self._blocks[block_hash].position
+
+    def parent(self, block_hash: BlockHash) -> BlockHash | None:
+        """The held block that it continues."""
+        return self._held_parent(self._blocks[block_hash])
 
     def num_children(self, block_hash: BlockHash) -> int:
-        return self._num_children.get(block_hash, 0)
+        block = self._blocks.get(block_hash)
+        return 0 if block is None else self._num_children.get((block_hash, block.position), 0)
+
+    def _held_parent(self, block: CachedBlock) -> BlockHash | None:
+        parent = self._blocks.get(block.parent)
+        return BlockHash(block.parent) if parent is not None and parent.position == block.position - 1 else None
+
+
+_Place = tuple[bytes, int]
+"""A block's address and its position."""
+
+
+def _place_before(block: CachedBlock) -> _Place:
+    return block.parent, block.position - 1
 
 
 class Pick:
@@ -84,5 +104,7 @@ class Pick:
         self.chosen.append(block_hash)
         self._taken.add(block_hash)
         parent = self._held.parent(block_hash)
+        if parent is None:
+            return None
         self._gone[parent] = self._gone.get(parent, 0) + 1
         return None if self.is_continued(parent) else parent

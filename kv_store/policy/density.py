@@ -77,7 +77,7 @@ class DensityPolicy:
                 block_hash = BlockHash(block.block_hash)
                 owner = self._owners.get(block_hash)
                 if owner is None or owner.kind != "shared":
-                    self._give(block_hash, block.position, own)
+                    self._give(block_hash, own)
                 if block_hash in self._ghosts:
                     self._ghosts.move_to_end(block_hash)
                 elif block_hash not in self._held:
@@ -101,7 +101,7 @@ class DensityPolicy:
                 if stranger is None:
                     stranger = Stretch("own", 1, block.position, block.position, now)
                 stranger.end = block.position + 1
-                self._give(block_hash, block.position, stranger)
+                self._give(block_hash, stranger)
             owner = self._owners[block_hash]
             owner.hold(block_hash, block.position)
             touched[owner] = None
@@ -211,7 +211,7 @@ class DensityPolicy:
             for block in step:
                 block_hash = BlockHash(block.block_hash)
                 if self._owners.get(block_hash) is owner:
-                    self._give(block_hash, block.position, head)
+                    self._give(block_hash, head)
             if head.num_known:
                 self._begin(head)
             if len(step) < len(run):
@@ -224,13 +224,15 @@ class DensityPolicy:
         self._stretches[stretch] = None
         self._place(stretch)
 
-    def _give(self, block_hash: BlockHash, position: int, stretch: Stretch) -> None:
+    def _give(self, block_hash: BlockHash, stretch: Stretch) -> None:
         """To this stretch, from the one that it belonged to."""
         owner = self._owners.get(block_hash)
+        if owner is stretch:
+            return  # a request that names it twice
         self._owners[block_hash] = stretch
         stretch.num_known += 1
         if block_hash in self._held:
-            stretch.hold(block_hash, position)
+            stretch.hold(block_hash, self._held.position(block_hash))
         if owner is None:
             return
         owner.num_known -= 1

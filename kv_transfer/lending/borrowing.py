@@ -1,7 +1,8 @@
 """Borrowing: the beginning of one context on its way here, from this node's own tiers and from other nodes that hold it.
 
 What is near is loaded first. The sources are asked one after the other, the best first, each for what is still missing, and
-again while it has more: what its device holds no more may lie in its memory. A source that fails, or has
+again while it has more: what its device holds no more may lie in its memory. Whoever is asked is asked for a little more than
+it is said to hold, and lends what it has. A source that fails, or has
 forgotten, costs time and nothing else: whatever is missing in the end is computed. After a failed read its local blocks may
 still be written, and nothing else may use them before they have settled; no other source is asked then.
 """
@@ -14,6 +15,7 @@ from typing import Literal
 
 from kv_transfer.handoff.imports import FetchFailed, Importer
 from kv_transfer.lending.borrow_choice import worth_borrowing
+from kv_transfer.lending.holders import untold_blocks
 from kv_transfer.lending.near import NearSource, NoNearSource
 from kv_transfer.routes import BORROW_PATH
 from protocol.errors import HeadraceError, TransferError
@@ -113,10 +115,12 @@ class Borrowing:
     async def _ask(self, source: KVSource, deadline_s: float) -> bool:
         """Whether it has brought something, and is said to have more."""
         first = self.num_valid_blocks
-        end = min(source.num_blocks, len(self._prefix.block_ids), len(self._prefix.block_hashes))
+        longest = min(len(self._prefix.block_ids), len(self._prefix.block_hashes))
+        told = min(source.num_blocks, longest)
+        end = min(source.num_blocks + untold_blocks(self._context.layout), longest)
         request_id = self._prefix.request_id
         try:
-            if not await self._worth_it(source, end - first):
+            if not await self._worth_it(source, told - first):
                 return False
             message = BorrowPrefix(
                 request_id=request_id,
@@ -132,7 +136,7 @@ class Borrowing:
         except HeadraceError as error:
             log.info("%s: no KV borrowed from %s: %s", request_id, source.worker, error.message)
             return False
-        return self.num_valid_blocks < end
+        return self.num_valid_blocks < told
 
     async def _worth_it(self, source: KVSource, num_blocks: int) -> bool:
         if num_blocks <= 0 or self._context.policy != "auto":

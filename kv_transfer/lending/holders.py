@@ -8,6 +8,9 @@ from protocol.kv_layout import KVLayout
 from protocol.requests import DecodeRequest, PrefillRequest
 from protocol.transfer import KVSource
 
+UNTOLD_TOKENS = 256
+"""A source may hold so much more than it is said to: an index tells of whole chunks of that size only."""
+
 
 @dataclass(frozen=True, slots=True)
 class Holders:
@@ -20,9 +23,14 @@ class Holders:
 def holders_of(request: PrefillRequest | DecodeRequest, layout: KVLayout, max_tokens: int) -> Holders:
     """As a router has it. Only whole blocks within the first `max_tokens` tokens are of interest."""
     num_blocks = max((source.num_blocks for source in request.sources), default=0)
-    num_blocks = min(num_blocks, max_tokens // layout.block_size)
-    if not num_blocks:
+    if not min(num_blocks, max_tokens // layout.block_size):
         return Holders((), ())
+    num_blocks = min(num_blocks + untold_blocks(layout), max_tokens // layout.block_size)
     token_ids = (request.prompt_token_ids + request.emitted_token_ids)[: num_blocks * layout.block_size]
     root = root_hash(layout.identity, request.cache_salt)
     return Holders(request.sources, tuple(hash_blocks(token_ids, layout.block_size, root)))
+
+
+def untold_blocks(layout: KVLayout) -> int:
+    """How many blocks to ask a source for beyond those that it is said to hold. It lends what it has."""
+    return UNTOLD_TOKENS // layout.block_size

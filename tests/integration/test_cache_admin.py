@@ -11,9 +11,13 @@ from router_process import RunningRouter, running_router
 from text_model import make_text_model, make_tokenizer
 
 from headrace.cli import main
+from kv_store.admin import PATH
 from protocol.block_hash import hash_blocks, root_hash
+from protocol.errors import InvalidParameter
 from protocol.ids import BlockHash
 from protocol.kv_blocks import tenant_of
+from protocol.store_admin import BlocksChanged, PinBlocks
+from runtime.rpc_client import RpcClient
 
 TEXT = "The prefill node computes the prompt and the decode node continues the answer token by token. " * 4
 SIZE = LAYOUT.block_size
@@ -110,6 +114,14 @@ async def test_pins_are_set_and_taken_back(
     capsys.readouterr()
     assert await headrace(router, "pin", "nobody has this prompt, which is long enough", "--ttl", "1m") == 0
     assert "Nothing is pinned" in capsys.readouterr().out
+
+
+async def test_a_pin_that_names_a_block_twice_is_refused(pair: tuple[FakeNode, FakeNode]) -> None:
+    first = addresses(TEXT)[0]
+    async with RpcClient(None) as client:
+        with pytest.raises(InvalidParameter, match="twice"):
+            await client.call(pair[1].url + f"{PATH}/pin", PinBlocks((first, first), 1.0), BlocksChanged, 2.0)
+    assert not pair[1].store.pinned
 
 
 async def test_clear_says_what_it_did_and_asks_first(

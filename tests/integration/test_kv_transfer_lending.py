@@ -18,7 +18,7 @@ from kv_transfer.lending.prefix_imports import PrefixImports
 from kv_transfer.routes import BORROW_PATH
 from kv_transfer.transports.inproc import InprocTransport
 from protocol.block_hash import hash_blocks, root_hash
-from protocol.errors import HeadraceError
+from protocol.errors import HeadraceError, InvalidParameter
 from protocol.ids import BlockHash, RequestId, TicketId, WorkerId
 from protocol.requests import PrefillRequest
 from protocol.sampling import SamplingParams
@@ -101,7 +101,7 @@ class Borrower:
 
     def reserve(self, *sources: KVSource, num_cached_blocks: int = 0, salt: str | None = None) -> None:
         num_blocks = self.expect(*sources, salt=salt) // LAYOUT.block_size
-        assert num_blocks == min(len(LOCAL), max(source.num_blocks for source in sources))
+        assert num_blocks == len(LOCAL), "all of it, because sources may hold a chunk more than they are said to"
         self.imports.reserved(REQUEST, LOCAL[:num_blocks], num_cached_blocks)
 
     async def borrow(self, *sources: KVSource, num_cached_blocks: int = 0) -> list[tuple[str, int]]:
@@ -154,10 +154,10 @@ async def test_a_prefix_arrives_whole_and_is_given_back(owner: Owner, borrower: 
 
 
 async def test_only_what_is_missing_moves(owner: Owner, borrower: Borrower) -> None:
-    assert await borrower.borrow(owner.source(5), num_cached_blocks=2) == [("resume", 5)]
-    assert_arrived(owner, borrower, 2, 5)
+    assert await borrower.borrow(owner.source(5), num_cached_blocks=2) == [("resume", 6)]
+    assert_arrived(owner, borrower, 2, 6)
     assert borrower.reader.arena.block(LOCAL[0]) == bytes(LAYOUT.block_bytes)
-    assert borrower.reader.importer.stats().num_blocks_moved == 3
+    assert borrower.reader.importer.stats().num_blocks_moved == 4
     await given_back(owner)
 
 
@@ -177,6 +177,32 @@ async def test_the_next_source_has_what_the_first_has_forgotten(owner: Owner, bo
         assert_arrived(owner, borrower, 0, 6)
         await given_back(other)
     await given_back(owner)
+
+
+@in_process
+@pytest.mark.parametrize("told", [1, 4, 6])
+async def test_a_source_lends_what_it_holds_beyond_what_it_is_said_to(
+    told: int, owner: Owner, borrower: Borrower
+) -> None:
+    """An index tells of whole chunks."""
+    assert await borrower.borrow(owner.source(told)) == [("resume", 6)]
+    assert_arrived(owner, borrower, 0, 6)
+    await given_back(owner)
+    assert owner.exports.stats().num_opened == 1, "in one loan"
+
+
+@in_process
+async def test_nobody_is_asked_for_no_more_than_what_might_be(owner: Owner, borrower: Borrower) -> None:
+    assert await borrower.borrow(owner.source(4), num_cached_blocks=4) == [("resume", 4)]
+    assert owner.exports.stats().num_opened == 0
+
+
+@in_process
+async def test_a_chain_that_names_a_block_twice_is_refused(owner: Owner, borrower: Borrower) -> None:
+    message = BorrowPrefix(request_id="r", reader="d", block_hashes=(HASHES[0], HASHES[1], HASHES[0]))
+    with pytest.raises(InvalidParameter, match="twice"):
+        await borrower.reader.client.call(owner.url + BORROW_PATH, message, PrefixLent, 2.0)
+    assert not owner.cached.pins
 
 
 @in_process

@@ -1,6 +1,6 @@
 """TierDirectory: conservation under anything, and who may be evicted when."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 from hypothesis import settings
@@ -222,6 +222,36 @@ def test_a_long_chain_is_learnt_from_in_steps_between_which_anything_may_happen(
         tier.forget(hashes_of(chain[-300:-200]))
         tier.leave(50, ALICE)
     assert len(tier.forget(hashes_of(chain))) == 900
+
+
+class Broken(TailsFirst):
+    """Cannot do without a certain block."""
+
+    def __init__(self, needed: BlockHash) -> None:
+        super().__init__()
+        self._needed = needed
+
+    def removed(self, block_hashes: Sequence[BlockHash]) -> None:
+        if self._needed in block_hashes:
+            raise KeyError("a bug")
+        super().removed(block_hashes)
+
+
+def test_a_policy_that_fails_costs_no_slots(caplog: pytest.LogCaptureFixture) -> None:
+    old, new = blocks_of("old", 4), blocks_of("new", 8)
+    tier = TierDirectory(4, Broken(hashes_of(old)[1]), clock=ManualClock())
+    store(tier, old)
+    assert len(tier.forget(hashes_of(old))) == 4
+    assert tier.num_free == 4
+    for block in new:
+        store(tier, [block])
+    assert tier.num_ready(hashes_of(new[4:])) == 4, "although the policy still names the old ones"
+    store(tier, old)
+    assert tier.num_ready(hashes_of(old)) == 4
+    tier.forget(hashes_of(old))
+    occupancy = tier.occupancy()
+    assert (occupancy.free, occupancy.writing, occupancy.ready) == (4, 0, 0)
+    assert caplog.text.count("eviction policy") == 1
 
 
 class AnySequence(RuleBasedStateMachine):

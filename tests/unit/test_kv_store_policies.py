@@ -148,6 +148,68 @@ def test_whatever_may_not_go_stands_in_nobodys_way(name: PolicyName) -> None:
     assert len(tier.victims(CAPACITY)) == CAPACITY
 
 
+def cycle(*numbers: int) -> list[CachedBlock]:
+    """Each continues the one before it, and the first the last."""
+    hashes = [block_hash((number,)) for number in numbers]
+    return [CachedBlock(own, hashes[i - 1], i) for i, own in enumerate(hashes)]
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@pytest.mark.parametrize("length", [1, 2, 5])
+def test_what_claims_to_continue_itself_can_go(name: PolicyName, length: int) -> None:
+    policy = make_policy(name, CAPACITY)
+    blocks = cycle(*range(length))
+    policy.added(blocks, 0.0)
+    chosen = policy.victims(CAPACITY, 1.0, lambda _: True)
+    assert chosen == hashes_of(blocks[::-1])
+    policy.removed(chosen)
+    assert policy.victims(CAPACITY, 2.0, lambda _: True) == []
+
+
+FORGED_BLOCKS = st.builds(
+    lambda own, parent, position: CachedBlock(block_hash((own,)), block_hash((parent,)), position),
+    st.integers(0, 7),
+    st.integers(0, 7),
+    st.integers(0, 3),
+)
+FORGED_STEPS = st.lists(
+    st.tuples(st.sampled_from(["want", "add", "drop"]), st.lists(FORGED_BLOCKS, min_size=1, max_size=5)), max_size=30
+)
+
+
+@pytest.mark.parametrize("name", POLICY_NAMES)
+@given(steps=FORGED_STEPS)
+@settings(max_examples=100, deadline=None)
+def test_whatever_is_said_of_blocks_all_can_go_and_longer_chains_first(
+    name: PolicyName, steps: list[tuple[str, list[CachedBlock]]]
+) -> None:
+    """Cycles, blocks at two places, several parents, a chain with a block twice in it."""
+    policy = make_policy(name, CAPACITY)
+    held: dict[BlockHash, CachedBlock] = {}
+    for now, (kind, blocks) in enumerate(steps):
+        if kind == "want":
+            for _ in policy.wanted(blocks, 0, float(now)):
+                pass
+        elif kind == "add":
+            new = {BlockHash(b.block_hash): b for b in blocks if b.block_hash not in held}
+            policy.added(list(new.values()), float(now))
+            held |= new
+        else:
+            gone = [h for h in dict.fromkeys(hashes_of(blocks)) if h in held]
+            policy.removed(gone)
+            for h in gone:
+                del held[h]
+    order = policy.victims(len(held), 1e3, lambda _: True)
+    assert sorted(order) == sorted(held)
+    at = {h: index for index, h in enumerate(order)}
+    for h, block in held.items():
+        parent = held.get(BlockHash(block.parent))
+        if parent is not None and parent.position == block.position - 1:
+            assert at[h] < at[BlockHash(parent.block_hash)]
+    policy.removed(order)
+    assert policy.victims(1, 1e3, lambda _: True) == []
+
+
 def test_lru_gives_up_the_oldest_conversation_from_its_end() -> None:
     tier = Tier(LRUPolicy())
     for path in ((1, 2, 3), (4, 5), (1, 6)):

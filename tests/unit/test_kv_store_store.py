@@ -160,6 +160,40 @@ async def test_concurrent_readers_of_a_block_on_disk_read_it_once() -> None:
         assert set(s.disk.num_reads.values()) == {1}
 
 
+@pytest.mark.parametrize("places", [(0, 0), (0, 1, 0), (0, 1, 1, 2)])
+async def test_a_chain_that_names_a_block_twice_holds_up_nobody(places: tuple[int, ...]) -> None:
+    async with scene(with_disk=True) as s:
+        old = blocks_of("old", 4)
+        await s.save_and_write(old)
+        await s.store.clear(tier="host")
+        chain = [hashes_of(old)[place] for place in places]
+        async with asyncio.timeout(5):
+            s.store.let_go(await s.store.hold(chain))
+            assert await s.store.pin(chain, 60.0) == len(chain)
+        assert await s.loads(old) == 4
+
+
+async def test_whoever_waits_for_a_read_hears_of_its_end_although_its_books_are_wrong(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async with scene(with_disk=True) as s:
+        old = blocks_of("old", 4)
+        await s.save_and_write(old)
+        await s.store.clear(tier="host")
+
+        def fail(*_: object, **__: object) -> None:
+            raise RuntimeError("a bug")
+
+        with monkeypatch.context() as patch:
+            patch.setattr(s.store._host, "commit", fail)
+            async with asyncio.timeout(5):
+                assert not (await s.store.hold(hashes_of(old))).slots
+                with pytest.raises(RuntimeError, match="a bug"):
+                    await asyncio.gather(*s.store._promoter._tasks)  # type: ignore[union-attr]  # there is a disk
+        s.store._host.abort([entry for entry in s.store._host._directory.snapshot() if not entry.ready])
+        assert await s.loads(old) == 4
+
+
 async def test_no_save_waits_for_a_disk_that_hangs() -> None:
     async with scene(with_disk=True) as s:
         s.disk.gate.clear()

@@ -14,11 +14,12 @@ from kv_store.settings import StoreSettings
 from kv_store.store import KVStore
 from kv_transfer.exchange import KVExchange
 from kv_transfer.lending.borrowing import BorrowContext
+from protocol.errors import InvalidParameter
 from protocol.ids import Incarnation, TicketId, WorkerId
-from protocol.kv_blocks import CachedBlock
+from protocol.kv_blocks import CachedBlock, Tenant
 from protocol.store import StorePut
 from protocol.transfer import BorrowPrefix, KVSource, TransferTicket
-from store_node.put_receiver import PutReceiver
+from store_node.put_receiver import PutReceiver, check_chain
 from tests.support.kv_owner import LAYOUT
 
 NUM_SLOTS = 16
@@ -156,7 +157,32 @@ async def test_what_only_the_disk_holds_is_kept() -> None:
     async with one.store:
         for first in range(0, len(CHAIN), 4):
             await one.put(CHAIN[first : first + 4])
+            await one.store.drain(5.0)
         assert disk.num_blocks >= len(CHAIN) - NUM_SLOTS
         num_lent = one.sender.num_lent
         assert await one.put(CHAIN) == (0, (True,) * len(CHAIN))
         assert one.sender.num_lent == num_lent
+
+
+A, B, C = (bytes([number]) * 16 for number in range(3))
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        [CachedBlock(A, A, 0)],
+        [CachedBlock(A, B, 0), CachedBlock(B, A, 1)],
+        [CachedBlock(A, C, 0), CachedBlock(B, A, 1), CachedBlock(C, B, 2)],
+        [CachedBlock(A, C, 0), CachedBlock(B, A, 1), CachedBlock(A, B, 2)],
+        [CachedBlock(A, C, 0), CachedBlock(A, A, 1)],
+        [CachedBlock(A, C, 0), CachedBlock(B, A, 2)],
+        [CachedBlock(A, C, 0), CachedBlock(B, C, 1)],
+        [CachedBlock(A, C, 0), CachedBlock(B, A, 1, Tenant("t"))],
+    ],
+)
+async def test_what_is_no_chain_is_refused(plain: Site, blocks: list[CachedBlock]) -> None:
+    with pytest.raises(InvalidParameter):
+        check_chain(blocks)
+    with pytest.raises(InvalidParameter):
+        await plain.put(blocks)
+    assert plain.sender.num_lent == 0
