@@ -181,6 +181,8 @@ async def test_every_figure_becomes_a_metric() -> None:
         bench.clock.advance(5)
         await bench.store.drain(5.0)
         await bench.save("b", 4, OTHER)
+        assert bench.store._demoter is not None
+        await bench.store._demoter.idle()
         found = bench.samples()
         assert found["store_requests_total hit"] == 1
         assert found["store_requests_total miss"] == 1
