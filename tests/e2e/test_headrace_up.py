@@ -18,7 +18,8 @@ from up_process import START_TIMEOUT_S, Up
 
 @pytest.fixture(scope="module")
 def up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
-    running = Up(tmp_path_factory.mktemp("up"))
+    """With a router that waits for a node as long as one may take to start on a busy machine."""
+    running = Up(tmp_path_factory.mktemp("up"), "--set", f"router.worker_wait_s={START_TIMEOUT_S // 2}")
     try:
         running.wait_ready()
         yield running

@@ -3,6 +3,7 @@ to try again, then the right tokens; nothing is left held, and what was torn is 
 
 import asyncio
 import json
+import socket
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -104,7 +105,8 @@ class Scene:
             await self.forget()
 
     async def forget(self) -> None:
-        """Have the decode node forget everything, on its device as well."""
+        """Have the decode node forget everything, on its device as well. What is being saved would stay, so wait for that."""
+        await asyncio.to_thread(self.cluster.wait_idle)
         async with RpcClient(None) as client:
             await client.call(
                 f"{self.cluster.processes['decode-0'].url}{PATH}/clear", ClearStore(None, None), BlocksChanged, 5.0
@@ -136,6 +138,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     model = make_model("llama", folder)
     router = {"worker_wait_s": 0.2}
     with index_server("valkey") as server:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = int(probe.getsockname()[1])
         settings = SETTINGS | {"store.redis": server.url}
         options = {"environment": {ORDERS: str(orders)}, "module": "tests.support.mortal_role"}
         with Cluster(
@@ -144,15 +149,12 @@ def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
             prefill=0,
             transport="tcp",
             settings=settings,
+            decode_settings={"store.stores": json.dumps([f"http://127.0.0.1:{port}"])},
             router_settings=router,
             **options,
         ) as cluster:
-            store = cluster.start_node("store", "store-0")
-            store.wait_listening()
-            cluster.role_settings["store"] = {"port": store.url.rsplit(":", 1)[1]}
-            cluster.role_settings["decode"] = {"store.stores": json.dumps([store.url])}
-            cluster.kill("decode-0")
-            cluster.start_node("decode", "decode-0")
+            cluster.role_settings["store"] = {"port": port}
+            cluster.start_node("store", "store-0")
             cluster.wait_ready()
             yield Scene(cluster, server, orders)
 
