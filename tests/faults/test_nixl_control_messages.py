@@ -318,14 +318,16 @@ async def test_one_of_several_owners_fails_alone(case: Case) -> None:
         before = await reader.resources()
         await case.check_usable(reader, healthy)
         expected = await healthy.digests(blocks)
-        tickets = [await owner.hand_off("shared", blocks) for owner in (doomed, healthy)]
+        unfinished = await doomed.ask("open", "shared", len(blocks))  # so that it is not over before the blow falls
+        await doomed.ask("publish", "shared", 0, blocks[:-1])
+        finished = await healthy.hand_off("shared", blocks)
         await reader.ask("strike", doomed.pid, signal.SIGKILL, odd[5])
-        failed, arrived = await asyncio.gather(reader.fetch(tickets[0], odd), reader.fetch(tickets[1], even))
+        failed, arrived = await asyncio.gather(reader.fetch(unfinished, odd), reader.fetch(finished, even))
         case.saw(failed)
         case.saw(arrived)
         assert failed.error == "peer_lost"
         assert arrived.error is None
-        await reader.ask("settle", tickets[0].ticket_id)
+        await reader.ask("settle", unfinished.ticket_id)
         await reader.ask("paint", odd, 0x5A)
         await asyncio.sleep(0.1)
         assert await reader.digests(even) == expected
