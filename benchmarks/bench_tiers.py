@@ -56,6 +56,8 @@ MOVE_ROUNDS = 5
 LOAN_S = 0.010
 """Of a prediction: asking a peer for a loan, and giving it back, beside moving the bytes."""
 
+REST_S = 0.3
+NUM_FILLERS = 8
 PATIENCE_S = 60.0
 
 
@@ -132,6 +134,13 @@ class Side:
                 raise SystemExit(f"{role}: {used} of {num_blocks} blocks came to {tier}; index {report.index}")
             await asyncio.sleep(0.05)
 
+    async def until_at_rest(self, role: str, tier: StorageTier) -> None:
+        """Until nothing comes to that tier any more."""
+        before = None
+        while (now := [each.stored for each in (await self.report(role)).tiers if each.tier == tier]) != before:
+            before = now
+            await asyncio.sleep(REST_S)
+
 
 class Contest:
     """`here` answers; prompts of `num_tokens` tokens."""
@@ -173,10 +182,13 @@ class Contest:
         await here.clear("decode", "device", "host", "disk")
 
     async def _push_to_disk(self) -> None:
-        """By a prompt that takes more than its place in host memory."""
-        filler = self._here.client.prompt(self._num_tokens + 2 * SPARE_BLOCKS * BLOCK_SIZE)
-        await self._here.client.ask(self._session, filler, OUTPUT_TOKENS)
-        await self._here.until_used("decode", "disk", self._num_blocks + SPARE_BLOCKS // 2)
+        """By prompts that together take more than its place in host memory, each small beside it: what comes faster than the
+        disk can be written is lost, and this is not about that."""
+        num_tokens = self._num_tokens + 2 * SPARE_BLOCKS * BLOCK_SIZE
+        for _ in range(NUM_FILLERS):
+            filler = self._here.client.prompt(num_tokens // NUM_FILLERS)
+            await self._here.client.ask(self._session, filler, OUTPUT_TOKENS)
+            await self._here.until_at_rest("decode", "disk")
 
     async def short(self) -> float:
         """TTFT of a prompt of two blocks, all of them cached: what every request costs."""

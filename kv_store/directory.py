@@ -315,8 +315,11 @@ class TierDirectory:
         if count <= 0:
             return []
         now = self._clock.now()
-        chosen = self._orders.victims(count, now, lambda block_hash: self._may_go(block_hash, now), tenant)
-        return [self._entries[block_hash] for block_hash in chosen]
+        # What leaves is as good as gone: it must not shield what it continues, or newer chains would go instead.
+        num_looked_at = count + len(self._leaving)
+        chosen = self._orders.victims(num_looked_at, now, lambda block_hash: self._may_go(block_hash, now), tenant)
+        entries = (self._entries[block_hash] for block_hash in chosen)
+        return [entry for entry in entries if not entry.leaving][:count]
 
     def _evict(self, entries: Sequence[Entry]) -> list[Entry]:
         now = self._clock.now()
@@ -352,9 +355,9 @@ class TierDirectory:
             self._policy_failed = True
 
     def _may_go(self, block_hash: BlockHash, now: float) -> bool:
-        """A policy that has failed may name what is gone."""
+        """Or goes already. A policy that has failed may name what is gone."""
         entry = self._entries.get(block_hash)
-        return entry is not None and _may_go(entry, now)
+        return entry is not None and (entry.leaving or _may_go(entry, now))
 
     def _give_back(self, entry: Entry) -> None:
         self._free.append(entry.slot)

@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from kv_store.directory import TierDirectory
 from kv_store.entries import Entry
 from kv_store.policy.density import DensityPolicy
+from kv_store.policy.lru import LRUPolicy
 from kv_store.policy.policy import STEP_BLOCKS
 from kv_store.policy.tenant_orders import TenantOrders
 from kv_store.quotas import Quotas
@@ -47,6 +48,15 @@ def test_a_block_is_found_when_it_is_committed_and_not_before() -> None:
         (reservation.entries[0].slot, 11),
         (reservation.entries[1].slot, 12),
     ]
+
+
+def test_what_leaves_does_not_shield_what_it_continues() -> None:
+    tier = TierDirectory(16, LRUPolicy(), clock=ManualClock())
+    old, new = blocks_of("old", 8), blocks_of("new", 8)
+    store(tier, old)
+    store(tier, new)
+    leaving = [entry.block for _ in range(3) for entry in tier.leave(2)]
+    assert leaving == old[:1:-1], "the older chain from its end, whatever of it is leaving already"
 
 
 def test_what_is_here_or_on_its_way_is_not_written_twice() -> None:
