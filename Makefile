@@ -16,7 +16,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet
 
 .DEFAULT_GOAL := help
-.PHONY: help serve test check bench bench-engine bench-block-pool bench-cache bench-disaggregation bench-handoff bench-interference bench-kv-index bench-transfer bench-quantization bench-speculation clean
+.PHONY: help serve test check bench bench-engine bench-block-pool bench-cache bench-disaggregation bench-handoff bench-interference bench-kv-index bench-moves bench-tiers bench-transfer bench-quantization bench-speculation clean
 .DELETE_ON_ERROR:
 
 help: ## show this list
