@@ -79,10 +79,6 @@ class TierDirectory:
     def num_free(self) -> int:
         return len(self._free)
 
-    @property
-    def num_leaving(self) -> int:
-        return len(self._leaving)
-
     def slots_by_tenant(self) -> dict[Tenant, int]:
         return dict(self._slots_of)
 
